@@ -1,0 +1,1 @@
+"""Codecs: signal <-> tokens or latents. `encode(signal)`, `decode(...)`, and plain attributes (`vocab`, `stride`, ...)."""

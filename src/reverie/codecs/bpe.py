@@ -1,0 +1,214 @@
+"""Text <-> tokens by byte-level byte-pair encoding, with CLIP's vocabulary and rules or one trained on your own captions.
+
+Papers: Sennrich et al. 2016 (1508.07909); Radford et al. 2021, CLIP (2103.00020). The rules are those of openai/CLIP:
+repair the text (ftfy), unescape HTML twice, collapse white space, lower-case, split into pieces, write each piece as
+bytes, mark its last byte with `</w>`, merge. Convention: `start, tokens..., end`, then `pad` (0, as in CLIP).
+The vocabulary is 256 bytes, 256 final bytes, one token per merge, start, end; so no text is out of vocabulary.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reverie.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+FINAL = "</w>"
+# CLIP's pieces: contractions, runs of letters, single digits, runs of anything else that is not white space.
+CLIP_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# The same, but Chinese has no spaces: each Han character is a piece, so a word has the same tokens wherever it stands.
+HAN_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{Han}|[\p{L}&&\P{Han}]+|\p{N}|[^\s\p{L}\p{N}\p{Han}]+"
+# CLIP reads its own special tokens in a text as such, unless punctuation before them swallows their first characters.
+SPECIAL = re.compile(r"(?:^|(?<=\s)|(?<=[^\W_]))((?:<\|startoftext\|>|<\|endoftext\|>)+)")
+
+
+class Bpe:
+    """A text codec; make one with `Bpe.clip()`, `Bpe.train(captions, vocab=...)` or `Bpe.read(path)`."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        backend.normalizer = None  # `clean` has done it, exactly
+        backend.encode_special_tokens = True  # so the backend never reads specials in a text: `SPECIAL` does
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._names = {id: name for name, id in backend.get_vocab(with_added_tokens=True).items()}
+        self.vocab = len(self._names)
+        self.start, self.end, self.pad = backend.token_to_id(START), backend.token_to_id(END), 0
+
+    @classmethod
+    def clip(cls) -> Bpe:
+        """CLIP's own vocabulary: 49,408 tokens."""
+        packed = resources.files("reverie.codecs").joinpath("data/clip_merges.txt.gz").read_bytes()
+        merges = [tuple(line.split(" ")) for line in gzip.decompress(packed).decode().splitlines()]
+        return cls(_backend(merges, CLIP_PIECES))
+
+    @classmethod
+    def train(cls, captions: Iterable[str], *, vocab: int) -> Bpe:
+        """A vocabulary of at most `vocab` tokens from captions in any language; the same captions give the same one.
+
+        It is smaller when no pair of tokens is left that occurs twice.
+        """
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        if vocab < 514:
+            raise InputError(f"a byte-pair vocabulary needs at least 514 tokens (bytes and specials), not {vocab}")
+        pieces = _pieces(HAN_PIECES)
+        # The library numbers `</w>` tokens in the order of a hash map. One private character for each final byte,
+        # all in the initial alphabet, makes the result the same in every process.
+        letters = _byte_letters()
+        finals = {letter: chr(0xE000 + i) for i, letter in enumerate(letters)}
+        names = {final: letter + FINAL for letter, final in finals.items()}
+
+        def lines() -> Iterable[str]:
+            for caption in captions:
+                words = [piece for piece, _ in pieces.pre_tokenize_str(clean(caption))]
+                yield " ".join(word[:-1] + finals[word[-1]] for word in words)
+
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab - 2,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=[*letters, *names],
+        )
+        learner = Tokenizer(models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        learner.train_from_iterator(lines(), trainer)
+        merges = json.loads(learner.to_str())["model"]["merges"]
+        named = [tuple("".join(names.get(c, c) for c in side) for side in merge) for merge in merges]
+        return cls(_backend(named, HAN_PIECES))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Bpe:
+        """Read a `tokenizer.json`, written by `write` or by another library for a CLIP."""
+        from tokenizers import Tokenizer, models
+
+        if not Path(path).is_file():
+            raise InputError(f"no tokenizer at {path}: give the path of a tokenizer.json")
+        try:
+            backend = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+        if not isinstance(backend.model, models.BPE) or backend.model.end_of_word_suffix != FINAL:
+            raise InputError(f"{path} is not a byte-pair tokenizer with the suffix {FINAL}: give one made for a CLIP")
+        if backend.token_to_id(START) is None or backend.token_to_id(END) is None:
+            raise InputError(f"{path} lacks the tokens {START} and {END}: give a tokenizer made for a CLIP")
+        return cls(backend)
+
+    def write(self, path: str | Path) -> None:
+        """Write a `tokenizer.json` that other libraries read too (they skip the ftfy and HTML repairs)."""
+        from tokenizers import Regex, Tokenizer, normalizers
+
+        copy = Tokenizer.from_str(self._backend.to_str())
+        copy.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        Path(path).write_text(copy.to_str(pretty=True), encoding="utf-8")
+
+    def encode(self, texts: Sequence[str], *, length: int | None = None) -> Tensor:
+        """Texts to tokens, int64 `b n`.
+
+        n is `length`, or without it that of the longest text. A text that does not fit loses its last tokens, never
+        the end token.
+        """
+        if isinstance(texts, str):
+            raise InputError(f"encode takes a list of texts, not the text {texts[:40]!r}: write [text]")
+        if length is not None and length < 2:
+            raise InputError(f"length {length} has no room for the start and the end token: use 2 or more")
+        rows = [[self.start, *ids, self.end] for ids in self._ids(texts)]
+        if length is None:
+            length = max(map(len, rows), default=2)
+        tokens = torch.full((len(rows), length), self.pad, dtype=torch.long)
+        for row, ids in zip(tokens, rows, strict=True):
+            ids = [*ids[: length - 1], self.end] if len(ids) > length else ids
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def decode(self, tokens: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """Tokens `b n` to cleaned texts: up to the first end token, without start; a broken character becomes U+FFFD."""
+        rows = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
+        return [self._text(row) for row in rows]
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens `b n` are real: bool `b n`, True through the first end token."""
+        ends = (tokens == self.end).long()
+        return ends.cumsum(dim=-1) - ends == 0
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        parts = [SPECIAL.split(clean(text)) for text in texts]  # every second part is a run of special tokens
+        plain = [part for row in parts for part in row[::2]]
+        encoded = iter(self._backend.encode_batch_fast(plain, add_special_tokens=False))
+        rows = []
+        for row in parts:
+            ids: list[int] = []
+            for i, part in enumerate(row):
+                ids += self._special(part) if i % 2 else next(encoded).ids
+            rows.append(ids)
+        return rows
+
+    def _special(self, run: str) -> list[int]:
+        return [self.start if name == START else self.end for name in re.findall(r"<\|\w+\|>", run)]
+
+    def _text(self, ids: list[int]) -> str:
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        unknown = [i for i in ids if i not in self._names]
+        if unknown:
+            raise InputError(f"token {unknown[0]} is not in this vocabulary of {self.vocab}: decode with its own codec")
+        names = [self._names[i] for i in ids if i != self.start]
+        text = "".join(name.removesuffix(FINAL) + " " if name.endswith(FINAL) else name for name in names)
+        bytes_of = {letter: byte for byte, letter in _byte_table().items()} | {" ": ord(" ")}
+        return bytes(bytes_of[letter] for letter in text).decode("utf-8", errors="replace").strip()
+
+
+def clean(text: str) -> str:
+    """The text as CLIP sees it: repaired, unescaped, one space between words, lower-case."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def _byte_table() -> dict[int, str]:
+    """Byte -> printable letter, GPT-2's table: printable Latin-1 stands for itself, the rest for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _byte_letters() -> list[str]:
+    return list(_byte_table().values())
+
+
+def _pieces(pattern: str):
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _backend(merges: list[tuple[str, str]], pattern: str) -> Tokenizer:
+    """The library's tokenizer with CLIP's numbering: bytes, final bytes, merges in order, start, end."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    letters = _byte_letters()
+    names = [*letters, *(letter + FINAL for letter in letters), *("".join(merge) for merge in merges), START, END]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=FINAL))
+    backend.pre_tokenizer = _pieces(pattern)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, vocab[START]), (END, vocab[END])]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace(FINAL, " "), decoders.ByteLevel()])
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (START, END)])
+    return backend
