@@ -1,0 +1,1 @@
+"""Captioned folders: the index, media decoding, importers, the pixel cache and the data order."""

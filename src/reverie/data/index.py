@@ -1,0 +1,240 @@
+"""The index: one table, `metadata.parquet`, beside the media files of a dataset.
+
+It follows the imagefolder convention (a `file_name` column, relative to the table's folder, with `/`), so other tools
+open it. Every stage reads it and adds columns; a rejected file stays in it, with its reason.
+
+Columns: the fields of `Item`; `captions` is a list of structs (text, source, language); each score is a float column
+`score_<name>` (null where an item has none). Columns that Reverie does not know are kept when the table is rewritten.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from reverie.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FILE = "metadata.parquet"
+MARK = b"reverie.index"  # schema metadata: this table is ours, with the version of its layout
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """One caption; `source` says where it came from ("txt", "label", "emojibase", ...), `language` is ISO 639-1."""
+
+    text: str
+    source: str
+    language: str = "en"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One media file. `frames` is 1 for an image; `fps` is 0.0 for images; `reject` is None or the reason."""
+
+    file_name: str
+    hash: str
+    bytes: int
+    width: int
+    height: int
+    frames: int = 1
+    fps: float = 0.0
+    split: str = "train"
+    captions: tuple[Caption, ...] = ()
+    label: str | None = None
+    source: str | None = None
+    licence: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    reject: str | None = None
+
+
+class Index:
+    """The items of one dataset folder. `extra` holds the columns that Reverie does not know, keyed by file_name."""
+
+    def __init__(self, folder: str | Path, items: list[Item], *, extra: pa.Table | None = None) -> None:
+        self.folder = Path(folder)
+        self.items = items
+        self.extra = extra
+        self.selected = False  # a selection: writing it would lose the items that were not selected
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def __getitem__(self, i: int) -> Item:
+        return self.items[i]
+
+    def path(self, item: Item) -> Path:
+        """Where the media file of `item` lies."""
+        return self.folder / item.file_name
+
+    def select(
+        self,
+        split: str | None = None,
+        video: bool | None = None,
+        sources: Collection[str] | None = None,
+        accepted: bool | None = True,
+    ) -> Index:
+        """The items that meet every condition given; `accepted=None` takes rejected items as well. Order is kept."""
+        if split is not None and split not in SPLITS:
+            raise InputError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")
+        items = [
+            item
+            for item in self.items
+            if (split is None or item.split == split)
+            and (video is None or (item.frames > 1) == video)
+            and (sources is None or item.source in sources)
+            and (accepted is None or (item.reject is None) == accepted)
+        ]
+        selection = Index(self.folder, items, extra=self.extra)
+        selection.selected = self.selected or len(items) < len(self.items)
+        return selection
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Index:
+        """Reads `folder/metadata.parquet`. InputError: no such table, not ours, or a file name that leaves `folder`."""
+        import pyarrow.parquet as pq
+
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise InputError(f"No index in {folder}: run `reverie data import {folder}` first.")
+        try:
+            table = pq.read_table(path)
+        except Exception:  # arrow raises many kinds, and their text is not ours
+            raise InputError(f"{path} is not a readable parquet file: import the folder again.") from None
+        if not is_ours(table.schema):
+            raise InputError(
+                f"{path} was not written by Reverie: run `reverie data import {folder} --out FOLDER`, which reads it."
+            )
+        return cls._from_table(Path(folder), table)
+
+    def write(self) -> Path:
+        """Writes `folder/metadata.parquet` at once or not at all (temporary file, fsync, rename)."""
+        import pyarrow.parquet as pq
+
+        if self.selected:
+            raise InputError("This index is a selection; writing it would lose the other items. Write the whole index.")
+        path = self.folder / FILE
+        table = self._to_table()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".metadata-", suffix=".parquet")
+        except OSError:
+            raise InputError(f"Cannot write into {self.folder}: give another folder with `out`.") from None
+        try:
+            with os.fdopen(handle, "wb") as file:
+                pq.write_table(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    def _to_table(self) -> pa.Table:
+        import pyarrow as pa
+
+        names = [item.file_name for item in self.items]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"The index lists {twice!r} twice: a file name must be unique.")
+        for name in names:
+            _check_name(name)
+        schema = _schema(pa)
+        rows = [
+            {
+                **{name: getattr(item, name) for name in schema.names if name != "captions"},
+                "captions": [
+                    {"text": c.text, "source": c.source, "language": c.language} for c in item.captions
+                ],
+            }
+            for item in self.items
+        ]
+        table = pa.Table.from_pylist(rows, schema=schema)
+        for name in sorted({name for item in self.items for name in item.scores}):
+            values = pa.array([item.scores.get(name) for item in self.items], pa.float64())
+            table = table.append_column(f"score_{name}", values)
+        if self.extra is not None:
+            row = {name: i for i, name in enumerate(self.extra.column("file_name").to_pylist())}
+            take = pa.array([row.get(name) for name in names], pa.int64())
+            for name in self.extra.column_names:
+                if name not in table.column_names:
+                    table = table.append_column(self.extra.field(name), self.extra.column(name).take(take))
+        return table.replace_schema_metadata({MARK: b"1"})
+
+    @classmethod
+    def _from_table(cls, folder: Path, table: pa.Table) -> Index:
+        import pyarrow as pa
+
+        schema = _schema(pa)
+        missing = [name for name in schema.names if name not in table.column_names]
+        if missing:
+            raise InputError(f"{folder / FILE} lacks the columns {', '.join(missing)}: import the folder again.")
+        scores = [
+            name for name in table.column_names if name.startswith("score_") and pa.types.is_floating(table[name].type)
+        ]
+        known = set(schema.names) | set(scores)
+        try:
+            rows = table.select(schema.names).cast(schema).to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+            raise InputError(f"{folder / FILE} has columns of unexpected types: import the folder again.") from None
+        values = {name.removeprefix("score_"): table[name].to_pylist() for name in scores}
+        items = []
+        for i, row in enumerate(rows):
+            _check_name(row["file_name"])
+            captions = tuple(Caption(**caption) for caption in row.pop("captions") or ())
+            items.append(
+                Item(
+                    **row,
+                    captions=captions,
+                    scores={name: column[i] for name, column in values.items() if column[i] is not None},
+                )
+            )
+        extra = [name for name in table.column_names if name not in known]
+        return cls(folder, items, extra=table.select(["file_name", *extra]) if extra else None)
+
+
+def is_ours(schema: pa.Schema) -> bool:
+    """Whether a parquet schema is that of an index which Reverie wrote."""
+    return MARK in (schema.metadata or {})
+
+
+def _schema(pa: Any) -> pa.Schema:
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    caption = pa.struct([("text", text), ("source", text), ("language", text)])
+    return pa.schema(
+        [
+            ("file_name", text),
+            ("hash", text),
+            ("bytes", whole),
+            ("width", whole),
+            ("height", whole),
+            ("frames", whole),
+            ("fps", real),
+            ("split", text),
+            ("captions", pa.list_(caption)),
+            ("label", text),
+            ("source", text),
+            ("licence", text),
+            ("reject", text),
+        ]
+    )
+
+
+def _check_name(name: str | None) -> None:
+    """An index from a stranger must not name files outside its folder."""
+    here, there = PurePosixPath(name or "/"), PureWindowsPath(name or "/")
+    outside = here.is_absolute() or ".." in here.parts or ".." in there.parts or (os.name == "nt" and there.anchor)
+    if not name or outside or "\x00" in name:
+        raise InputError(f"The index names {name!r}, which is not a relative path inside its folder with `/`.")
