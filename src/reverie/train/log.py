@@ -1,0 +1,429 @@
+"""The run folder: everything one training run leaves behind, readable without Reverie.
+
+    config.json         the resolved configuration
+    metrics.jsonl       one object per logged step: {"step": 120, "loss": 2.31, ...}
+    events.jsonl        skipped steps, with the reason and the sample ids
+    bad_samples.jsonl   samples that could not be read and were replaced
+    curves.png          the metrics drawn
+    samples/            grids at fixed prompts and noise, by step
+    checkpoints/        step-00000100/...
+
+A resumed run drops the lines beyond the step it resumes from, since these steps run again; so no step appears twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reverie.errors import InputError
+
+FREE = (
+    "save_every",
+    "keep",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "prefetch",
+    "device",
+    "plan",
+    "track",
+    "out",
+)
+"""Configuration keys that may change when a run resumes, since no result depends on them."""
+
+
+class Run:
+    """One run folder. `train` opens it (and resumes what is in it); the recipe logs to it between the steps."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Any = None,
+        *,
+        track: bool = False,
+        progress: bool = True,
+        free: Sequence[str] = FREE,
+    ) -> None:
+        """`config` is a dataclass or a mapping; `track` also writes TensorBoard files; `free` may differ on resume."""
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; name a folder for the run.")
+        self.config = resolved(config if config is not None else {})
+        self.free = frozenset(free)
+        self.checkpoints = self.folder / "checkpoints"
+        self.samples = self.folder / "samples"
+        for path in (self.folder, self.checkpoints, self.samples):
+            path.mkdir(parents=True, exist_ok=True)
+        self._metrics = _Lines(self.folder / "metrics.jsonl")
+        self._events = _Lines(self.folder / "events.jsonl")
+        self._bad = _Lines(self.folder / "bad_samples.jsonl")
+        self._progress = Progress() if progress else None
+        self._lock: Any = None
+        self._writer: Any = None
+        self._track = track
+        if track:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+            except ImportError as error:
+                raise InputError(
+                    "track=True needs TensorBoard; install it with: pip install 'reverie[track]'."
+                ) from error
+
+    # ------------------------------------------------------------ for the recipe
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line of named numbers for `step`; names that begin with "val" are drawn over their namesakes."""
+        row = {name: float(value) for name, value in metrics.items()}
+        self._metrics.append({"step": step} | {k: v if math.isfinite(v) else None for k, v in row.items()})
+        if self._track:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = self._writer or SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, step)
+
+    def sample_path(self, step: int, name: str = "grid.png") -> Path:
+        """Where the samples of `step` go: samples/grid-00000100.png."""
+        stem, dot, suffix = name.partition(".")
+        return self.samples / f"{stem}-{step:08d}{dot}{suffix}"
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """Every logged line so far."""
+        return self._metrics.read()
+
+    def curves(self) -> None:
+        """Draws curves.png from the metrics: each series smoothed over its raw values, validation over training."""
+        _draw(self.metrics(), self.folder / "curves.png", title=self.folder.name)
+
+    def say(self, text: str) -> None:
+        """One line to the person who watches, beside the progress."""
+        if self._progress is not None:
+            self._progress.say(text)
+
+    # ------------------------------------------------------------ for the loop
+
+    def open(self) -> None:
+        """Locks the folder against a second trainer; the lock dies with the process."""
+        try:
+            import fcntl
+        except ImportError:  # Windows has no flock
+            return
+        handle = (self.folder / ".lock").open("a")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise InputError(
+                f"{self.folder} is in use by another training process; wait for it or name another."
+            ) from error
+        self._lock = handle
+
+    def start(self, step: int) -> None:
+        """Begins at `step` updates done: checks the configuration (InputError), writes it, drops later lines."""
+        path = self.folder / "config.json"
+        if step > 0 and path.exists():
+            try:
+                before = json.loads(path.read_text())
+            except ValueError as error:
+                raise InputError(
+                    f"{path} is not JSON any more; restore it, or train in a new folder."
+                ) from error
+            refuse_difference(before, self.config, where=str(self.folder), free=self.free)
+        _replace(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Forgets every line beyond `step`."""
+        for lines in (self._metrics, self._events, self._bad):
+            lines.rewind(step)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def event(self, step: int, **what: Any) -> None:
+        """Records something that happened at `step`."""
+        self._events.append({"step": step} | what)
+
+    def bad(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
+        """Records samples (path, reason) that the batch of `step` had to replace."""
+        for path, reason in samples:
+            self._bad.append({"step": step, "path": str(path), "reason": str(reason)})
+
+    def progress(self, step: int, steps: int, *, loss: float, items: int) -> None:
+        """Tells the person who watches that `step` of `steps` is done."""
+        if self._progress is not None:
+            self._progress.update(step, steps, loss=loss, items=items)
+
+    def sync(self) -> None:
+        """Flushes the logs to the disk, so that they are not behind a checkpoint after a power cut."""
+        for lines in (self._metrics, self._events, self._bad):
+            lines.sync()
+
+    def close(self) -> None:
+        """Draws the curves, ends the progress and gives the folder free."""
+        for lines in (self._metrics, self._events, self._bad):
+            lines.close()
+        if self._progress is not None:
+            self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def resolved(config: Any) -> Any:
+    """`config` as plain JSON values: dataclasses, mappings, sequences, paths, numbers, strings."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: resolved(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): resolved(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [resolved(value) for value in config]
+    if isinstance(config, set | frozenset):
+        return sorted(resolved(value) for value in config)
+    if isinstance(config, Path):
+        return str(config)
+    if config is None or isinstance(config, str | int | float | bool):
+        return config
+    raise InputError(
+        f"The configuration holds {config!r}, which JSON cannot; use numbers, strings, lists or dataclasses."
+    )
+
+
+def refuse_difference(before: Any, now: Any, *, where: str, free: frozenset[str] = frozenset()) -> None:
+    """Raises InputError naming every key that differs; `steps` may grow, and `free` keys may change."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    differing = []
+    for key in sorted(old.keys() | new.keys()):
+        leaf = key.rsplit(".", 1)[-1]
+        a, b = old.get(key, "absent"), new.get(key, "absent")
+        grown = leaf == "steps" and isinstance(a, int) and isinstance(b, int) and b >= a
+        if a != b and not grown and not free.intersection(key.split(".")):
+            differing.append(f"{key} (was {a!r}, is {b!r})")
+    if differing:
+        raise InputError(
+            f"{where} holds a run with another configuration: {', '.join(differing)}; "
+            "give the same values to go on with it, or name a new folder."
+        )
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+# ---------------------------------------------------------------- lines
+
+
+class _Lines:
+    """A JSONL file of objects with a "step", appended and flushed line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._file = path, None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line; a line that a kill tore is dropped."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+        return rows
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        if self.path.exists():
+            kept = [json.dumps(row, ensure_ascii=False) for row in self.read() if row["step"] <= step]
+            kept = list(
+                dict.fromkeys(kept)
+            )  # what the recipe logs before the first step comes again on every resume
+            _replace(self.path, "".join(f"{line}\n" for line in kept))
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _replace(path: Path, text: str) -> None:
+    tmp = path.with_name(f".{path.name}.tmp")
+    with tmp.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """A bar on a terminal; elsewhere one plain line every few seconds. Both on stderr."""
+
+    def __init__(self, *, every: float = 5.0) -> None:
+        self.every = every
+        self._bar: Any = None
+        self._task: Any = None
+        self._begin = self._told = time.monotonic()
+        self._first: int | None = None
+        self._items = 0
+        self._loss = math.nan
+
+    def update(self, step: int, steps: int, *, loss: float, items: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._begin, self._first, self._told = now, step, now
+        else:
+            self._items += items
+        if math.isfinite(loss):
+            self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
+        seconds = now - self._begin
+        done = step - self._first
+        rate = f"{self._items / seconds:.1f} items/s" if seconds > 0 and done > 0 else "? items/s"
+        left = duration(seconds / done * (steps - step)) if done > 0 else "?"
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+                from rich.progress import Progress as Bar
+
+                columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+                self._bar = Bar(*columns, console=_console(), transient=False)
+                self._task = self._bar.add_task("")
+                self._bar.start()
+            text = f"loss {self._loss:.4g} · {rate} · {left} left"
+            self._bar.update(self._task, completed=step, total=steps, description=text)
+        elif step == steps or now - self._told >= self.every:
+            self._told = now
+            print(
+                f"step {step}/{steps} · loss {self._loss:.4g} · {rate} · {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._first, self._items = None, 0
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3.5 h", "2.1 days"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+# ---------------------------------------------------------------- curves
+
+
+def _series(rows: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                xs, ys = series.setdefault(name, ([], []))
+                xs.append(row["step"])
+                ys.append(float(value))
+    return series
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """A running mean with a memory of about 2 % of the series, without the pull of a zero start."""
+    keep = max(0.0, 1 - 50 / len(values)) if len(values) > 50 else 0.0
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def _draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    series = _series(rows)
+    if not series:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[str]] = {}
+    for name in series:
+        base = name[3:].lstrip("_/ ") if name.startswith("val") else name
+        panels.setdefault(base or name, []).append(name)
+    order = sorted(
+        panels, key=lambda base: (base != "loss", "loss" not in base, base in ("lr", "grad_norm"), base)
+    )
+    columns = min(3, len(order))
+    lines = math.ceil(len(order) / columns)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for at, base in enumerate(order):
+        axes = figure.add_subplot(lines, columns, at + 1)
+        axes.set_title(base, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        values = [y for name in panels[base] for y in series[name][1]]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        for name in sorted(panels[base]):
+            xs, ys = series[name]
+            validation = name.startswith("val")
+            colour = "tab:orange" if validation else "tab:blue"
+            if validation or len(xs) < 60:
+                axes.plot(xs, ys, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+            else:
+                axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.7)
+                axes.plot(xs, _smooth(ys), color=colour, linewidth=1.6, label=f"{name} (smoothed)")
+        if len(panels[base]) > 1:
+            axes.legend(fontsize=8)
+    tmp = path.with_name(f".{path.name}.tmp")
+    figure.savefig(tmp, dpi=110, format="png")
+    os.replace(tmp, path)
