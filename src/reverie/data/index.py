@@ -122,7 +122,9 @@ class Index:
         import pyarrow.parquet as pq
 
         if self.selected:
-            raise InputError("This index is a selection; writing it would lose the other items. Write the whole index.")
+            raise InputError(
+                "This index is a selection; writing it would lose the other items. Write the whole index."
+            )
         path = self.folder / FILE
         table = self._to_table()
         try:
@@ -180,15 +182,21 @@ class Index:
         schema = _schema(pa)
         missing = [name for name in schema.names if name not in table.column_names]
         if missing:
-            raise InputError(f"{folder / FILE} lacks the columns {', '.join(missing)}: import the folder again.")
+            raise InputError(
+                f"{folder / FILE} lacks the columns {', '.join(missing)}: import the folder again."
+            )
         scores = [
-            name for name in table.column_names if name.startswith("score_") and pa.types.is_floating(table[name].type)
+            name
+            for name in table.column_names
+            if name.startswith("score_") and pa.types.is_floating(table[name].type)
         ]
         known = set(schema.names) | set(scores)
         try:
             rows = table.select(schema.names).cast(schema).to_pylist()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
-            raise InputError(f"{folder / FILE} has columns of unexpected types: import the folder again.") from None
+            raise InputError(
+                f"{folder / FILE} has columns of unexpected types: import the folder again."
+            ) from None
         values = {name.removeprefix("score_"): table[name].to_pylist() for name in scores}
         items = []
         for i, row in enumerate(rows):
@@ -235,6 +243,10 @@ def _schema(pa: Any) -> pa.Schema:
 def _check_name(name: str | None) -> None:
     """An index from a stranger must not name files outside its folder."""
     here, there = PurePosixPath(name or "/"), PureWindowsPath(name or "/")
-    outside = here.is_absolute() or ".." in here.parts or ".." in there.parts or (os.name == "nt" and there.anchor)
+    outside = (
+        here.is_absolute() or ".." in here.parts or ".." in there.parts or (os.name == "nt" and there.anchor)
+    )
     if not name or outside or "\x00" in name:
-        raise InputError(f"The index names {name!r}, which is not a relative path inside its folder with `/`.")
+        raise InputError(
+            f"The index names {name!r}, which is not a relative path inside its folder with `/`."
+        )

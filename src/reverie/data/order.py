@@ -35,8 +35,11 @@ def batch_ids(
     if n < 1:
         raise InputError("There is no sample to train on: import a folder with accepted media first.")
     if batch < 1 or batch % world:
-        raise InputError(f"A batch of {batch} cannot be shared by {world} ranks: make it a multiple of {world}.")
-    assert step >= 0 and 0 <= rank < world
+        raise InputError(
+            f"A batch of {batch} cannot be shared by {world} ranks: make it a multiple of {world}."
+        )
+    assert step >= 0
+    assert 0 <= rank < world
     share = batch // world
     start = step * batch + rank * share
     places = [divmod(place, n) for place in range(start, start + share)]

@@ -1,0 +1,255 @@
+"""Every item of an index decoded once, to uint8 RGBA, in one memory-mapped file.
+
+The cache file is named after what it depends on: the content hashes in their order, size, frames and fit. It is
+written beside its name and renamed when complete, and checked (layout and checksum) each time it is opened; a file
+that fails the check is made again. Layout: the frames `4 h w` of all items one after the other, then a JSON record,
+then its length and a mark.
+
+A file that cannot be decoded is recorded in `bad` with the reason and has no pixels. Samples are drawn from `good`,
+so a replacement depends on the data alone; the share of bad files is limited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from reverie.data.index import Index, Item
+from reverie.data.media import LIMITS, Limits, MediaError, decode_array, tune_allocator
+from reverie.data.progress import track
+from reverie.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_END = struct.Struct("<Q8s")
+_MARK = b"reverie1"
+_CHUNK = 2**24
+
+
+class Bad(NamedTuple):
+    """A file without pixels: its file_name and why."""
+
+    path: str
+    reason: str
+
+
+class Pixels:
+    """The decoded media of an index: `pixels[i]` is uint8 `f 4 h w`, f <= frames, for each i in `pixels.good`."""
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        size: int | tuple[int, int],
+        frames: int = 1,
+        fit: str = "pad",
+        cache: str | Path | None = None,
+        max_bad: float = 0.2,
+        workers: int | None = None,
+        limits: Limits = LIMITS,
+        quiet: bool = False,
+    ) -> None:
+        """Decodes what the cache does not hold yet.
+
+        size: side of the square, or (height, width). frames: at most so many of a clip, evenly spaced.
+        fit: "pad" or "crop", as in `media.decode`. cache: a folder for the cache file; None decodes into an unnamed
+        temporary file. max_bad: InputError when a larger share of the files cannot be decoded. workers: threads.
+        """
+        self.index = index
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.frames, self.fit, self.limits = frames, fit, limits
+        if len(index) == 0:
+            raise InputError(
+                f"There is nothing to decode in {index.folder}: no item was accepted or selected."
+            )
+        self._max_bad = max_bad
+        record = (
+            self._open(Path(cache), workers, quiet) if cache is not None else self._temporary(workers, quiet)
+        )
+        self.counts: list[int] = record["counts"]
+        reasons = {int(i): reason for i, reason in record["bad"]}
+        self._reasons = reasons
+        self.bad = [Bad(index[i].file_name, reason) for i, reason in reasons.items()]
+        self.good = [i for i in range(len(index)) if i not in reasons]
+        self._starts = np.cumsum([0, *self.counts]).tolist()
+        self._refuse_too_many(self.bad)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """The frames of item i: a fresh uint8 tensor `f 4 h w`. InputError for an item whose file is bad."""
+        import torch
+
+        if not 0 <= i < len(self.index):
+            raise IndexError(i)
+        if i in self._reasons:
+            raise InputError(
+                f"{self.index[i].file_name} has no pixels ({self._reasons[i]}): draw samples from `pixels.good`."
+            )
+        return torch.from_numpy(np.array(self._data[self._starts[i] : self._starts[i + 1]]))
+
+    def write_bad(self, path: str | Path) -> None:
+        """Writes `bad` as JSON lines: {"path", "reason"}."""
+        lines = [json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in self.bad]
+        Path(path).write_text("".join(lines), encoding="utf-8")
+
+    def _refuse_too_many(self, bad: list[Bad]) -> None:
+        if len(bad) <= self._max_bad * len(self.index) and len(bad) < len(self.index):
+            return
+        reasons = Counter(entry.reason for entry in bad).most_common(3)
+        listed = "; ".join(
+            f"{reason} ({count}, such as {self._example(bad, reason)})" for reason, count in reasons
+        )
+        raise InputError(
+            f"{len(bad)} or more of {len(self.index)} files in {self.index.folder} cannot be decoded, more than the "
+            f"{self._max_bad:.0%} allowed: {listed}. Mend or remove them and import the folder again, or raise max_bad."
+        )
+
+    @staticmethod
+    def _example(bad: list[Bad], reason: str) -> str:
+        return next(entry.path for entry in bad if entry.reason == reason)
+
+    def _key(self) -> str:
+        parts = [*self.size, self.frames, self.fit, *(item.hash for item in self.index)]
+        return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=10).hexdigest()
+
+    # --- the cache file
+
+    def _open(self, folder: Path, workers: int | None, quiet: bool) -> dict[str, Any]:
+        height, width = self.size
+        path = folder / f"pixels-{height}x{width}-{self.frames}-{self.fit}-{self._key()}.bin"
+        if path.is_file():
+            with path.open("rb") as file:
+                record = self._valid(file)
+                if record is not None:
+                    self._map(file, record)
+                    return record
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".pixels-", suffix=".tmp")
+        except OSError:
+            raise InputError(f"Cannot write the pixel cache into {folder}: give another folder.") from None
+        try:
+            with os.fdopen(handle, "w+b") as file:
+                record = self._decode_all(file, workers, quiet)
+                file.flush()
+                os.fsync(file.fileno())
+                self._map(file, record)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return record
+
+    def _temporary(self, workers: int | None, quiet: bool) -> dict[str, Any]:
+        with tempfile.TemporaryFile() as file:
+            record = self._decode_all(file, workers, quiet)
+            file.flush()
+            self._map(file, record)  # the mapping outlives the name and the handle
+        return record
+
+    def _map(self, file: BinaryIO, record: dict[str, Any]) -> None:
+        shape = (sum(record["counts"]), 4, *self.size)
+        self._data = np.memmap(file, np.uint8, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint8)
+
+    def _valid(self, file: BinaryIO) -> dict[str, Any] | None:
+        """The record of a complete cache file that belongs to this index; None for anything else."""
+        size = file.seek(0, 2)
+        if size < _END.size:
+            return None
+        file.seek(size - _END.size)
+        length, mark = _END.unpack(file.read(_END.size))
+        if mark != _MARK or length > size - _END.size:
+            return None
+        file.seek(size - _END.size - length)
+        text = file.read(length)
+        try:
+            record = json.loads(text)
+            counts, data, key = record["counts"], record["bytes"], record["key"]
+            bad = {int(i): str(reason) for i, reason in record["bad"]}
+            sound = (
+                key == self._key()
+                and len(counts) == len(self.index)
+                and all(isinstance(n, int) and (n == 0) == (i in bad) for i, n in enumerate(counts))
+                and all(0 <= n <= self.frames for n in counts)
+                and data == sum(counts) * 4 * self.size[0] * self.size[1] == size - _END.size - length
+            )
+        except (ValueError, KeyError, TypeError):
+            return None
+        return record if sound and _checksum(file, data) == record.get("crc32") else None
+
+    def _decode_all(self, file: BinaryIO, workers: int | None, quiet: bool) -> dict[str, Any]:
+        counts, bad, crc = [], [], 0
+        steps = _in_order(self._frames_of, self.index.items, workers or min(8, os.cpu_count() or 1))
+        for i, frames in enumerate(track(steps, total=len(self.index), label="decoding", quiet=quiet)):
+            if isinstance(frames, str):
+                counts.append(0)
+                bad.append((i, frames))
+                if len(bad) > self._max_bad * len(self.index):
+                    self._refuse_too_many([Bad(self.index[j].file_name, reason) for j, reason in bad])
+                continue
+            counts.append(len(frames))
+            crc = zlib.crc32(frames, crc)
+            file.write(frames)
+        record = {"key": self._key(), "counts": counts, "bad": bad, "bytes": file.tell(), "crc32": crc}
+        text = json.dumps(record).encode()
+        file.write(text + _END.pack(len(text), _MARK))
+        return record
+
+    def _frames_of(self, item: Item) -> np.ndarray | str:
+        """The frames `f 4 h w` of one item, contiguous, or the reason why there are none."""
+        if item.reject is not None:
+            return item.reject
+        path = self.index.path(item)
+        try:
+            frames = decode_array(path, size=self.size, frames=self.frames, fit=self.fit, limits=self.limits)
+            if file_hash(path) != item.hash:
+                return "the file has changed since the import: import the folder again"
+        except MediaError as error:
+            return error.reason
+        except OSError:
+            return "the file cannot be read"
+        return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(file: BinaryIO, size: int) -> int:
+    file.seek(0)
+    crc = 0
+    while size > 0 and (chunk := file.read(min(_CHUNK, size))):
+        crc, size = zlib.crc32(chunk, crc), size - len(chunk)
+    return crc
+
+
+def _in_order(function: Any, items: list[Any], workers: int) -> Iterator[Any]:
+    """`function` of each item on `workers` threads, in the order of the items, a few ahead of the consumer."""
+    tune_allocator()
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
