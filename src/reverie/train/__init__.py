@@ -1,4 +1,5 @@
-"""Training: one loop over players, and what it needs. The recipe logs, evaluates and samples between the steps.
+"""Training: one loop over players, and what it needs. The recipe logs, evaluates and samples between the
+steps.
 
 loop        the generator `train` over players (a loss and its optimizer); resumes exactly
 checkpoint  atomic checkpoint folders with a manifest; safetensors and JSON only

@@ -1,9 +1,10 @@
 """Checkpoints that exist completely or not at all.
 
 A checkpoint is a folder `step-00000100` (the state after 100 updates) of safetensors and JSON files and a
-`MANIFEST.json` with the size and SHA-256 of each. It is written under a temporary name, every file and the folder are
-flushed to disk, then it is renamed and the parent flushed: whatever kills the process, the folder is whole or absent.
-A checkpoint that is deleted is first renamed away, for the same reason. Nothing here is ever pickled.
+`MANIFEST.json` with the size and SHA-256 of each. It is written under a temporary name, every file and the
+folder are flushed to disk, then it is renamed and the parent flushed: whatever kills the process, the folder
+is whole or absent. A checkpoint that is deleted is first renamed away, for the same reason. Nothing here is
+ever pickled.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def save(
 ) -> Path:
     """Writes `folder/step-XXXXXXXX` with one safetensors file per entry of `tensors`, and `state.json`.
 
-    Afterwards the newest `keep` checkpoints remain (None: all). A whole checkpoint of this step is left as it is.
-    Raises InputError when the disk refuses; the checkpoints before are intact then.
+    Afterwards the newest `keep` checkpoints remain (None: all). A whole checkpoint of this step is left as it
+    is. Raises InputError when the disk refuses; the checkpoints before are intact then.
     """
     final = folder / f"step-{step:08d}"
     if final.exists() and damage(final) is None:
@@ -81,11 +82,11 @@ def save(
         full = full or "os error 28" in str(error)
         reason = "the disk is full" if full else str(error)
         raise InputError(
-            f"The checkpoint of step {step} could not be written to {folder} ({reason}); earlier checkpoints are intact: "
-            f"{'free some space' if full else 'mend that'} and start the same command again to go on from the latest."
+            f"The checkpoint of step {step} could not be written to {folder} ({reason}); earlier ones are "
+            f"intact: {'free some space' if full else 'mend that'} and start the same command again."
         ) from error
     if keep is not None:
-        for old in steps(folder)[keep:]:
+        for old in [path for path in steps(folder) if path.name <= final.name][keep:]:
             _delete(old)
             _reached("old deleted")
     return final
@@ -101,6 +102,8 @@ def damage(path: Path) -> str | None:
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name, entry in files.items():
+            if name != Path(name).name:
+                return f"{MANIFEST} names {name!r}, which is no file of this folder"
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has the wrong size"
             if _sha256(path / name) != entry["sha256"]:
@@ -113,13 +116,23 @@ def damage(path: Path) -> str | None:
 
 
 def latest(folder: Path, *, report: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The newest checkpoint that passes its manifest, or None; damaged ones on the way are told to `report`."""
+    """The newest checkpoint that passes its manifest, or None; `report` hears of damaged newer ones."""
     for path in steps(folder):
         reason = damage(path)
         if reason is None:
             return path
         report(f"{path} is damaged ({reason}) and is passed over")
     return None
+
+
+def set_aside(folder: Path, *, after: Path) -> None:
+    """Renames the checkpoints newer than `after`, which are damaged, to damaged-step-..., out of the way."""
+    for path in steps(folder):
+        if path.name > after.name:
+            aside = path.with_name(f"damaged-{path.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(path, aside)
 
 
 def clean(folder: Path) -> None:
@@ -158,7 +171,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(targets: Mapping[str, Tensor], path: Path) -> None:
-    """Copies the tensors of the file at `path` into `targets`, in place; names, shapes and dtypes must agree."""
+    """Copies the tensors at `path` into `targets`, in place; InputError unless names and shapes agree."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if names != set(targets):
@@ -194,7 +207,7 @@ def optimizer_state(
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, scalars: Mapping[str, Any]
 ) -> None:
-    """Replaces the optimizer's state by the file at `path` and `scalars`; its hyperparameters stay as constructed."""
+    """Replaces the optimizer's state by that of `path` and `scalars`; hyperparameters stay as they are."""
     names = _names(model, optimizer)
     by_name = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.clear()
@@ -213,7 +226,7 @@ def restore_optimizer(
 
 
 def groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The hyperparameters of the optimizer's groups, without what the schedule changes and what machines change."""
+    """The hyperparameters of the optimizer's groups, without those that schedule or machine change."""
     drop = {"params", "lr", "fused", "foreach"}
     return json.loads(
         json.dumps([{k: v for k, v in g.items() if k not in drop} for g in optimizer.param_groups])
@@ -254,6 +267,8 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows flushes no folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

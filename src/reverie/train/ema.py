@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages the trainable parameters of a model; frozen parameters and buffers are read from the model itself."""
+    """Averages the trainable parameters of a model; the rest is taken as the model has it."""
 
     def __init__(self, model: nn.Module, *, decay: float = 0.999, warmup: bool = True) -> None:
         assert 0 <= decay < 1, f"decay {decay} is outside [0, 1)"

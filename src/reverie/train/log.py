@@ -8,7 +8,8 @@
     samples/            grids at fixed prompts and noise, by step
     checkpoints/        step-00000100/...
 
-A resumed run drops the lines beyond the step it resumes from, since these steps run again; so no step appears twice.
+A resumed run drops the lines beyond the step it resumes from, since these steps run again; so no step appears
+twice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +43,7 @@ FREE = (
 
 
 class Run:
-    """One run folder. `train` opens it (and resumes what is in it); the recipe logs to it between the steps."""
+    """One run folder: `train` opens it and resumes what is in it, the recipe logs to it."""
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class Run:
         progress: bool = True,
         free: Sequence[str] = FREE,
     ) -> None:
-        """`config` is a dataclass or a mapping; `track` also writes TensorBoard files; `free` may differ on resume."""
+        """`config`: a dataclass or mapping; `track`: also for TensorBoard; `free`: keys that may change."""
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; name a folder for the run.")
@@ -80,7 +82,7 @@ class Run:
     # ------------------------------------------------------------ for the recipe
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line of named numbers for `step`; names that begin with "val" are drawn over their namesakes."""
+        """Appends one line of numbers for `step`; curves.png draws val_loss over loss, and so on."""
         row = {name: float(value) for name, value in metrics.items()}
         self._metrics.append({"step": step} | {k: v if math.isfinite(v) else None for k, v in row.items()})
         if self._track:
@@ -100,7 +102,7 @@ class Run:
         return self._metrics.read()
 
     def curves(self) -> None:
-        """Draws curves.png from the metrics: each series smoothed over its raw values, validation over training."""
+        """Draws curves.png: each series raw and smoothed, validation over training."""
         _draw(self.metrics(), self.folder / "curves.png", title=self.folder.name)
 
     def say(self, text: str) -> None:
@@ -126,10 +128,10 @@ class Run:
             ) from error
         self._lock = handle
 
-    def start(self, step: int) -> None:
-        """Begins at `step` updates done: checks the configuration (InputError), writes it, drops later lines."""
+    def check(self) -> None:
+        """Raises InputError when the folder's config.json differs from this run's configuration."""
         path = self.folder / "config.json"
-        if step > 0 and path.exists():
+        if path.exists():
             try:
                 before = json.loads(path.read_text())
             except ValueError as error:
@@ -137,6 +139,10 @@ class Run:
                     f"{path} is not JSON any more; restore it, or train in a new folder."
                 ) from error
             refuse_difference(before, self.config, where=str(self.folder), free=self.free)
+
+    def start(self, step: int) -> None:
+        """Begins at `step` steps done: writes the configuration and drops later lines."""
+        path = self.folder / "config.json"
         _replace(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
         self.rewind(step)
 
@@ -394,8 +400,7 @@ def _draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
 
     panels: dict[str, list[str]] = {}
     for name in series:
-        base = name[3:].lstrip("_/ ") if name.startswith("val") else name
-        panels.setdefault(base or name, []).append(name)
+        panels.setdefault(re.sub(r"^val[_/]", "", name), []).append(name)
     order = sorted(
         panels, key=lambda base: (base != "loss", "loss" not in base, base in ("lr", "grad_norm"), base)
     )
@@ -415,7 +420,7 @@ def _draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
             axes.set_yscale("log")
         for name in sorted(panels[base]):
             xs, ys = series[name]
-            validation = name.startswith("val")
+            validation = name.startswith(("val_", "val/"))
             colour = "tab:orange" if validation else "tab:blue"
             if validation or len(xs) < 60:
                 axes.plot(xs, ys, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)

@@ -5,13 +5,14 @@
     for step in train([player], batches, run=run, steps=1000):
         run.log(step.number, step.metrics)          # log, evaluate, sample: in plain sight, between the steps
 
-Convention: `batches(step, micro)` and `schedule(step)` count from 0 and are pure functions; `Step.number` and the
-names of checkpoints count the steps done, so the first is 1. A checkpoint is written when the recipe asks for the
-next step, hence after what it did with this one. In one step every player in turn sees the same batches.
+Convention: `batches(step, micro)` and `schedule(step)` count from 0 and are pure functions; `Step.number` and
+the names of checkpoints count the steps done, so the first is 1. A checkpoint is written when the recipe asks
+for the next step, hence after what it did with this one. In one step every player in turn sees the same
+batches.
 
-Resume equals the uninterrupted run bit for bit on a CPU with the same number of threads: batches are functions of the
-step, torch's global generator is seeded from (seed, step, player, micro) before every forward pass, and models,
-optimizers and averages are restored exactly.
+Resume equals the uninterrupted run bit for bit on a CPU with the same number of threads: batches are
+functions of the step, torch's global generator is seeded from (seed, step, player, micro) before every
+forward pass, and models, optimizers and averages are restored exactly.
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ class NonFiniteError(InputError):
 
 
 class Stopped(SystemExit):
-    """A signal asked to stop and a checkpoint was written. Exit code 85 (start me again), or 130 after Ctrl-C."""
+    """Stopped by a signal, with a checkpoint. Exit code 85 (start me again), or 130 after Ctrl-C."""
 
 
 @dataclass
 class Player:
     """A model, its loss and its optimizer.
 
-    `loss` takes a batch and gives {"loss": scalar, named scalar parts}; by default `model.loss`. `schedule` gives the
-    factor on the optimizer's lr by the step from 0. `clip` bounds the norm of the gradient. With several players each
-    needs a `name`, which prefixes its files and metrics.
+    `loss` takes a batch and gives {"loss": scalar, named scalar parts}; by default `model.loss`. `schedule`
+    gives the factor on the optimizer's lr by the step from 0. `clip` bounds the norm of the gradient. With
+    several players each needs a `name`, which prefixes its files and metrics.
     """
 
     model: nn.Module
@@ -84,8 +85,8 @@ class Player:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step, done or skipped. With several players `losses`, `norms`, `rates` have keys "name/loss"; `loss`,
-    `grad_norm` and `lr` are the first player's. What a skipped step did not compute is nan."""
+    """One step, done or skipped. With several players `losses`, `norms`, `rates` have keys "name/loss";
+    `loss`, `grad_norm` and `lr` are the first player's. What a skipped step did not compute is nan."""
 
     number: int
     steps: int
@@ -134,23 +135,27 @@ def train(
     estimate: bool = True,
     deterministic: bool | None = None,
 ) -> Iterator[Step]:
-    """Trains until `steps` steps are done, going on from the newest whole checkpoint in `run` if there is one.
+    """Trains until `steps` steps are done, going on from the newest whole checkpoint in `run` if there is
+    one.
 
-    batches        dict of tensors by (step, micro); may carry "ids" (named when a step fails) and "bad", pairs (path,
-                   reason) that were replaced: listed in bad_samples.jsonl; a share above `max_bad` stops the run
+    batches        dict of tensors by (step, micro); may carry "ids" (named when a step fails) and "bad",
+                   pairs (path, reason) that were replaced: these are listed in bad_samples.jsonl, and a share
+                   above `max_bad` stops the run
     accumulate     how many batches make one step
     precision      auto, fp32 or bf16 (autocast)
-    non_finite     what follows a loss or gradient that is nan or inf, before the weights see it: "stop" raises
-                   NonFiniteError; "skip" leaves no trace of the step, at most `max_skips` in a row; "rollback" goes
-                   back to the last checkpoint and leaves that step's batch out, at most `max_skips` times from there
-    save_every     steps between checkpoints, of which the newest `keep` stay (None: all); the last step is saved too
+    non_finite     what follows a loss or gradient that is nan or inf, before the weights see it: "stop"
+                   raises NonFiniteError; "skip" leaves no trace of the step, at most `max_skips` in a row;
+                   "rollback" goes back to the last checkpoint and leaves that step's batch out, at most
+                   `max_skips` times from there
+    save_every     steps between checkpoints, the newest `keep` of which stay (None: all); so is the end
     resume         auto, must (InputError without a checkpoint) or never (InputError with one)
-    prefetch       how many batches a thread prepares ahead; `batches` must then not draw from global generators
+    prefetch       how many batches a thread prepares ahead; they must not draw from global generators then
     estimate       say time and memory before the first step
     deterministic  ask torch for deterministic kernels; by default on a CPU
 
-    SIGTERM, SIGINT and SIGUSR1 write a checkpoint after the current step and raise Stopped; a second one acts at once.
-    Raises InputError when the run folder holds a run with another configuration, seed, precision or optimizer.
+    SIGTERM, SIGINT and SIGUSR1 write a checkpoint after the current step and raise Stopped; a second one acts
+    at once. Raises InputError when the run folder holds a run with another configuration, seed, precision or
+    optimizer.
     """
     players = list(players)
     if len({player.name for player in players}) != len(players):
@@ -263,7 +268,7 @@ class _Loop:
                         self._save(draw=step.last or bool(caught))
                     if caught:
                         run.say(
-                            f"{caught[0].name}: stopped after step {step.number}; the same command goes on from there."
+                            f"{caught[0].name}: stopped after step {step.number}; the same command goes on."
                         )
                         raise Stopped(130 if caught[0] == signal.SIGINT else 85)
         finally:
@@ -275,8 +280,8 @@ class _Loop:
     def _step(self, modes: list[dict[nn.Module, bool]]) -> Step | None:
         """Does the next step; None when it rolled back instead."""
         at, begin = self.counts.step, time.perf_counter()
-        losses: dict[str, float] = {}
-        norms: dict[str, float] = {}
+        losses = {p._key("loss"): math.nan for p in self.players}
+        norms = {p._key("grad_norm"): math.nan for p in self.players}
         rates = {
             p._key("lr"): p.schedule(at) * p.optimizer.param_groups[0]["initial_lr"] for p in self.players
         }
@@ -300,8 +305,8 @@ class _Loop:
             losses=losses,
             norms=norms,
             rates=rates,
-            loss=losses.get(first._key("loss"), math.nan),
-            grad_norm=norms.get(first._key("grad_norm"), math.nan),
+            loss=losses[first._key("loss")],
+            grad_norm=norms[first._key("grad_norm")],
             lr=rates[first._key("lr")],
             items=items,
             seconds=time.perf_counter() - begin,
@@ -327,8 +332,9 @@ class _Loop:
             torch.manual_seed(rng.integer(self.seed, "step", at, player.name, micro))
             with formats.autocast(self.precision, self.device):
                 parts.append(player.loss(batch))
+            assert all(v.numel() == 1 for v in parts[-1].values()), "loss(batch) must give scalars"
             (parts[-1]["loss"] / self.accumulate).backward()
-            parts[-1] = {name: value.detach().float() for name, value in parts[-1].items()}
+            parts[-1] = {name: value.detach().float().reshape(()) for name, value in parts[-1].items()}
         gradients = [p.grad for g in player.optimizer.param_groups for p in g["params"] if p.grad is not None]
         assert gradients, "the loss depends on no parameter that the optimizer trains"
         norm = nn.utils.get_total_norm(gradients)
@@ -336,9 +342,11 @@ class _Loop:
             [value for part in parts for value in part.values()] + [norm.float()]
         ).tolist()
         names = [name for part in parts for name in part]
+        means: dict[str, float] = {}
         for name, value in zip(names, values, strict=True):
             key = player._key(name)
-            losses[key] = losses.get(key, 0.0) + value / self.accumulate
+            means[key] = means.get(key, 0.0) + value / self.accumulate
+        losses.update(means)
         norms[player._key("grad_norm")] = total
         trouble = self._trouble(
             player, at, [v for n, v in zip(names, values, strict=True) if n == "loss"], total
@@ -383,8 +391,8 @@ class _Loop:
         enough = counts.items >= 64 or at + 1 == self.steps
         if enough and counts.bad > self.max_bad * counts.items:
             raise InputError(
-                f"{counts.bad} of {counts.items} samples could not be read, more than the {self.max_bad:.0%} allowed; "
-                f"see {self.run.folder / 'bad_samples.jsonl'}, mend or remove these files, and start again."
+                f"{counts.bad} of {counts.items} samples could not be read, more than the {self.max_bad:.0%} "
+                f"allowed; see {self.run.folder / 'bad_samples.jsonl'}, mend or remove them, and start again."
             )
         return items
 
@@ -394,14 +402,14 @@ class _Loop:
         counts = self.counts
         if self.non_finite == "stop":
             raise NonFiniteError(
-                f"{trouble}; the weights did not see it. Lower the learning rate or look at these samples, or choose "
-                "non_finite='skip' or 'rollback'; the run goes on from its last checkpoint."
+                f"{trouble}; the weights did not see it. Lower the learning rate, look at these samples, or "
+                "choose non_finite='skip' or 'rollback'; the run goes on from its last checkpoint."
             )
         counts.in_a_row += 1
         if counts.in_a_row > self.max_skips:
             raise NonFiniteError(
-                f"{trouble}; this is the {counts.in_a_row}th step in a row that is not finite, and {self.max_skips} are "
-                "allowed. Lower the learning rate, or go on from an earlier checkpoint."
+                f"{trouble}; {counts.in_a_row} such steps in a row are more than the {self.max_skips} allowed. "
+                "Lower the learning rate, or go on from an earlier checkpoint."
             )
         counts.skipped.append(counts.step)
         self.run.event(counts.step, event="skipped", reason=trouble.what, ids=trouble.ids)
@@ -411,8 +419,8 @@ class _Loop:
         self.rollbacks += 1
         if self.rollbacks > self.max_skips:
             raise NonFiniteError(
-                f"{trouble}; this is the {self.rollbacks}th rollback to one checkpoint, and {self.max_skips} are allowed. "
-                "Lower the learning rate, or go on from an earlier checkpoint."
+                f"{trouble}; {self.rollbacks} rollbacks to one checkpoint are more than the {self.max_skips} "
+                "allowed. Lower the learning rate, or go on from an earlier checkpoint."
             )
         self.left_out[at] = trouble
         path = checkpoint.latest(self.run.checkpoints, report=self.run.say)
@@ -445,9 +453,11 @@ class _Loop:
                 self._save(draw=False)
             return
         state = checkpoint.read_state(path)
-        self.run.start(state["counts"]["step"])
+        self.run.check()
         refuse_difference(state["settings"], self._settings(), where=str(self.run.folder))
         self._restore(path)
+        checkpoint.set_aside(folder, after=path)
+        self.run.start(self.counts.step)
         self.run.say(f"going on after step {self.counts.step}, from {path}")
         if state["machine"] != _machine(self.device):
             self.run.say(
@@ -482,8 +492,8 @@ class _Loop:
             for name, parameter in player.model.named_parameters():
                 if not torch.isfinite(parameter).all():
                     raise NonFiniteError(
-                        f"{name} is not finite after step {self.counts.step}, so no checkpoint of it is written; lower "
-                        "the learning rate and go on from the last checkpoint."
+                        f"{name} is not finite after step {self.counts.step}, so no checkpoint is written; "
+                        "lower the learning rate and go on from the last checkpoint."
                     )
             state, rest = checkpoint.optimizer_state(player.model, player.optimizer)
             tensors[player._file("model")] = checkpoint.model_tensors(player.model)
@@ -525,13 +535,17 @@ class _Loop:
     def _say_plan(self) -> None:
         for player in self.players:
             _modes(player.model)
+        batch = self.batches(self.counts.step, 0)
+        begin = time.perf_counter()
+        self.batches.function(self.counts.step, 0)  # again: the first call may open files and fill caches
+        loading = 0.0 if self.batches.ahead else time.perf_counter() - begin
         told = plan.estimate(
             self.players,
-            self.batches(self.counts.step, 0),
+            batch,
             steps=self.steps - self.counts.step,
+            loading=loading,
             accumulate=self.accumulate,
             precision=self.precision,
-            device=self.device,
         )
         self.run.say(str(told))
 
@@ -547,7 +561,7 @@ class _Info:
 
 
 class _Batches:
-    """Calls the pure function of (step, micro), remembers what the current step fetched, and may work ahead."""
+    """Calls the pure function of (step, micro), keeps what the step fetched, and may work ahead."""
 
     def __init__(
         self,

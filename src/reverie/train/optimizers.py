@@ -1,8 +1,8 @@
 """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with weight decay on matrices only.
 
-Gains, biases, temperatures (fewer than two dimensions) and the weights of `nn.Embedding` never decay. A module that
-owns further exceptions (position tables, class tokens) names them, relative to itself, in a set `no_decay`; a name
-there may be a parameter or a submodule.
+Gains, biases, temperatures (fewer than two dimensions) and the weights of `nn.Embedding` never decay. A
+module that owns further exceptions (position tables, class tokens) names them, relative to itself, in a set
+`no_decay`; a name there may be a parameter or a submodule.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters of `model`; `lr` is the peak that the schedule's factor multiplies."""
+    """Fused AdamW over the trainable parameters of `model`; the schedule's factor multiplies `lr`."""
     exempt = no_decay_names(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [

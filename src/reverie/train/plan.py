@@ -1,20 +1,22 @@
 """How long a run will take and how much memory it needs, said before its first step.
 
-The estimate runs the first batch forward and backward on the model itself, throws the gradients away and puts the
-buffers back; parameters, optimizer and EMA are only read, and every random draw of training is keyed, so a run is
-the same bit for bit with or without it.
+The estimate runs the first batch forward and backward on the model itself, throws the gradients away and
+puts the buffers back; parameters, optimizer and EMA are only read, and every random draw of training is
+keyed, so a run is the same bit for bit with or without it.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reverie.train import precision as formats
 from reverie.train.log import duration
@@ -25,135 +27,123 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Seconds and bytes; `bytes` is the peak of the whole process on a CPU, of the device elsewhere."""
+    """Times in seconds, sizes in bytes.
 
-    parameters: int
+    `memory` is the peak of the whole process on a CPU and of the device elsewhere, once the optimizer has its
+    state; `activations` is what autograd keeps between forward and backward; `available` is None where the
+    system does not say.
+    """
+
+    steps: int
     step_seconds: float
-    seconds: float
+    parameters: int
     weights: int
     optimizer: int
     ema: int
     activations: int
-    bytes: int
+    memory: int
     available: int | None
-    steps: int
+
+    @property
+    def seconds(self) -> float:
+        """All the steps, without evaluation, sampling and checkpoints."""
+        return self.steps * self.step_seconds
 
     def __str__(self) -> str:
         text = (
-            f"{self.parameters / 1e6:.1f} M parameters · {self.steps:,} steps of {self.step_seconds:.2g} s: about "
-            f"{duration(self.seconds)}, evaluation not counted · about {_size(self.bytes)} of memory (weights "
-            f"{_size(self.weights)}, gradients and optimizer {_size(self.optimizer)}, EMA {_size(self.ema)}, "
-            f"activations {_size(self.activations)}, the rest Python, libraries and data)"
+            f"{_count(self.parameters)} parameters · {self.steps:,} steps of {self.step_seconds:.2g} s take about "
+            f"{duration(self.seconds)} without evaluation · needs about {_size(self.memory)} of memory "
+            f"(weights {_size(self.weights)}, gradients and optimizer {_size(self.optimizer)}, "
+            f"EMA {_size(self.ema)}, activations {_size(self.activations)}, the rest Python, libraries, data)"
         )
-        if self.available is not None and self.bytes > self.available:
-            text += f"; only {_size(self.available)} can be had: take a smaller batch with more accumulation"
+        if self.available is not None and self.memory > self.available:
+            text += f" but only {_size(self.available)} are free: take smaller batches and accumulate more"
         return text
 
 
 def estimate(
-    players: list[Player],
+    players: Sequence[Player],
     batch: Mapping[str, Any],
     *,
     steps: int,
     accumulate: int = 1,
-    precision: str = "fp32",
-    device: torch.device | None = None,
-    loss: Callable[[Player, Mapping[str, Any]], Mapping[str, Tensor]] | None = None,
+    precision: str = "auto",
+    loading: float = 0.0,
 ) -> Plan:
-    """Times `batch` (already on `device`) through every player, and adds up what will be allocated.
+    """Times `batch`, which lies on the model's device, through every player, and adds up what it needs.
 
-    The first pass warms up and measures activations (every tensor that backward keeps); the second is timed, unless
-    the first took over five seconds, and then that counts.
+    One pass warms up and measures the activations; up to three more are timed, as long as they take a second
+    together, and the fastest counts. `loading` is the time that one batch takes to make.
     """
-    device = device or next(players[0].model.parameters()).device
+    device = next(players[0].model.parameters()).device
     precision = formats.resolve(precision, device)
-    loss = loss or (lambda player, batch: player.loss(batch))
-    resident, seconds, activations = _resident(device), 0.0, 0
+    seconds, activations = accumulate * loading, 0
     for player in players:
         buffers = [(buffer, buffer.clone()) for buffer in player.model.buffers()]
-        for attempt in (0, 1):
-            torch.manual_seed(0)
-            begin = time.perf_counter()
-            with _Kept(player.model) if attempt == 0 else _Nothing() as kept:
-                with formats.autocast(precision, device):
-                    total = loss(player, dict(batch))["loss"]
-                total.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            once = time.perf_counter() - begin
-            activations = max(activations, kept.bytes)
-            for other in players:
-                other.optimizer.zero_grad(set_to_none=True)
-                other.model.zero_grad(set_to_none=True)
-            if once > 5:
-                break
+        kept: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in player.model.parameters()}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept, weights: set[int] = weights) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            times = [_pass(player, batch, precision, device)]
+        activations = max(activations, sum(kept.values()))
+        while sum(times) < 1 and len(times) < 4:
+            times.append(_pass(player, batch, precision, device))
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        seconds += once * accumulate + _update_seconds(player, device)
-    peak = max(_resident(device), resident)
-    trainable = [p for player in players for group in player.optimizer.param_groups for p in group["params"]]
-    held = sum(_bytes(v) for player in players for s in player.optimizer.state.values() for v in s.values())
-    moments = 2 * sum(_bytes(p) for p in trainable)  # the usual two; an upper bound for plain SGD
-    everything = {id(p): p for player in players for p in player.model.parameters()}
+        for other in players:
+            other.model.zero_grad(set_to_none=True)
+        seconds += accumulate * min(times) + _update_seconds(player, device)
+    trained = sum(_bytes(p) for player in players for g in player.optimizer.param_groups for p in g["params"])
+    states = [state for player in players for state in player.optimizer.state.values()]
+    held = sum(_bytes(value) for state in states for value in state.values())
+    moments = 2 * trained  # Adam's two; more than enough for plain SGD
+    parameters = {id(p): p for player in players for p in player.model.parameters()}.values()
     return Plan(
-        parameters=sum(p.numel() for p in everything.values()),
-        step_seconds=seconds,
-        seconds=seconds * steps,
-        weights=sum(_bytes(p) for p in everything.values()),
-        optimizer=moments + sum(_bytes(p) for p in trainable),
-        ema=sum(_bytes(v) for player in players if player.ema for v in player.ema.average.values()),
-        activations=activations,
-        bytes=peak + max(0, moments - held),
-        available=_available(device),
         steps=steps,
+        step_seconds=seconds,
+        parameters=sum(p.numel() for p in parameters),
+        weights=sum(_bytes(p) for p in parameters),
+        optimizer=trained + moments,
+        ema=sum(_bytes(value) for player in players if player.ema for value in player.ema.average.values()),
+        activations=activations,
+        memory=_peak(device) + max(0, moments - held),
+        available=_available(device),
     )
 
 
-class _Nothing:
-    bytes = 0
-
-    def __enter__(self) -> _Nothing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Adds up the storages that autograd keeps for backward, without the parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.bytes = 0
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> _Kept:
-        super().__enter__()
-        return self
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
+def _pass(player: Player, batch: Mapping[str, Any], precision: str, device: torch.device) -> float:
+    torch.manual_seed(0)
+    begin = time.perf_counter()
+    with formats.autocast(precision, device):
+        loss = player.loss(dict(batch))["loss"]
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _update_seconds(player: Player, device: torch.device) -> float:
-    """The time of an AdamW update and an EMA update, measured on a million numbers and scaled."""
+    """The time of an AdamW and an EMA update, measured on at most a million numbers and scaled."""
     numel = sum(p.numel() for group in player.optimizer.param_groups for p in group["params"])
     sample = torch.zeros(min(numel, 1_000_000), device=device, requires_grad=True)
     sample.grad = torch.zeros_like(sample)
     optimizer = torch.optim.AdamW([sample], fused=True)
-    optimizer.step()
-    begin = time.perf_counter()
-    optimizer.step()
-    if player.ema:
-        sample.detach().lerp_(sample.grad, 0.5)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) * numel / max(1, sample.numel())
+    for _ in range(2):  # the first allocates
+        begin = time.perf_counter()
+        optimizer.step()
+        if player.ema is not None:
+            sample.detach().lerp_(sample.grad, 0.5)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begin
+    return seconds * numel / sample.numel()
 
 
 def _bytes(value: Any) -> int:
@@ -161,30 +151,36 @@ def _bytes(value: Any) -> int:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+    return (
+        f"{count / 1e6:.1f} MB"
+        if count < 1e7
+        else f"{count / 1e6:.0f} MB"
+        if count < 1e9
+        else f"{count / 1e9:.1f} GB"
+    )
 
 
-def _resident(device: torch.device) -> int:
-    """The most memory this process has held so far."""
+def _count(count: int) -> str:
+    return f"{count:,}" if count < 1e5 else f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
+
+
+def _peak(device: torch.device) -> int:
+    """The most memory this process has held so far, on the device or, on a CPU, altogether."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return 0
-    import sys
+    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _available(device: torch.device) -> int | None:
+    """What this process could hold: what is free and what it holds already."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    meminfo, statm = Path("/proc/meminfo"), Path("/proc/self/statm")
+    if not (meminfo.exists() and statm.exists()):
         return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    statm = Path("/proc/self/statm").read_text().split()
-    import os
-
-    return int(fields["MemAvailable"].split()[0]) * 1024 + int(statm[1]) * os.sysconf("SC_PAGE_SIZE")
+    free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(free.split()[1]) * 1024 + int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

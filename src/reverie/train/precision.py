@@ -14,7 +14,7 @@ from reverie.errors import InputError
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 matrices in hardware (AVX512-BF16 or AMX, Arm BF16, NVIDIA from Ampere on)."""
+    """Whether `device` multiplies bf16 in hardware: AVX512-BF16, AMX, Arm BF16, NVIDIA since Ampere."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

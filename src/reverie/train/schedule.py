@@ -1,7 +1,7 @@
 """Learning-rate schedules: plain functions of the step to the factor that multiplies the optimizer's `lr`.
 
-Convention: `step` counts from 0, so the first update uses `factor(0)`; warm-up is linear and its first factor is
-1 / (warmup + 1), never 0. Bind the rest with `functools.partial` or a lambda.
+Convention: `step` counts from 0, so the first update uses `factor(0)`; warm-up is linear and its first factor
+is 1 / (warmup + 1), never 0. Bind the rest with `functools.partial` or a lambda.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def constant(step: int, *, warmup: int = 0) -> float:
 
 
 def cosine(step: int, *, steps: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """Linear warm-up, then half a cosine from 1 at `warmup` to `floor` at `steps` (SGDR, arXiv 1608.03983)."""
+    """Linear warm-up, then half a cosine from 1 at `warmup` to `floor` at `steps` (arXiv 1608.03983)."""
     if step < warmup:
         return _warm(step, warmup)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -27,5 +27,5 @@ def cosine(step: int, *, steps: int, warmup: int = 0, floor: float = 0.0) -> flo
 
 
 def exponential(step: int, *, epoch: int, rate: float = 0.9, warmup: int = 0) -> float:
-    """`rate` to the power of the epochs passed, `epoch` steps each, as BLIP decays (0.9 in its configuration)."""
+    """`rate` to the power of the epochs of `epoch` steps that have passed (BLIP's, 0.9 as released)."""
     return _warm(step, warmup) * rate ** (step // epoch)
