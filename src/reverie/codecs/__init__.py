@@ -1,1 +1,1 @@
-"""Codecs: signal <-> tokens or latents. `encode(signal)`, `decode(...)`, and plain attributes (`vocab`, `stride`, ...)."""
+"""Codecs: signal <-> tokens or latents; `encode`, `decode`, plain attributes (`vocab`, `stride`, `channels`)."""

@@ -1,9 +1,9 @@
-"""Text <-> tokens by byte-level byte-pair encoding, with CLIP's vocabulary and rules or one trained on your own captions.
+"""Text <-> tokens by byte-level byte-pair encoding: CLIP's own vocabulary, or one trained on your captions.
 
-Papers: Sennrich et al. 2016 (1508.07909); Radford et al. 2021, CLIP (2103.00020). The rules are those of openai/CLIP:
-repair the text (ftfy), unescape HTML twice, collapse white space, lower-case, split into pieces, write each piece as
-bytes, mark its last byte with `</w>`, merge. Convention: `start, tokens..., end`, then `pad` (0, as in CLIP).
-The vocabulary is 256 bytes, 256 final bytes, one token per merge, start, end; so no text is out of vocabulary.
+Papers: Sennrich et al. 2016 (1508.07909); Radford et al. 2021, CLIP (2103.00020). The rules are those of
+openai/CLIP: repair the text (ftfy), unescape HTML twice, collapse white space, lower-case, split into pieces,
+write each piece as bytes, mark its last byte with `</w>`, merge. Convention: `start, tokens..., end`, then `pad`
+(0, as in CLIP). The vocabulary is 256 bytes, 256 final bytes, one token per merge, start, end: it covers any text.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from reverie.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 FINAL = "</w>"
 # CLIP's pieces: contractions, runs of letters, single digits, runs of anything else that is not white space.
-CLIP_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# The same, but Chinese has no spaces: each Han character is a piece, so a word has the same tokens wherever it stands.
+# U+0345, a mark whose upper case is a letter, is in none: CLIP's pattern, which ignores case, never matches it.
+CLIP_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+# The same, but Chinese has no spaces: each Han character is a piece, so a word has the same tokens anywhere.
 HAN_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{Han}|[\p{L}&&\P{Han}]+|\p{N}|[^\s\p{L}\p{N}\p{Han}]+"
-# CLIP reads its own special tokens in a text as such, unless punctuation before them swallows their first characters.
+# CLIP reads special tokens in a text as such, unless punctuation before them swallows their first characters.
 SPECIAL = re.compile(r"(?:^|(?<=\s)|(?<=[^\W_]))((?:<\|startoftext\|>|<\|endoftext\|>)+)")
 
 
@@ -39,13 +41,9 @@ class Bpe:
     """A text codec; make one with `Bpe.clip()`, `Bpe.train(captions, vocab=...)` or `Bpe.read(path)`."""
 
     def __init__(self, backend: Tokenizer) -> None:
-        backend.normalizer = None  # `clean` has done it, exactly
-        backend.encode_special_tokens = True  # so the backend never reads specials in a text: `SPECIAL` does
-        backend.no_padding()
-        backend.no_truncation()
-        self._backend = backend
-        self._names = {id: name for name, id in backend.get_vocab(with_added_tokens=True).items()}
-        self.vocab = len(self._names)
+        self._backend = backend  # splits and merges; `clean` normalises, `SPECIAL` finds the special tokens
+        self._names = {i: name for name, i in backend.get_vocab().items()}
+        self.vocab = max(self._names) + 1
         self.start, self.end, self.pad = backend.token_to_id(START), backend.token_to_id(END), 0
 
     @classmethod
@@ -57,17 +55,17 @@ class Bpe:
 
     @classmethod
     def train(cls, captions: Iterable[str], *, vocab: int) -> Bpe:
-        """A vocabulary of at most `vocab` tokens from captions in any language; the same captions give the same one.
+        """A vocabulary of at most `vocab` tokens from captions in any language; the same ones give the same one.
 
         It is smaller when no pair of tokens is left that occurs twice.
         """
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
         if vocab < 514:
-            raise InputError(f"a byte-pair vocabulary needs at least 514 tokens (bytes and specials), not {vocab}")
+            raise InputError(f"a vocabulary needs at least 514 tokens (bytes and specials), not {vocab}")
         pieces = _pieces(HAN_PIECES)
-        # The library numbers `</w>` tokens in the order of a hash map. One private character for each final byte,
-        # all in the initial alphabet, makes the result the same in every process.
+        # The library numbers `</w>` tokens in the order of a hash map. One private character for each final
+        # byte, all in the initial alphabet, makes the result the same in every process.
         letters = _byte_letters()
         finals = {letter: chr(0xE000 + i) for i, letter in enumerate(letters)}
         names = {final: letter + FINAL for letter, final in finals.items()}
@@ -93,35 +91,42 @@ class Bpe:
     @classmethod
     def read(cls, path: str | Path) -> Bpe:
         """Read a `tokenizer.json`, written by `write` or by another library for a CLIP."""
-        from tokenizers import Tokenizer, models
+        from tokenizers import Tokenizer
 
         if not Path(path).is_file():
             raise InputError(f"no tokenizer at {path}: give the path of a tokenizer.json")
         try:
-            backend = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            kind, suffix, vocab = (tree["model"][key] for key in ("type", "end_of_word_suffix", "vocab"))
+            bare = {"added_tokens": [], "normalizer": None, "padding": None, "truncation": None}
+            backend = Tokenizer.from_str(json.dumps(tree | bare))
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{path} is not a tokenizer.json that can be read: {error}") from error
-        if not isinstance(backend.model, models.BPE) or backend.model.end_of_word_suffix != FINAL:
-            raise InputError(f"{path} is not a byte-pair tokenizer with the suffix {FINAL}: give one made for a CLIP")
-        if backend.token_to_id(START) is None or backend.token_to_id(END) is None:
-            raise InputError(f"{path} lacks the tokens {START} and {END}: give a tokenizer made for a CLIP")
+            raise InputError(
+                f"{path} is not a byte-pair tokenizer.json ({error!r}): give one made for a CLIP"
+            ) from error
+        if kind != "BPE" or suffix != FINAL or not {START, END} <= vocab.keys():
+            raise InputError(
+                f"{path} is a {kind} tokenizer, not byte pairs with the suffix {FINAL} and the tokens {START}"
+                f" and {END}: give one made for a CLIP"
+            )
         return cls(backend)
 
     def write(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that other libraries read too (they skip the ftfy and HTML repairs)."""
-        from tokenizers import Regex, Tokenizer, normalizers
+        from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 
         copy = Tokenizer.from_str(self._backend.to_str())
         copy.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
+        copy.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (START, END)])
         Path(path).write_text(copy.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, texts: Sequence[str], *, length: int | None = None) -> Tensor:
         """Texts to tokens, int64 `b n`.
 
-        n is `length`, or without it that of the longest text. A text that does not fit loses its last tokens, never
-        the end token.
+        n is `length`, or without it that of the longest text. A text that does not fit loses its last tokens,
+        never the end token.
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, not the text {texts[:40]!r}: write [text]")
@@ -137,7 +142,7 @@ class Bpe:
         return tokens
 
     def decode(self, tokens: Tensor | Sequence[Sequence[int]]) -> list[str]:
-        """Tokens `b n` to cleaned texts: up to the first end token, without start; a broken character becomes U+FFFD."""
+        """Tokens `b n` to cleaned texts, up to the first end token; a broken character becomes U+FFFD."""
         rows = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
         return [self._text(row) for row in rows]
 
@@ -165,7 +170,9 @@ class Bpe:
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
         unknown = [i for i in ids if i not in self._names]
         if unknown:
-            raise InputError(f"token {unknown[0]} is not in this vocabulary of {self.vocab}: decode with its own codec")
+            raise InputError(
+                f"token {unknown[0]} is not among these {self.vocab}: decode with the codec that made it"
+            )
         names = [self._names[i] for i in ids if i != self.start]
         text = "".join(name.removesuffix(FINAL) + " " if name.endswith(FINAL) else name for name in names)
         bytes_of = {letter: byte for byte, letter in _byte_table().items()} | {" ": ord(" ")}
@@ -176,11 +183,13 @@ def clean(text: str) -> str:
     """The text as CLIP sees it: repaired, unescaped, one space between words, lower-case."""
     import ftfy
 
+    if text.isascii() and text.isprintable() and "&" not in text:  # nothing to repair: faster
+        return " ".join(text.split()).lower()
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def _byte_table() -> dict[int, str]:
-    """Byte -> printable letter, GPT-2's table: printable Latin-1 stands for itself, the rest for U+0100 and up."""
+    """Byte -> printable letter, GPT-2's table: printable Latin-1 is itself, the rest U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -190,7 +199,7 @@ def _byte_letters() -> list[str]:
     return list(_byte_table().values())
 
 
-def _pieces(pattern: str):
+def _pieces(pattern: str) -> PreTokenizer:
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
@@ -199,16 +208,21 @@ def _pieces(pattern: str):
 
 def _backend(merges: list[tuple[str, str]], pattern: str) -> Tokenizer:
     """The library's tokenizer with CLIP's numbering: bytes, final bytes, merges in order, start, end."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+    from tokenizers import Tokenizer, decoders, models, processors
 
     letters = _byte_letters()
-    names = [*letters, *(letter + FINAL for letter in letters), *("".join(merge) for merge in merges), START, END]
+    names = [
+        *letters,
+        *(letter + FINAL for letter in letters),
+        *("".join(merge) for merge in merges),
+        START,
+        END,
+    ]
     vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=FINAL))
     backend.pre_tokenizer = _pieces(pattern)
     backend.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, vocab[START]), (END, vocab[END])]
     )
-    backend.decoder = decoders.Sequence([decoders.Replace(FINAL, " "), decoders.ByteLevel()])
-    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (START, END)])
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(FINAL, " ")])
     return backend
