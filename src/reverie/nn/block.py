@@ -1,0 +1,66 @@
+"""Transformer blocks: the plain pre-norm one, and the one that a vector modulates."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from reverie.nn.attention import CrossAttention, SelfAttention
+from reverie.nn.mlp import Mlp
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); `b n d -> b n d` (CLIP, GPT-2, ViT)."""
+
+    def __init__(self, width: int, heads: int, *, ratio: float = 4.0, activation: str = "gelu", eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * ratio), activation=activation)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask=mask, causal=causal)
+        return x + self.mlp(self.norm2(x))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift with one shift and scale per item, or per position (`b n d`)."""
+    return x * (1 + scale) + shift
+
+
+class ModulatedBlock(nn.Module):
+    """adaLN-zero (DiT, 2212.09748, section 3.2) with cross-attention to a context between attention and MLP.
+
+    `vector` is `b n d` (or `b 1 d`, one for all positions). The last layer of the modulation starts at zero, as does
+    the cross-attention's output, so a new block is the identity.
+    """
+
+    def __init__(self, width: int, heads: int, *, context_width: int, ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = SelfAttention(width, heads, qk_norm=True)
+        self.norm_context = nn.LayerNorm(width, eps=1e-6)
+        self.cross = CrossAttention(width, heads, context_width=context_width, qk_norm=True)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, int(width * ratio), activation="gelu_tanh")
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        for zero in (self.modulation[1], self.cross.out):
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        vector: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(
+            self.modulation(vector), "b n (six d) -> six b n d", six=6
+        )
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotary=rotary)
+        x = x + self.cross(self.norm_context(x), context, context_mask)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))

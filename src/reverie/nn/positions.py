@@ -1,0 +1,54 @@
+"""Where a token stands: sinusoids, and rotary embeddings over one to three axes.
+
+Rotary (Su et al. 2021, 2104.09864): pairs of channels (2i, 2i + 1) are turned by position x frequency. With several
+axes the channels of a head are shared out among them, each axis turning its own share (the layout of FLUX and of
+video transformers). Attention then depends on position differences alone, so any size and duration can be sampled.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+
+def sinusoidal(t: Tensor, width: int, *, scale: float = 1.0, longest: float = 10_000.0) -> Tensor:
+    """`b -> b width`: cosines then sines of `scale * t` at geometric frequencies (the timestep embedding of DDPM)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
+    angle = rearrange(scale * t.float(), "b -> b 1") * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def share(channels: int, axes: int) -> tuple[int, ...]:
+    """Split a head's channels among axes: even counts, what is left over goes to the last axes (height, width)."""
+    pairs = channels // 2
+    base = pairs // axes
+    extra = pairs - base * axes
+    return tuple(2 * (base + (1 if axis >= axes - extra else 0)) for axis in range(axes))
+
+
+def rotary(positions: Tensor, channels: int, *, longest: float = 100.0) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each `n channels`, for `positions n axes`; `longest` sets the slowest wave, in positions."""
+    axes = positions.shape[-1]
+    angles = []
+    for axis, size in enumerate(share(channels, axes)):
+        frequencies = longest ** (-torch.arange(0, size, 2, device=positions.device) / max(size, 1))
+        angles.append(positions[:, axis, None].float() * frequencies)
+    angle = repeat(torch.cat(angles, dim=-1), "n pairs -> n (pairs two)", two=2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn `b heads n d` by `(cos, sin)`: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    cos, sin = (part.to(x.dtype) for part in rotary)
+    even, odd = rearrange(x, "b heads n (pairs two) -> two b heads n pairs", two=2)
+    return x * cos + rearrange([-odd, even], "two b heads n pairs -> b heads n (pairs two)") * sin
+
+
+def grid(*sizes: int, device: torch.device | str | None = None) -> Tensor:
+    """Integer positions of a grid in row-major order, `n axes`."""
+    axes = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
+    return rearrange(list(axes), "axes ... -> (...) axes")

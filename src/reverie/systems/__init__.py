@@ -1,0 +1,1 @@
+"""One paper, one file: the parts, the loss, what the system can do."""

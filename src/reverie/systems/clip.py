@@ -1,0 +1,128 @@
+"""CLIP: "Learning Transferable Visual Models From Natural Language Supervision" (Radford et al. 2021, 2103.00020).
+
+    image --- Vit ---- projection --- unit vector --\\
+                                                     x temperature -> logits -> symmetric cross-entropy
+    text  --- Text --- projection --- unit vector --/
+
+Images are float `b 3 h w` in [-1, 1]; the mean and std that the public weights expect are applied inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reverie.codecs.bpe import Bpe
+from reverie.encoders.text import Text, TextConfig
+from reverie.encoders.vit import Vit, VitConfig
+from reverie.errors import InputError
+from reverie.objectives.contrastive import info_nce
+from reverie.pictures import to_signal
+
+LARGEST_SCALE = 100.0  # section 2.5: the temperature is clipped so that logits are never scaled by more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    image: VitConfig = VitConfig()
+    text: TextConfig = TextConfig()
+    width: int = 512  # of the shared space
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of colours in [0, 1]
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Clip(nn.Module):
+    """The two towers and the temperature. `tokenizer` may be left out when only tokens are embedded."""
+
+    no_decay = ("log_scale",)
+
+    def __init__(self, config: ClipConfig, tokenizer: Bpe | None = None):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image = Vit(config.image)
+        self.text = Text(config.text)
+        self.image_projection = nn.Linear(config.image.width, config.width, bias=False)
+        self.text_projection = nn.Linear(config.text.width, config.width, bias=False)
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # [1]: sharding refuses scalars
+        nn.init.normal_(self.image_projection.weight, std=config.image.width**-0.5)
+        nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
+
+    # Embeddings ----------------------------------------------------------------------------------------------------
+
+    def embed_image(self, images: Tensor | Sequence[str | Path | Image.Image]) -> Tensor:
+        """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
+        if not isinstance(images, Tensor):
+            images = self.prepare(images)
+        size = self.config.image.size
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"images must be `b 3 h w`, but have shape {tuple(images.shape)}.")
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
+        x = ((images + 1) / 2 - colour[0]) / colour[1]
+        return F.normalize(self.image_projection(self.image.pool(self.image(x))), dim=-1)
+
+    def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """Strings, or tokens `b n` -> unit vectors `b d`."""
+        tokens = self.tokens(texts)
+        return F.normalize(self.text_projection(self.text.pool(self.text(tokens), tokens)), dim=-1)
+
+    def text_features(self, texts: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
+        """What a generator reads: features `b n d` of every token, and the mask `b n` of the real ones."""
+        tokens = self.tokens(texts)
+        features = self.text(tokens)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        return features, position <= rearrange(self.text.end_position(tokens), "b -> b 1")
+
+    def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """Strings -> tokens `b n`, cut to the longest text."""
+        if not isinstance(texts, Tensor):
+            if isinstance(texts, str):
+                raise InputError(f"texts must be a list of strings, but is the string {texts!r}: write [{texts!r}].")
+            if self.tokenizer is None:
+                raise InputError("this model has no tokenizer: give token ids `b n`, or load it from a folder.")
+            texts = self.tokenizer.encode(list(texts), length=self.config.text.length)
+        return self.text.trim(texts.to(self.log_scale.device))
+
+    def prepare(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+        """Pictures or their paths -> `b 3 size size`: short side resized (bicubic), centre cropped, laid on white."""
+        pictures = [to_signal(image, size=self.config.image.size) for image in images]
+        return torch.stack([torch.from_numpy(picture) for picture in pictures]).to(self.log_scale.device)
+
+    # Comparing -----------------------------------------------------------------------------------------------------
+
+    def similarity(self, images: Tensor | Sequence, texts: Sequence[str] | Tensor) -> Tensor:
+        """Scaled cosines, `images texts`."""
+        return self.scale() * self.embed_image(images) @ self.embed_text(texts).T
+
+    def classify(
+        self, images: Tensor | Sequence, names: Sequence[str], *, templates: Sequence[str] = ("{}",)
+    ) -> Tensor:
+        """Probabilities `images names`; a name's vector is the mean over the templates (section 3.1.4)."""
+        texts = [template.format(name) for name in names for template in templates]
+        vectors = rearrange(self.embed_text(texts), "(k t) d -> k t d", t=len(templates)).mean(1)
+        return (self.scale() * self.embed_image(images) @ F.normalize(vectors, dim=-1).T).softmax(-1)
+
+    def scale(self) -> Tensor:
+        return self.log_scale.exp().clamp(max=LARGEST_SCALE)
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`image b 3 h w`, `tokens b n`, and optionally `label b`: items with equal labels are right for each other."""
+        image, text = self.embed_image(batch["image"]), self.embed_text(batch["tokens"])
+        label = batch.get("label")
+        same = None if label is None else label[:, None] == label[None, :]
+        loss = info_nce(image, text, self.scale(), same=same)
+        with torch.no_grad():
+            accuracy = ((image @ text.T).argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
+        return {"loss": loss, "accuracy": accuracy, "scale": self.scale().detach().squeeze()}
