@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from reverie.data.index import Index, Item
-from reverie.data.media import LIMITS, Limits, MediaError, decode_array, tune_allocator
 from reverie.data.progress import track
 from reverie.errors import InputError
+from reverie.media import LIMITS, Limits, MediaError, decode_array, tune_allocator
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,723 @@
+"""Media files from strangers: what they are, how large, and their pixels.
+
+A file is known by its content, never by its name. Its header is read by the few lines below, and held against
+`Limits`, before a decoder sees the file, so a bomb is refused before anything is allocated. Images are PNG, JPEG,
+WebP, GIF and AVIF; clips are animated PNG, WebP, GIF and AVIF (Pillow) and mp4/webm (PyAV, extra `video`).
+
+Pixels come out as sRGB with straight alpha, uint8 `f h w 4`. EXIF orientation and a video's rotation are applied,
+colour profiles and CMYK converted, 16-bit greys scaled. Whatever a decoder says in its errors stays inside: the
+reasons given here are ours.
+
+Resizing is antialiased and alpha-weighted. Of a clip with n frames, k are taken at i * n // k: the first frame is
+always among them, and k frames play at k / n of the clip's rate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import math
+import mmap
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from reverie.errors import InputError
+
+KINDS = ("png", "jpeg", "webp", "gif", "avif", "mp4", "webm")
+SUFFIXES = (
+    ".png",
+    ".apng",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".gif",
+    ".avif",
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".webm",
+    ".mkv",
+)
+STEPS = 4_000_000  # blocks or boxes that a header walk may take: some seconds at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one file may ask for. Every limit applies before the memory or the time is spent."""
+
+    pixels: int = 40_000_000  # of one frame
+    frames: int = 2_000
+    bytes: int = 512 * 2**20  # of the file
+    work: int = 8_000_000_000  # pixels of all frames together: bounds the time
+    output: int = 2 * 2**30  # bytes of one decoded array
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A file's size as it will be shown (orientation applied). `frames` is 1 and `fps` 0.0 for an image."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+    kind: str
+
+
+class MediaError(InputError):
+    """A file that cannot be used; `reason` is a short phrase in our own words, without the path."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path.name}: {reason}.")
+        self.reason = reason
+
+
+class _Refusal(Exception):
+    """Carries a reason up to where the path is known."""
+
+
+def probe(path: str | Path, limits: Limits = LIMITS) -> Probe:
+    """Reads the header (a video's first frame as well). MediaError: not media, damaged, or beyond `limits`."""
+    path = Path(path)
+    with _our_words(path), _open(path, limits) as file:
+        found, _ = _header(file, limits)
+        if found.kind in ("mp4", "webm"):
+            return _probe_video(file, found, limits)
+        with _pillow(file, found, limits) as image:
+            width, height = image.size if found.kind == "avif" else (found.width, found.height)
+            if _orientation(image) >= 5:
+                width, height = height, width
+        return replace(found, width=width, height=height)
+
+
+def on_white(
+    image: Image.Image, size: int | tuple[int, int] | None = None, *, fit: str = "crop"
+) -> np.ndarray:
+    """A picture that is open already, as `decode_array` treats files, laid on white: uint8 `h w 3`."""
+    turn = _TURNS.get(_orientation(image))
+    picture = _srgb(image)
+    picture = picture.transpose(turn) if turn is not None else picture
+    return flatten(np.asarray(_fit(picture, _box(size), fit)))
+
+
+def flatten(pixels: np.ndarray, ground: int = 255) -> np.ndarray:
+    """RGBA on a grey `ground`, white by default: uint8 `... 4` -> uint8 `... 3`."""
+    colours, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:].astype(np.uint16)
+    return ((colours * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def decode_array(
+    path: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    frames: int | None = None,
+    fit: str = "crop",
+    limits: Limits = LIMITS,
+) -> np.ndarray:
+    """The pixels of a file: uint8 `f h w 4` (RGBA, sRGB).
+
+    size: side of the square, or (height, width); None keeps the file's own size.
+    frames: at most so many, evenly spaced; None takes all.
+    fit: "crop" fills the size and cuts what sticks out; "pad" fits everything in, on transparent ground.
+    Raises MediaError when the file is not media, damaged, or beyond `limits`.
+    """
+    path = Path(path)
+    box = _box(size)
+    if fit not in ("crop", "pad"):
+        raise InputError(f"Unknown fit {fit!r}: use 'crop' or 'pad'.")
+    if frames is not None and frames < 1:
+        raise InputError(f"frames must be at least 1, not {frames}.")
+    with _our_words(path), _open(path, limits) as file:
+        found, start = _header(file, limits)
+        if found.kind in ("mp4", "webm"):
+            found = _probe_video(file, found, limits)
+        wanted = pick(found.frames, frames)
+        height, width = box or (found.height, found.width)
+        if len(wanted) * height * width * 4 > limits.output:
+            raise _Refusal(
+                f"{len(wanted)} frames of {width} x {height} are more than {limits.output:,} bytes"
+            )
+        if found.kind in ("mp4", "webm"):
+            pictures = _video_frames(file, found, wanted, limits)
+        else:
+            pictures = _image_frames(file, found, [start + i for i in wanted], box, limits)
+        arrays = [np.asarray(_fit(picture, box, fit)) for picture in pictures]
+        if len(arrays) < len(wanted):
+            raise _Refusal(f"cut short: {len(arrays)} of {len(wanted)} frames could be decoded")
+        return np.stack(arrays)
+
+
+def _box(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise InputError(f"size must be at least 1, not {size}.")
+    return height, width
+
+
+def pick(n: int, k: int | None) -> list[int]:
+    """Indices of at most `k` of `n` frames, evenly spaced, the first frame first."""
+    return list(range(n)) if k is None or n <= k else [i * n // k for i in range(k)]
+
+
+@lru_cache(maxsize=1)
+def tune_allocator() -> None:
+    """Keeps large blocks in the heap (glibc): decoding many pictures is then nearly twice as fast."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 256 * 2**20)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 256 * 2**20)  # M_TRIM_THRESHOLD
+        except (OSError, AttributeError):  # another C library: only slower
+            pass
+
+
+# --- opening -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _our_words(path: Path) -> Iterator[None]:
+    """Turns whatever a decoder raises (Pillow and PyAV raise odd things) into a MediaError without its text."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _Refusal as refusal:
+        raise MediaError(path, str(refusal)) from None
+    except FileNotFoundError:
+        raise MediaError(path, "there is no such file") from None
+    except PermissionError:
+        raise MediaError(path, "the file may not be read") from None
+    except MemoryError:
+        raise MediaError(path, "decoding it needs more memory than there is") from None
+    except Exception:
+        raise MediaError(path, "damaged or cut short: its pixels cannot be decoded") from None
+
+
+@contextmanager
+def _open(path: Path, limits: Limits) -> Iterator[BinaryIO]:
+    if not path.is_file():
+        raise _Refusal("there is no such file" if not path.exists() else "not a file")
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        if (size := file.tell()) == 0:
+            raise _Refusal("the file is empty")
+        if size > limits.bytes:
+            raise _Refusal(f"{size:,} bytes are more than the limit of {limits.bytes:,}")
+        file.seek(0)
+        yield file
+
+
+def sniff(head: bytes) -> str | None:
+    """The kind of media that begins with `head` (64 bytes suffice), one of KINDS, or None."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp":
+        brands = {head[i : i + 4] for i in range(8, min(len(head), struct.unpack(">I", head[:4])[0]), 4)}
+        if brands & {b"avif", b"avis"}:
+            return "avif"
+        return None if brands & {b"heic", b"heix", b"hevc", b"mif1"} else "mp4"
+    if head[4:8] in (b"moov", b"mdat", b"wide"):  # QuickTime before `ftyp`
+        return "mp4"
+    return "webm" if head.startswith(b"\x1aE\xdf\xa3") else None
+
+
+_STRANGERS = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"%PDF": "a PDF",
+    b"BM": "a BMP picture",
+    b"II*\x00": "a TIFF picture",
+    b"MM\x00*": "a TIFF picture",
+    b"8BPS": "a Photoshop picture",
+    b"\xff\x0a": "a JPEG XL picture",
+    b"\x00\x00\x00\x0cJXL": "a JPEG XL picture",
+    b"SIMPLE": "a FITS picture",
+}
+
+
+def _stranger(head: bytes) -> str:
+    """What a file that is not media seems to be, for the reason."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for begin, name in _STRANGERS.items():
+        if head.startswith(begin):
+            return name
+    if head[4:8] == b"ftyp":
+        return "a HEIC picture"
+    if b"<svg" in text or b"<!doctype svg" in text:
+        return "an SVG drawing"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "a web page"
+    if text.startswith(b"<"):
+        return "an XML, SVG or HTML document"
+    return "text" if head and all(byte >= 32 or byte in b"\t\r\n" for byte in head) else "of an unknown kind"
+
+
+# --- headers: what a file asks for, read before any decoder ---------------------------------------------------------
+
+
+def _header(file: BinaryIO, limits: Limits) -> tuple[Probe, int]:
+    """Kind, size, frames and rate as the file claims them, within `limits`; and the index of the first frame."""
+    head = file.read(256)
+    kind = sniff(head)
+    if kind is None:
+        raise _Refusal(f"not a picture or clip that can be read: it is {_stranger(head)}")
+    reader = {
+        "png": _png,
+        "jpeg": _jpeg,
+        "webp": _webp,
+        "gif": _gif,
+        "avif": _mp4,
+        "mp4": _mp4,
+        "webm": _webm,
+    }[kind]
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            width, height, frames, seconds, start = reader(data, limits)
+        except (struct.error, IndexError):
+            raise _Refusal("damaged or cut short: its header is incomplete") from None
+    file.seek(0)
+    found = Probe(
+        width=width,
+        height=height,
+        frames=frames,
+        fps=0.0 if frames == 1 else _rate(frames, seconds),
+        kind=kind,
+    )
+    _check(found, limits)
+    return found, start
+
+
+def _rate(frames: int, seconds: float) -> float:
+    """Frames per second; 10 where the file gives no time, as browsers do."""
+    return round(frames / seconds, 6) if seconds > 0 and math.isfinite(seconds) else 10.0
+
+
+def _check(found: Probe, limits: Limits) -> None:
+    if found.width < 1 or found.height < 1 or found.frames < 1:
+        raise _Refusal(f"it claims {found.frames} frames of {found.width} x {found.height} pixels")
+    if found.width * found.height > limits.pixels:
+        raise _Refusal(f"{found.width} x {found.height} pixels are more than the limit of {limits.pixels:,}")
+    if found.frames > limits.frames:
+        raise _Refusal(f"{found.frames:,} frames are more than the limit of {limits.frames:,}")
+    if found.width * found.height * found.frames > limits.work:
+        raise _Refusal(
+            f"{found.frames:,} frames of {found.width} x {found.height} are more than can be decoded"
+        )
+
+
+_Claim = tuple[int, int, int, float, int]  # width, height, frames, seconds, index of the first frame
+
+
+def _png(data: mmap.mmap, limits: Limits) -> _Claim:
+    if data[12:16] != b"IHDR":
+        raise _Refusal("damaged: a PNG without its header")
+    width, height = struct.unpack(">II", data[16:24])
+    at, animated, frames, seconds, hidden = 8, False, 0, 0.0, 0
+    for _ in range(STEPS):
+        if at + 12 > len(data):
+            raise _Refusal("damaged or cut short: a PNG without its end")
+        length, name = struct.unpack(">I4s", data[at : at + 8])
+        if name == b"acTL":
+            animated = struct.unpack(">I", data[at + 8 : at + 12])[0] > 0
+        elif name == b"fcTL":
+            frames += 1
+            delay, unit = struct.unpack(">HH", data[at + 28 : at + 32])
+            seconds += delay / (unit or 100)
+            if frames > limits.frames:
+                break
+        elif name == b"IDAT" and animated and not frames:
+            hidden = 1  # the still picture is not part of the animation
+        elif name == b"IEND":
+            break
+        at += 12 + length
+    else:
+        raise _Refusal("damaged: a PNG of too many parts")
+    return (width, height, frames, seconds, hidden) if animated and frames else (width, height, 1, 0.0, 0)
+
+
+def _jpeg(data: mmap.mmap, limits: Limits) -> _Claim:
+    at = 2
+    for _ in range(STEPS):
+        if data[at] != 0xFF:
+            raise _Refusal("damaged: a JPEG without its size")
+        marker = data[at + 1]
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # filling, or no length
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker in (0xD9, 0xDA):
+            break
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+            return width, height, 1, 0.0, 0
+        at += 2 + max(2, struct.unpack(">H", data[at + 2 : at + 4])[0])
+    raise _Refusal("damaged: a JPEG without its size")
+
+
+def _webp(data: mmap.mmap, limits: Limits) -> _Claim:
+    end = 8 + struct.unpack("<I", data[4:8])[0]
+    if end > len(data):
+        raise _Refusal("cut short: the file is smaller than its header says")
+    width = height = frames = 0
+    seconds = 0.0
+    at = 12
+    for _ in range(STEPS):
+        if at + 8 > end or frames > limits.frames:
+            break
+        name, length = struct.unpack("<4sI", data[at : at + 8])
+        body = at + 8
+        if name == b"VP8X":
+            width, height = (1 + int.from_bytes(data[body + i : body + i + 3], "little") for i in (4, 7))
+        elif name == b"ANMF":
+            frames += 1
+            delay = int.from_bytes(data[body + 12 : body + 15], "little")
+            seconds += (
+                delay if delay > 10 else 100
+            ) / 1000  # browsers show a frame of 10 ms or less for 100 ms
+        elif name == b"VP8 " and not width:
+            width, height = (side & 0x3FFF for side in struct.unpack("<HH", data[body + 6 : body + 10]))
+        elif name == b"VP8L" and not width:
+            bits = struct.unpack("<I", data[body + 1 : body + 5])[0]
+            width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        at = body + length + (length & 1)
+    else:
+        raise _Refusal("damaged: a WebP of too many parts")
+    return width, height, max(1, frames), seconds, 0
+
+
+def _gif(data: mmap.mmap, limits: Limits) -> _Claim:
+    width, height, flags = struct.unpack("<HHB", data[6:11])
+    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    frames, seconds, delay = 0, 0.0, 0
+    blocks = False  # inside a chain of sub-blocks
+    for _ in range(STEPS):
+        if at >= len(data):
+            if blocks or not frames:
+                raise _Refusal("cut short: a GIF without its end")
+            break  # only the trailer is missing
+        mark = data[at]
+        if blocks:
+            blocks, at = mark > 0, at + 1 + mark
+        elif mark == 0x2C:
+            left, top, wide, high, flags = struct.unpack("<HHHHB", data[at + 1 : at + 10])
+            width, height = max(width, left + wide), max(height, top + high)  # Pillow grows its canvas so
+            frames += 1
+            seconds += (delay if delay > 1 else 10) / 100
+            if frames > limits.frames:
+                break
+            at += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+            blocks = True
+        elif mark == 0x21:
+            if data[at + 1] == 0xF9:
+                delay = struct.unpack("<H", data[at + 4 : at + 6])[0]
+            at, blocks = at + 2, True
+        elif mark == 0x3B:
+            break
+        else:
+            at += 1
+    else:
+        raise _Refusal("damaged: a GIF of too many parts")
+    return width, height, frames, seconds, 0
+
+
+def _boxes(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The ISO base media boxes in data[start:end]: name, start and end of the body."""
+    for _ in range(10_000):
+        if start + 8 > end:
+            return
+        length, name = struct.unpack(">I4s", data[start : start + 8])
+        body = start + 8
+        if length == 1:
+            length, body = struct.unpack(">Q", data[body : body + 8])[0], body + 8
+        elif length == 0:
+            length = end - start
+        if length < body - start:
+            raise _Refusal("damaged: a box smaller than its own header")
+        if start + length > end:
+            raise _Refusal("cut short: the file is smaller than its header says")
+        yield name, body, start + length
+        start += length
+    raise _Refusal("damaged: a file of too many boxes")
+
+
+def _leaves(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes that hold no boxes (and `ispe` in its four-fold nest), in file order."""
+    for name, body, after in _boxes(data, start, end):
+        if name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"iprp", b"ipco"):
+            yield from _leaves(data, body, after)
+        elif name == b"meta" and data[body + 8 : body + 12] == b"hdlr":  # version and flags, then boxes
+            yield from _leaves(data, body + 4, after)
+        else:
+            yield name, body, after
+
+
+def _mp4(data: mmap.mmap, limits: Limits) -> _Claim:
+    """mp4, mov and avif: the largest size that any picture track or item claims."""
+    sizes, frames, seconds, time, picture, index = [(0, 0)], 1, 0.0, 0.0, False, False
+    for name, body, end in _leaves(data, 0, len(data)):
+        if name in (b"tkhd", b"mdhd", b"stsd", b"iloc"):
+            index = True
+        if name == b"tkhd":
+            wide, high = struct.unpack(">II", data[end - 8 : end])
+            sizes.append((wide >> 16, high >> 16))
+        elif name == b"ispe":
+            sizes.append(struct.unpack(">II", data[body + 4 : body + 12]))
+        elif name == b"mdhd":
+            long = data[body] == 1
+            scale, length = struct.unpack(
+                ">IQ" if long else ">II", data[body + 12 + 8 * long :][: 8 + 4 * long]
+            )
+            time = length / scale if scale else 0.0
+        elif name == b"hdlr":
+            picture = data[body + 8 : body + 12] in (b"vide", b"pict")
+        elif name == b"stsd" and picture:
+            sizes += [
+                struct.unpack(">HH", data[at + 24 : at + 28]) for _, at, _ in _boxes(data, body + 8, end)
+            ]
+        elif name == b"stsz" and picture:
+            frames, seconds = max(1, struct.unpack(">I", data[body + 8 : body + 12])[0]), time
+    if not index:
+        raise _Refusal("damaged or cut short: it has no index of its frames")
+    width, height = max(sizes, key=math.prod)
+    return width, height, frames, seconds, 0
+
+
+def _number(data: mmap.mmap, at: int, *, marked: bool) -> tuple[int, int]:
+    """An EBML number (`marked`: an id, whose length bits stay) and where it ends; -1 is "unknown length"."""
+    length = 9 - data[at].bit_length()
+    if length > 8:
+        raise _Refusal("damaged: a number without a length")
+    value = int.from_bytes(data[at : at + length], "big")
+    if not marked:
+        value &= (1 << 7 * length) - 1
+        value = -1 if value == (1 << 7 * length) - 1 else value
+    return value, at + length
+
+
+def _webm(data: mmap.mmap, limits: Limits) -> _Claim:
+    """The size that the track headers claim; frames and time are counted when the file is opened."""
+    width = height = at = 0
+    for _ in range(STEPS):
+        if at >= len(data):
+            break
+        name, body = _number(data, at, marked=True)
+        length, body = _number(data, body, marked=False)
+        if body + length > len(data):
+            raise _Refusal("cut short: the file is smaller than its header says")
+        inside = name in (0x18538067, 0x1654AE6B, 0xAE, 0xE0)  # Segment, Tracks, TrackEntry, Video
+        if name == 0xB0:
+            width = max(width, int.from_bytes(data[body : body + length], "big"))
+        elif name == 0xBA:
+            height = max(height, int.from_bytes(data[body : body + length], "big"))
+        elif name == 0x1F43B675 and width:  # the first Cluster: what follows are frames
+            break
+        if length < 0 and not inside:
+            raise _Refusal("damaged: a part of unknown length")
+        at = body if inside else body + length
+    return width, height, 1, 0.0, 0
+
+
+# --- pictures through Pillow ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _pillow(file: BinaryIO, found: Probe, limits: Limits) -> Iterator[Image.Image]:
+    with Image.open(file, formats=[found.kind.upper()]) as image:
+        _check(
+            replace(found, width=image.width, height=image.height), limits
+        )  # should the decoder see another size
+        yield image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where there is none or it is damaged."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged EXIF block must not cost the picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _image_frames(
+    file: BinaryIO, found: Probe, wanted: list[int], box: tuple[int, int] | None, limits: Limits
+) -> Iterator[Image.Image]:
+    """The frames `wanted` (ascending) as RGBA pictures."""
+    with _pillow(file, found, limits) as image:
+        turn = _TURNS.get(_orientation(image))
+        if box is not None and found.kind == "jpeg":
+            share = min(
+                1.0, 2 * max(box) / min(image.size)
+            )  # twice the size wanted: the rest is resized well
+            image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
+        for i in wanted:
+            image.seek(i)
+            picture = _srgb(image)
+            if found.kind == "gif" and picture.size != (found.width, found.height):  # the canvas grows later
+                grown = Image.new("RGBA", (found.width, found.height))
+                grown.paste(picture)
+                picture = grown
+            yield picture.transpose(turn) if turn is not None else picture
+
+
+def _srgb(image: Image.Image) -> Image.Image:
+    """RGBA in sRGB from any mode, with the embedded colour profile applied."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("I", "F")):  # 16-bit grey
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8)).convert(
+            "RGBA"
+        )
+    colours = image.convert("RGBA") if image.mode != "CMYK" else image.copy()
+    transform = (
+        _transform(profile, colours.mode)
+        if profile and len(profile) < 2**22 and image.mode[0] != "L"
+        else None
+    )
+    if transform is None:
+        return colours.convert("RGBA")
+    converted = ImageCms.applyTransform(
+        colours if colours.mode == "CMYK" else colours.convert("RGB"), transform
+    )
+    assert converted is not None
+    if colours.mode == "RGBA":
+        converted.putalpha(colours.getchannel("A"))
+    return converted.convert("RGBA")
+
+
+@lru_cache(maxsize=8)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an embedded profile to sRGB; None where it is sRGB already, or unusable."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        inner = "CMYK" if mode == "CMYK" else "RGB"
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), inner, "RGB")
+    except Exception:  # a damaged profile must not cost the picture
+        return None
+
+
+def _fit(picture: Image.Image, box: tuple[int, int] | None, fit: str) -> Image.Image:
+    """Resized to box (height, width), antialiased; "crop" cuts evenly at both ends, "pad" centres."""
+    if box is None or picture.size == box[::-1]:
+        return picture
+    height, width = box
+    across, down = width / picture.width, height / picture.height
+    if fit == "crop":
+        scale = max(across, down)
+        left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
+        region = (
+            max(0.0, left),
+            max(0.0, top),
+            min(picture.width, left + width / scale),
+            min(picture.height, top + height / scale),
+        )
+        return picture.resize((width, height), Image.Resampling.BICUBIC, box=region, reducing_gap=2.0)
+    scale = min(across, down)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    canvas = Image.new("RGBA", (width, height))
+    inner = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    canvas.paste(inner, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return canvas
+
+
+# --- clips through PyAV ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _container(file: BinaryIO, found: Probe, limits: Limits) -> Iterator[tuple[Any, Any]]:
+    """The opened container and its first picture track. The demuxer is named, so no playlist can be smuggled in."""
+    try:
+        import av
+    except ImportError:
+        raise _Refusal("reading mp4 and webm clips needs PyAV: pip install 'reverie[video]'") from None
+    file.seek(0)
+    options = {"max_pixels": str(limits.pixels)}
+    with av.open(file, format={"mp4": "mov", "webm": "matroska"}[found.kind], options=options) as container:
+        if not container.streams.video:
+            raise _Refusal("it holds no pictures, only sound or data")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise _Refusal("its codec is not known to PyAV")
+        stream.codec_context.options = options
+        yield container, stream
+
+
+def _probe_video(file: BinaryIO, found: Probe, limits: Limits) -> Probe:
+    """Counts the frames without decoding them, and decodes the first for its true size."""
+    frames, first = 0, None
+    with _container(file, found, limits) as (container, stream):
+        _check(replace(found, width=stream.codec_context.width, height=stream.codec_context.height), limits)
+        vp8 = stream.codec_context.name == "vp8"
+        for packet in container.demux(stream):
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            if (
+                packet.size and not packet.is_discard and not (vp8 and not bytes(packet)[0] >> 4 & 1)
+            ):  # hidden frame
+                frames += 1
+                if frames > limits.frames:
+                    break
+        if first is None:
+            raise _Refusal("damaged or cut short: it holds no frame that can be decoded")
+        rate = float(stream.average_rate or 0)
+        seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        width, height = first.width, first.height
+        if first.rotation % 180:
+            width, height = height, width
+    fps = 0.0 if frames == 1 else rate if 0 < rate <= 1000 else _rate(frames, seconds)
+    exact = replace(found, width=width, height=height, frames=frames, fps=fps)
+    _check(exact, limits)
+    return exact
+
+
+def _video_frames(file: BinaryIO, found: Probe, wanted: list[int], limits: Limits) -> Iterator[Image.Image]:
+    todo = set(wanted)
+    with _container(file, found, limits) as (container, stream):
+        for i, frame in enumerate(container.decode(stream)):
+            if frame.width * frame.height > limits.pixels:
+                raise _Refusal(
+                    f"a frame of {frame.width} x {frame.height} is more than the limit of {limits.pixels:,}"
+                )
+            if frame.is_corrupt:
+                raise _Refusal("damaged: a frame cannot be decoded")
+            if i in todo:
+                todo.remove(i)
+                space = frame.colorspace
+                if space == 2:  # untagged: high definition is BT.709, the rest BT.601, as players assume
+                    space = 1 if frame.height >= 720 else 5
+                picture = Image.fromarray(frame.to_ndarray(format="rgb24", src_colorspace=space)).convert(
+                    "RGBA"
+                )
+                yield picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+            if not todo:
+                return
