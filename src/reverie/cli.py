@@ -110,7 +110,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     words = list(sys.argv[1:] if args is None else args)
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"reverie: {error}", file=sys.stderr)
         return 2
