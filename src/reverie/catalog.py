@@ -1,0 +1,77 @@
+"""Names -> systems and recipes: literal tables. A file may say a name; nothing else decides what is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from reverie.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def _clip() -> type[nn.Module]:
+    from reverie.systems.clip import Clip
+
+    return Clip
+
+
+def _clip_recipes() -> ModuleType:
+    from reverie.recipes import clip
+
+    return clip
+
+
+SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
+    "clip": _clip,
+}
+
+RECIPES: dict[str, Callable[[], Callable[..., Any]]] = {
+    "clip-tiny": lambda: _clip_recipes().tiny,
+    "clip-stickers": lambda: _clip_recipes().stickers,
+    "clip-paper-b32": lambda: _clip_recipes().paper_b32,
+}
+
+
+def recipe(name: str) -> Callable[..., Any]:
+    """The recipe of that name: a plain function of a data folder and an out folder, and its own settings."""
+    if name not in RECIPES:
+        raise InputError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}.")
+    return RECIPES[name]()
+
+
+def load(name_or_folder: str | Path) -> Any:
+    """The system of a shipped name ("clip-stickers") or of a folder that `save` wrote, on the CPU, in eval mode.
+
+    Raises `reverie.errors.InputError` in one sentence when there is none, or when its files cannot be trusted.
+    """
+    from reverie.weights import store
+
+    return store.load(name_or_folder, systems=SYSTEMS)
+
+
+def save(
+    system: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Literal["reverie", "transformers"] = "reverie",
+) -> Path:
+    """Write a system into a folder that `load` reads: config.json, model.safetensors, tokenizer.json where it has one.
+
+    `dtype` is what floats are stored in (torch.float16 halves the size; `load` restores the system's own precision).
+    `layout="transformers"` writes a folder for that library instead, where it has the same system.
+    """
+    from reverie import __version__
+    from reverie.weights import store
+
+    name = next((name for name, system_class in SYSTEMS.items() if system_class() is type(system)), None)
+    if name is None:
+        raise InputError(
+            f"{type(system).__name__} is no system that Reverie can save; it saves {', '.join(SYSTEMS)}."
+        )
+    return store.save(system, folder, name=name, version=__version__, dtype=dtype, layout=layout)

@@ -1,0 +1,1 @@
+"""Weights on disk: checked files, one remapping engine, one table per public format, converting from pickles."""

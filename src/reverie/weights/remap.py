@@ -1,0 +1,165 @@
+"""One remapping engine: a table of rules turns one naming of the same weights into another, and back.
+
+A rule says source -> target. Placeholders in braces stand for one dotted segment and must agree on both sides
+(`layers.{i}.fc1.{p}` -> `blocks.{i}.mlp.in.{p}`). Several sources and one target concatenate (three projections into
+a fused one); one source and several targets split evenly. `rearrange` is an einops pattern from source to target
+pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in `axes` that either direction needs.
+`invert` swaps the sides, so import and export are one table and a round trip is bit-equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from einops import EinopsError, rearrange
+from torch import Tensor
+
+from reverie.weights.files import Expected, ModelFileError, check, expectation
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table; see the module for its parts. `dim` is where pieces are joined or split."""
+
+    source: str | tuple[str, ...]
+    target: str | tuple[str, ...]
+    rearrange: str | None = None
+    axes: tuple[tuple[str, int], ...] = ()
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        assert min(len(self.sources), len(self.targets)) == 1, (
+            f"{self} is neither one-to-many nor many-to-one"
+        )
+        names = [sorted(PLACEHOLDER.findall(side)) for side in (*self.sources, *self.targets)]
+        assert all(found == names[0] for found in names), (
+            f"the placeholders of {self} differ between its sides"
+        )
+        assert len(set(names[0])) == len(names[0]), f"{self} repeats a placeholder"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+
+Table = Sequence[Rule]
+
+
+def invert(table: Table) -> tuple[Rule, ...]:
+    """The table of the way back."""
+    return tuple(
+        replace(rule, source=rule.target, target=rule.source, rearrange=_turn(rule.rearrange))
+        for rule in table
+    )
+
+
+def apply(
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    *,
+    expected: Expected | None = None,
+    ignore: Sequence[str] = (),
+    what: str = "the checkpoint",
+) -> dict[str, Tensor]:
+    """The same weights under the table's target names.
+
+    Every tensor must be claimed by a rule or match a pattern of `ignore`, every rule that is begun must find all its
+    sources, and the result must cover `expected` exactly; otherwise `ModelFileError` lists what is missing, unexpected
+    and mis-shaped.
+    """
+    rules = [(rule, [(_pattern(source), source) for source in rule.sources]) for rule in table]
+    ignored = matching(ignore, tensors)
+    groups: dict[tuple[int, tuple[tuple[str, str], ...]], None] = {}
+    unexpected: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        claims = [
+            (number, tuple(sorted(found.groupdict().items())))
+            for number, (_, patterns) in enumerate(rules)
+            for pattern, _ in patterns
+            if (found := pattern.fullmatch(name))
+        ]
+        assert len(claims) <= 1, f"{len(claims)} rules claim {name}"
+        if claims:
+            groups[claims[0]] = None
+        elif name not in ignored:
+            unexpected[name] = tensor
+
+    made: dict[str, Tensor] = {}
+    missing: list[str] = []
+    for number, values in groups:
+        rule = table[number]
+        sources = [_fill(side, dict(values)) for side in rule.sources]
+        targets = [_fill(side, dict(values)) for side in rule.targets]
+        absent = [source for source in sources if source not in tensors]
+        if absent:
+            missing += absent
+            continue
+        pieces = _convert(rule, {source: tensors[source] for source in sources})
+        for target, tensor in zip(targets, pieces, strict=True):
+            assert target not in made, f"two rules make {target}"
+            made[target] = tensor
+    if missing:
+        raise ModelFileError(
+            f"{what} lacks {len(missing)} tensors whose companions it has ({', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}); fetch the whole checkpoint."
+        )
+    found = expectation({**made, **unexpected})
+    check(found, expectation(made) if expected is None else expected, what=what)
+    return made
+
+
+def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+    """Those of the names that fit one of the patterns, which have placeholders as the rules do."""
+    compiled = [_pattern(text) for text in patterns]
+    return {name for name in names if any(pattern.fullmatch(name) for pattern in compiled)}
+
+
+def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
+    count, names, tensors = len(rule.targets), list(named), list(named.values())
+    try:
+        if count > 1:
+            size = tensors[0].shape[rule.dim]
+            if size % count:
+                raise ModelFileError(f"{names[0]} has {size} rows, not a multiple of {count}; check it.")
+            tensors = [piece.contiguous() for piece in tensors[0].tensor_split(count, dim=rule.dim)]
+        if rule.rearrange is not None:
+            tensors = [
+                rearrange(tensor, rule.rearrange, **dict(rule.axes)).contiguous() for tensor in tensors
+            ]
+        if len(rule.sources) == 1:
+            return tensors
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            raise ModelFileError(
+                f"{', '.join(names)} have different data types and cannot be joined; store them alike."
+            )
+        return [torch.cat(tensors, dim=rule.dim)]
+    except (EinopsError, IndexError, RuntimeError):
+        shapes = ", ".join(f"{name} is {tuple(tensor.shape)}" for name, tensor in named.items())
+        raise ModelFileError(
+            f"{shapes}, which cannot become {', '.join(rule.targets)}; the checkpoint is of another architecture."
+        ) from None
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    return PLACEHOLDER.sub(lambda found: values[found[1]], text)
+
+
+def _turn(pattern: str | None) -> str | None:
+    if pattern is None:
+        return None
+    left, right = pattern.split("->")
+    return f"{right.strip()} -> {left.strip()}"
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    parts = PLACEHOLDER.split(text)
+    return re.compile("".join(rf"(?P<{p}>[^.]+)" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
