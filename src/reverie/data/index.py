@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -62,6 +63,7 @@ class Index:
         self.folder = Path(folder)
         self.items = items
         self.extra = extra
+        self._extra_rows: dict[str, int] | None = None
         self.selected = False  # a selection: writing it would lose the items that were not selected
 
     def __len__(self) -> int:
@@ -72,6 +74,29 @@ class Index:
 
     def __getitem__(self, i: int) -> Item:
         return self.items[i]
+
+    def __str__(self) -> str:
+        """One line: how much was accepted, of what, in which split, and how much was rejected."""
+        accepted = [item for item in self.items if item.reject is None]
+        clips = sum(item.frames > 1 for item in accepted)
+        splits = ", ".join(f"{sum(item.split == name for item in accepted):,} {name}" for name in SPLITS)
+        return (
+            f"{self.folder}: {len(accepted) - clips:,} pictures and {clips:,} clips accepted ({splits}), "
+            f"{len(self.items) - len(accepted):,} rejected"
+        )
+
+    def extra_of(self, file_name: str) -> dict[str, Any]:
+        """What the columns that Reverie does not know say of one file."""
+        if self.extra is None:
+            return {}
+        if self._extra_rows is None:
+            self._extra_rows = {name: i for i, name in enumerate(self.extra.column("file_name").to_pylist())}
+        row = self._extra_rows.get(file_name)
+        if row is None:
+            return {}
+        return {
+            name: self.extra[name][row].as_py() for name in self.extra.column_names if name != "file_name"
+        }
 
     def path(self, item: Item) -> Path:
         """Where the media file of `item` lies."""
@@ -149,7 +174,7 @@ class Index:
 
         names = [item.file_name for item in self.items]
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(names).most_common(1)[0][0]
             raise InputError(f"The index lists {twice!r} twice: a file name must be unique.")
         for name in names:
             _check_name(name)

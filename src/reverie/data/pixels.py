@@ -193,7 +193,7 @@ class Pixels:
 
     def _decode_all(self, file: BinaryIO, workers: int | None, quiet: bool) -> dict[str, Any]:
         counts, bad, crc = [], [], 0
-        steps = _in_order(self._frames_of, self.index.items, workers or min(8, os.cpu_count() or 1))
+        steps = in_order(self._frames_of, self.index.items, workers or min(8, os.cpu_count() or 1))
         for i, frames in enumerate(track(steps, total=len(self.index), label="decoding", quiet=quiet)):
             if isinstance(frames, str):
                 counts.append(0)
@@ -239,7 +239,7 @@ def _checksum(file: BinaryIO, size: int) -> int:
     return crc
 
 
-def _in_order(function: Any, items: list[Any], workers: int) -> Iterator[Any]:
+def in_order(function: Any, items: list[Any], workers: int) -> Iterator[Any]:
     """`function` of each item on `workers` threads, in the order of the items, a few ahead of the consumer."""
     tune_allocator()
     pool = ThreadPoolExecutor(workers)

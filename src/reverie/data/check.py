@@ -1,0 +1,115 @@
+"""What a dataset folder holds and what was lost: every rejected file with its reason."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from reverie.data.index import Index
+from reverie.data.progress import track
+from reverie.errors import InputError
+from reverie.media import SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The state of an index. `rejected`: file name and reason; `copies`: file names with the same bytes."""
+
+    folder: Path
+    total: int
+    pictures: int
+    clips: int
+    splits: dict[str, int]
+    captions: dict[str, int]  # by language, of accepted files
+    rejected: tuple[tuple[str, str], ...]
+    copies: tuple[tuple[str, ...], ...]
+    across: tuple[tuple[str, ...], ...]  # those copies that are in more than one split
+
+    @property
+    def lost(self) -> float:
+        """The share of the files that was rejected."""
+        return len(self.rejected) / self.total
+
+    def __str__(self) -> str:
+        splits = ", ".join(f"{name} {count:,}" for name, count in self.splits.items())
+        captions = ", ".join(f"{name} {count:,}" for name, count in self.captions.items()) or "none"
+        lines = [
+            f"{self.folder}: {self.total:,} files, {self.pictures:,} pictures and {self.clips:,} clips accepted",
+            f"splits: {splits}",
+            f"captions: {captions}",
+            f"lost: {len(self.rejected):,} of {self.total:,} files ({self.lost:.1%})",
+        ]
+        by_reason = defaultdict(list)
+        for name, reason in self.rejected:
+            by_reason[reason].append(name)
+        for reason, names in sorted(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+            lines += [f"  {name}: {reason}" for name in names]
+        if self.copies:
+            lines.append(f"same content more than once: {len(self.copies):,} groups")
+            lines += [f"  {' = '.join(names)}" for names in self.copies]
+        if self.across:
+            lines.append(
+                f"warning: {len(self.across):,} of these groups are in more than one split, so scores will flatter"
+            )
+        return "\n".join(lines)
+
+
+def check(folder: str | Path | Index, *, bytes: bool = False, quiet: bool = False) -> Report:
+    """Reads an index and compares it with the files: those that have gone or changed since the import are rejected too.
+
+    bytes: compare content hashes, not only sizes. InputError: no index, or nothing usable in the folder.
+    """
+    from reverie.data.pixels import file_hash
+
+    index = folder if isinstance(folder, Index) else Index.read(folder)
+    rejected, accepted, same = [], [], defaultdict(list)
+    for item in track(index, total=len(index), label="checking", quiet=quiet):
+        reason = item.reject
+        if reason is None:
+            path = index.path(item)
+            try:
+                changed = path.stat().st_size != item.bytes or (bytes and file_hash(path) != item.hash)
+                reason = "changed since the import: import the folder again" if changed else None
+            except OSError:
+                reason = "gone since the import: import the folder again"
+        if reason is None:
+            accepted.append(item)
+            same[item.hash].append(item)
+        else:
+            rejected.append((item.file_name, reason))
+    if not accepted:
+        raise nothing_usable(
+            index.folder, count_extensions(index.folder), Counter(reason for _, reason in rejected)
+        )
+    copies = [group for group in same.values() if len(group) > 1]
+    return Report(
+        folder=index.folder,
+        total=len(index),
+        pictures=sum(item.frames == 1 for item in accepted),
+        clips=sum(item.frames > 1 for item in accepted),
+        splits=dict(sorted(Counter(item.split for item in accepted).items())),
+        captions=dict(Counter(c.language for item in accepted for c in item.captions).most_common()),
+        rejected=tuple(rejected),
+        copies=tuple(tuple(item.file_name for item in group) for group in copies),
+        across=tuple(
+            tuple(item.file_name for item in group)
+            for group in copies
+            if len({item.split for item in group}) > 1
+        ),
+    )
+
+
+def count_extensions(folder: Path) -> Counter[str]:
+    """How many files below `folder` have each extension."""
+    return Counter(path.suffix.lower() or "no extension" for path in folder.rglob("*") if path.is_file())
+
+
+def nothing_usable(folder: Path, extensions: Counter[str], reasons: Counter[str]) -> InputError:
+    """The error for a folder in which nothing can be used: what was looked for, and what was there."""
+    saw = ", ".join(f"{count:,} {name}" for name, count in extensions.most_common(12)) or "no file at all"
+    why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3) if reason)
+    return InputError(
+        f"No usable picture or clip in {folder}: looked for {' '.join(SUFFIXES)} and .tar, and saw {saw}"
+        + (f"; rejected: {why}." if why else ".")
+    )
