@@ -171,6 +171,8 @@ def test_mistakes_get_one_sentence(clip, own, tmp_path):
         clip.encode("a cat")
     with pytest.raises(InputError, match="length 1 has no room"):
         clip.encode(["a cat"], length=1)
+    with pytest.raises(InputError, match="train takes a list"):
+        Bpe.train("a cat", vocab=600)
     with pytest.raises(InputError, match="at least 514"):
         Bpe.train(CAPTIONS, vocab=513)
     with pytest.raises(InputError, match="token 40000 is not among these"):

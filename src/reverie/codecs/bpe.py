@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,16 +42,17 @@ class Bpe:
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend  # splits and merges; `clean` normalises, `SPECIAL` finds the special tokens
-        self._names = {i: name for name, i in backend.get_vocab().items()}
+        ids = backend.get_vocab()
+        self._names = {i: name for name, i in ids.items()}
         self.vocab = max(self._names) + 1
-        self.start, self.end, self.pad = backend.token_to_id(START), backend.token_to_id(END), 0
+        self.start, self.end, self.pad = ids[START], ids[END], 0
 
     @classmethod
     def clip(cls) -> Bpe:
         """CLIP's own vocabulary: 49,408 tokens."""
         packed = resources.files("reverie.codecs").joinpath("data/clip_merges.txt.gz").read_bytes()
-        merges = [tuple(line.split(" ")) for line in gzip.decompress(packed).decode().splitlines()]
-        return cls(_backend(merges, CLIP_PIECES))
+        lines = [line.split(" ") for line in gzip.decompress(packed).decode().splitlines()]
+        return cls(_backend([(left, right) for left, right in lines], CLIP_PIECES))
 
     @classmethod
     def train(cls, captions: Iterable[str], *, vocab: int) -> Bpe:
@@ -63,6 +64,8 @@ class Bpe:
 
         if vocab < 514:
             raise InputError(f"a vocabulary needs at least 514 tokens (bytes and specials), not {vocab}")
+        if isinstance(captions, str):
+            raise InputError(f"train takes a list of captions, not the text {captions[:40]!r}: write [text]")
         pieces = _pieces(HAN_PIECES)
         # The library numbers `</w>` tokens in the order of a hash map. One private character for each final
         # byte, all in the initial alphabet, makes the result the same in every process.
@@ -85,8 +88,8 @@ class Bpe:
         learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         learner.train_from_iterator(lines(), trainer)
         merges = json.loads(learner.to_str())["model"]["merges"]
-        named = [tuple("".join(names.get(c, c) for c in side) for side in merge) for merge in merges]
-        return cls(_backend(named, HAN_PIECES))
+        named = [["".join(names.get(c, c) for c in side) for side in merge] for merge in merges]
+        return cls(_backend([(left, right) for left, right in named], HAN_PIECES))
 
     @classmethod
     def read(cls, path: str | Path) -> Bpe:
@@ -98,7 +101,12 @@ class Bpe:
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
             kind, suffix, vocab = (tree["model"][key] for key in ("type", "end_of_word_suffix", "vocab"))
-            bare = {"added_tokens": [], "normalizer": None, "padding": None, "truncation": None}
+            bare: dict[str, Any] = {
+                "added_tokens": [],
+                "normalizer": None,
+                "padding": None,
+                "truncation": None,
+            }
             backend = Tokenizer.from_str(json.dumps(tree | bare))
         except Exception as error:  # the library raises bare Exception
             raise InputError(
@@ -148,7 +156,7 @@ class Bpe:
 
     def mask(self, tokens: Tensor) -> Tensor:
         """Which of the tokens `b n` are real: bool `b n`, True through the first end token."""
-        ends = (tokens == self.end).long()
+        ends = tokens.eq(self.end).long()
         return ends.cumsum(dim=-1) - ends == 0
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:

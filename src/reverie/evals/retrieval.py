@@ -1,0 +1,135 @@
+"""Retrieval between images and texts: recall at k both ways, and exact top-k search.
+
+Protocol: Karpathy and Fei-Fei 2015 (1412.2306), as CLIP reports it. An image finds its captions when any one of them
+is among the first k; every caption is a query of its own. Images that share a caption word for word all answer it. A
+wrong answer that ties with the best right one counts as before it, so equal embeddings earn nothing.
+The evaluator is given two functions, `embed_image(batch of images) -> b d` and `embed_text(list of str) -> b d`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reverie.errors import InputError
+from reverie.evals.interval import bootstrap
+
+
+@torch.no_grad()
+def retrieval(
+    embed_image: Callable[[Any], Tensor],
+    embed_text: Callable[[list[str]], Tensor],
+    images: Tensor | Sequence[Any],
+    captions: Sequence[Sequence[str]],
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    batch: int = 256,
+) -> dict[str, Any]:
+    """Recall of `images` (anything that slices, n long) and their `captions` (one or more for each image).
+
+    Returns JSON-ready `{"image_to_text": way, "text_to_image": way, "images": n, "texts": m}` where a way holds
+    `recall@k` and its 95 % bootstrap interval `recall@k_interval` for each k, and `median_rank` (1 is the best).
+    """
+    if len(captions) != len(images) or not len(images):
+        raise InputError(
+            f"{len(images)} images and {len(captions)} lists of captions: give each image its list"
+        )
+    for i, own in enumerate(captions):
+        if isinstance(own, str) or not own:
+            raise InputError(f"the captions of image {i} are {own!r}: give a list with at least one text")
+    texts = [text for own in captions for text in own]
+    owners: dict[str, set[int]] = defaultdict(set)  # text -> the images that have it
+    places: dict[str, list[int]] = defaultdict(list)  # text -> where it stands among the texts
+    for i, own in enumerate(captions):
+        for text in own:
+            owners[text].add(i)
+    for j, text in enumerate(texts):
+        places[text].append(j)
+    image = torch.cat([_unit(embed_image(images[i : i + batch])) for i in range(0, len(images), batch)])
+    words = torch.cat([_unit(embed_text(texts[j : j + batch])) for j in range(0, len(texts), batch)])
+    right_texts = [sorted({j for caption in own for j in places[caption]}) for own in captions]
+    right_images = [sorted(owners[caption]) for caption in texts]
+    return {
+        "image_to_text": _way(ranks(image, words, right_texts, block=batch), ks),
+        "text_to_image": _way(ranks(words, image, right_images, block=batch), ks),
+        "images": len(images),
+        "texts": len(texts),
+    }
+
+
+def ranks(queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], *, block: int = 256) -> Tensor:
+    """For each query (`q d`) how many wrong items (`n d`) come before its best right one: int64 `q`, 0 is the best.
+
+    `right[i]` holds the indices of the items that answer query i, at least one.
+    """
+    assert len(right) == len(queries), (len(right), len(queries))
+    found = []
+    for i in range(0, len(queries), block):
+        scores = queries[i : i + block] @ items.T
+        if not scores.isfinite().all():
+            raise InputError(
+                f"some scores of queries {i} to {i + len(scores) - 1} are not finite: the model is broken"
+            )
+        answers = torch.zeros_like(scores, dtype=torch.bool)
+        for row, own in zip(answers, right[i : i + block], strict=True):
+            row[list(own)] = True
+        best = scores.masked_fill(~answers, -torch.inf).amax(dim=1, keepdim=True)
+        found.append(((scores >= best) & ~answers).sum(dim=1).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def search_topk(queries: Tensor, items: Tensor, k: int, *, block: int = 65_536) -> tuple[Tensor, Tensor]:
+    """The `min(k, n)` best of `items` (`n d`) for each of `queries` (`q d`): scores and indices `q k`, best first.
+
+    Exact: what sorting all dot products gives, the lower index first among equals, in memory for `block` items at a
+    time. Items may be of another dtype or on another device than the queries, which set where the work is done.
+    """
+    if queries.ndim != 2 or items.ndim != 2 or queries.shape[1] != items.shape[1]:
+        raise InputError(
+            f"queries of shape {list(queries.shape)} cannot search items of shape {list(items.shape)}:"
+            " both need two axes and the same width"
+        )
+    if k < 1:
+        raise InputError(f"k is {k}: ask for at least one result")
+    scores = queries.new_empty(len(queries), 0)
+    indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(items), block):
+        part = queries @ items[start : start + block].to(queries).T
+        place = _top(part, min(k, part.shape[1]))
+        # the earlier items stand first, so a stable sort keeps the lower index first among equals
+        scores, order = torch.cat([scores, part.gather(1, place)], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
+        indices = torch.cat([indices, place + start], dim=1).gather(1, order)
+        scores, indices = scores[:, :k], indices[:, :k]
+    return scores, indices
+
+
+def _top(scores: Tensor, k: int) -> Tensor:
+    """Indices `q k` of the k largest in each row, best first, the lower index first among equals (topk picks any)."""
+    least = scores.topk(k, dim=1).values
+    if least.isnan().any():  # topk puts NaN first, so none can hide
+        raise InputError("some scores are not numbers: the embeddings are broken, embed again")
+    least = least[:, -1:]
+    above, equal = scores > least, scores == least
+    room = k - above.sum(dim=1, keepdim=True)
+    place = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].view(len(scores), k)
+    return place.gather(1, scores.gather(1, place).sort(dim=1, descending=True, stable=True).indices)
+
+
+def _unit(embedding: Tensor) -> Tensor:
+    return F.normalize(embedding.float(), dim=-1)
+
+
+def _way(rank: Tensor, ks: Sequence[int]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for k in ks:
+        hit = (rank < k).double()
+        result |= {f"recall@{k}": hit.mean().item(), f"recall@{k}_interval": bootstrap(hit)}
+    return result | {"median_rank": rank.median().item() + 1}
