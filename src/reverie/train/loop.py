@@ -408,8 +408,8 @@ class _Loop:
         counts.in_a_row += 1
         if counts.in_a_row > self.max_skips:
             raise NonFiniteError(
-                f"{trouble}; {counts.in_a_row} such steps in a row are more than the {self.max_skips} allowed. "
-                "Lower the learning rate, or go on from an earlier checkpoint."
+                f"{trouble}; {counts.in_a_row} such steps in a row are more than the {self.max_skips} "
+                "allowed. Lower the learning rate, or go on from an earlier checkpoint."
             )
         counts.skipped.append(counts.step)
         self.run.event(counts.step, event="skipped", reason=trouble.what, ids=trouble.ids)

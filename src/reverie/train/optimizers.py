@@ -13,19 +13,20 @@ from torch import nn
 
 def no_decay_names(model: nn.Module) -> set[str]:
     """The names of the trainable parameters of `model` that weight decay leaves alone."""
-    exempt: set[str] = set()
-    parameters = dict(model.named_parameters())
+    exempt: set[int] = set()
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied weights go by any of their names
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            exempt.add(f"{dot}weight")
+            exempt.add(id(module.weight))
         for name in getattr(module, "no_decay", ()):
             matches = {key for key in parameters if key == dot + name or key.startswith(f"{dot}{name}.")}
             assert matches, (
                 f"{type(module).__name__}.no_decay names {name!r}, which is no parameter or submodule"
             )
-            exempt |= matches
-    return {name for name, p in parameters.items() if p.requires_grad and (p.ndim < 2 or name in exempt)}
+            exempt |= {id(parameters[key]) for key in matches}
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {name for name, p in trainable if p.ndim < 2 or id(p) in exempt}
 
 
 def adamw(

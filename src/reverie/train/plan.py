@@ -51,7 +51,7 @@ class Plan:
 
     def __str__(self) -> str:
         text = (
-            f"{_count(self.parameters)} parameters · {self.steps:,} steps of {self.step_seconds:.2g} s take about "
+            f"{_count(self.parameters)} parameters · {self.steps:,} steps of {self.step_seconds:.2g} s: about "
             f"{duration(self.seconds)} without evaluation · needs about {_size(self.memory)} of memory "
             f"(weights {_size(self.weights)}, gradients and optimizer {_size(self.optimizer)}, "
             f"EMA {_size(self.ema)}, activations {_size(self.activations)}, the rest Python, libraries, data)"
@@ -151,17 +151,15 @@ def _bytes(value: Any) -> int:
 
 
 def _size(count: float) -> str:
-    return (
-        f"{count / 1e6:.1f} MB"
-        if count < 1e7
-        else f"{count / 1e6:.0f} MB"
-        if count < 1e9
-        else f"{count / 1e9:.1f} GB"
-    )
+    if count < 1e9:
+        return f"{count / 1e6:.{1 if count < 1e7 else 0}f} MB"
+    return f"{count / 1e9:.1f} GB"
 
 
 def _count(count: int) -> str:
-    return f"{count:,}" if count < 1e5 else f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
+    if count < 1e5:
+        return f"{count:,}"
+    return f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
 
 def _peak(device: torch.device) -> int:
