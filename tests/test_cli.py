@@ -1,12 +1,16 @@
 """The command line: help, mistakes, exit codes, and each command from end to end on small things."""
 
+import hashlib
 import inspect
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from reverie import cli
+from reverie import catalog, cli
 from reverie.errors import InputError
 
 
@@ -109,3 +113,271 @@ def test_a_closed_pipe_is_quiet():
     with process.stderr:
         assert not process.stderr.read()
     assert process.wait(60) == 141
+
+
+# ---------------------------------------------------------------- commands from end to end
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "world"
+    assert reverie("data", "world", folder, "--count", 12, "--size", 32, 32) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP with small random weights, saved: what is measured with it is meaningless, but everything runs."""
+    import torch
+
+    import reverie as package
+    from reverie.codecs.bpe import Bpe
+    from reverie.recipes.clip import shape
+    from reverie.systems.clip import Clip
+
+    tokenizer = Bpe.train(["a red circle", "two blue squares", "a green star"], vocab=520)
+    torch.manual_seed(0)
+    config = shape(tokenizer.vocab, tokenizer.end, size=32, width=64, depth=2)
+    return package.save(Clip(config, tokenizer), tmp_path_factory.mktemp("clip") / "clip")
+
+
+def test_data_commands(world, tmp_path, capsys):
+    assert reverie("data", "check", world, "--contents") == 0
+    assert "12" in capsys.readouterr().out
+    sheet = tmp_path / "sheets" / "sheet.png"
+    assert reverie("data", "show", world, "--out", sheet, "--count", 4) == 0
+    with Image.open(sheet) as image:
+        assert image.width > 4 * 128
+
+
+def test_import_reports_what_was_lost(tmp_path, capsys):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red square")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "b.txt").write_text("nothing")
+    assert reverie("data", "import", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2" in out
+    assert "b.png" in out
+
+
+def test_search_by_words_and_by_picture(world, clip_folder, tmp_path, capsys):
+    first = sorted(world.rglob("*.png"))[3]
+    sheet = tmp_path / "found.png"
+    assert (
+        reverie("search", world, "--image", first, "--model", clip_folder, "--top", 3, "--sheet", sheet) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"1.000  {first}"
+    assert len(lines) == 4
+    assert sheet.exists()
+    assert reverie("search", world, "a red circle", "--model", clip_folder, "--top", 5) == 0
+    scores = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(scores) == 5
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_search_leaves_unreadable_files_out(clip_folder, tmp_path, capsys):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    assert reverie("search", tmp_path, "red", "--model", clip_folder) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1
+    assert "b.png" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search", "FOLDER"],
+        ["search", "FOLDER", "red", "--image", "x.png"],
+        ["search", "FOLDER", "red", "--model", "no-such-model"],
+        ["search", "EMPTY", "red"],
+        ["sample", "a cat", "--model", "CLIP"],
+        ["sample", "a cat", "--frames", "0"],
+        ["sample"],
+        ["train", "no-such-recipe", "FOLDER"],
+        ["train", "clip-tiny", "EMPTY"],
+        ["eval", "zero-shot", "FOLDER", "--sources", "nowhere", "--model", "CLIP"],
+        ["data", "check", "EMPTY"],
+        ["convert", "absent.pt", "out.safetensors"],
+    ],
+)
+def test_mistakes_are_one_sentence(words, world, clip_folder, tmp_path, capsys):
+    places = {"FOLDER": world, "EMPTY": tmp_path, "CLIP": clip_folder}
+    words = [places.get(word, word) for word in words]
+    if words[0] == "search" and "--model" not in words:
+        words += ["--model", clip_folder]
+    assert reverie(*words) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("reverie: ")
+    assert err.count("\n") == 1
+
+
+def test_eval_prints_json(world, clip_folder, tmp_path, capsys):
+    out = tmp_path / "scores" / "retrieval.json"
+    assert reverie("eval", "retrieval", world, "--model", clip_folder, "--language", "en", "--out", out) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["images"] == 12
+    assert json.loads(out.read_text())["text_to_image"]["recall@10"] >= printed["text_to_image"]["recall@1"]
+
+
+def test_convert(tmp_path, capsys):
+    import torch
+
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "old.pt")
+    assert reverie("convert", tmp_path / "old.pt", tmp_path / "new.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "1 tensors" in out
+    assert "epoch" in out
+    assert (tmp_path / "new.safetensors").exists()
+
+
+class Painter:
+    """Stands for Sora: paints the seed's grey, and remembers how it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate_image(self, prompts, *, seed=0, size=(64, 64), progress=None, **flags):
+        return self.generate_video(prompts, frames=1, seed=seed, size=size, progress=progress, **flags)[
+            :, :, 0
+        ]
+
+    def generate_video(self, prompts, *, frames=16, seed=0, size=(64, 64), progress=None, **flags):
+        import torch
+
+        self.asked.append({"prompts": prompts, "frames": frames, "seed": seed, "size": size, **flags})
+        progress(1, 1)
+        ramp = torch.linspace(-1, 1, len(prompts) * frames).reshape(len(prompts), 1, frames, 1, 1)
+        return ramp.expand(-1, 3, -1, *size)
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    made = Painter()
+    load = cli._capable
+    monkeypatch.setattr(cli, "_capable", lambda name, what: made if name == "painter" else load(name, what))
+    return made
+
+
+def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):
+    words = [
+        "sample",
+        "a red rocket",
+        "一只猫",
+        "--model",
+        "painter",
+        "--out",
+        tmp_path,
+        "--size",
+        32,
+        48,
+        "--steps",
+        5,
+    ]
+    assert reverie(*words) == 0
+    files = [tmp_path / "000-a-red-rocket.png", tmp_path / "001-一只猫.png"]
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in files]
+    with Image.open(files[0]) as image:
+        assert image.size == (48, 32)
+    assert painter.asked[0] == {
+        "prompts": ["a red rocket"],
+        "frames": 1,
+        "seed": 0,
+        "size": (32, 48),
+        "steps": 5,
+    }
+
+
+def test_sample_writes_clips_from_a_first_frame(painter, clip_folder, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "first.png")
+    words = [
+        "sample",
+        "up",
+        "--model",
+        "painter",
+        "--out",
+        tmp_path,
+        "--frames",
+        6,
+        "--fps",
+        10,
+        "--size",
+        32,
+        32,
+    ]
+    words += ["--first-frame", tmp_path / "first.png", "--best-of", 3, "--judge", clip_folder]
+    assert reverie(*words) == 0
+    asked = painter.asked[0]
+    assert asked["prompts"] == ["up"] * 3
+    assert asked["first_frame"].shape == (3, 3, 32, 32)
+    assert asked["first_frame"][0, :, 5, 5].tolist() == [1, -1, -1]
+    with Image.open(tmp_path / "000-up.webp") as clip:
+        assert clip.n_frames == 6
+        clip.seek(1)
+        clip.load()
+        assert clip.info["duration"] == 100
+
+
+def test_a_recipe_is_a_command_with_its_own_flags(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def recipe(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] = ()) -> str:
+        """Train a thing."""
+        seen.append((data, out, steps, sources))
+        return "a trained thing"
+
+    monkeypatch.setitem(catalog.RECIPES, "thing", lambda: recipe)
+    assert reverie("train", "thing", "--help") == 0
+    text = capsys.readouterr().out
+    assert "Train a thing." in text
+    assert "--steps INT" in text
+    assert reverie("train", "thing", "pets", "--steps", 7, "--sources", "a", "b") == 0
+    assert reverie("train", "thing", tmp_path, "--out", "elsewhere") == 0
+    assert reverie("train", "thing", "pets", "--stepz", 7) == 2
+    assert seen == [
+        (Path("pets"), Path("runs/thing-pets"), 7, ("a", "b")),
+        (tmp_path, Path("elsewhere"), 300, ()),
+    ]
+
+
+def test_doctor_finds_what_is_wrong(monkeypatch, tmp_path, capsys):
+    from reverie import doctor
+
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"whole")
+    right = hashlib.sha256(b"whole").hexdigest()
+    (tmp_path / "SHA256SUMS").write_text(f"{right}  clip/model.safetensors\n{right}  clip/config.json\n")
+    states = {finding.what: finding.state for finding in doctor.shipped(tmp_path)}
+    assert states == {"shipped weights: clip/config.json is missing": "!!"}
+    (tmp_path / "clip" / "config.json").write_bytes(b"broken")
+    assert [finding.what for finding in doctor.shipped(tmp_path)] == [
+        "shipped weights: clip/config.json is damaged"
+    ]
+    (tmp_path / "clip" / "config.json").write_bytes(b"whole")
+    assert [finding.state for finding in doctor.shipped(tmp_path)] == ["ok"]
+
+    needs = [
+        doctor.Need(name="numpy", floor="9999.1", extra=None),
+        doctor.Need(name="no-such-package", floor="1.0", extra="video"),
+        doctor.Need(name="rich", floor="13.7", extra=None),
+    ]
+    monkeypatch.setattr(doctor, "requirements", lambda: needs)
+    old, good, absent = doctor.installed()
+    assert (old.state, good.state, absent.state) == ("!!", "ok", "--")
+    assert old.remedy.endswith('-m pip install "numpy>=9999.1"')
+    assert "extra video" in absent.what
+    monkeypatch.setattr(doctor, "SHIPPED", tmp_path)
+    assert reverie("doctor") == 1
+    assert "numpy" in capsys.readouterr().out
+
+
+def test_doctor_reads_our_requirements():
+    from reverie.doctor import requirements
+
+    needs = {(need.name, need.extra): need.floor for need in requirements()}
+    assert needs["pillow", None] == "12.3"
+    assert needs["av", "video"]
+    assert not needs.keys() & {("reverie", "all"), ("av", None)}

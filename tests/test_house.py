@@ -139,6 +139,18 @@ def test_layers():
     assert done.returncode == 0, done.stdout
 
 
+def test_only_the_upper_floors_use_the_public_face():
+    """The layers cannot see through `import reverie`, which leads to the catalogue."""
+    for path in SOURCE.rglob("*.py"):
+        if path.relative_to(SOURCE).parts[0] in ("recipes", "__init__.py", "cli.py", "serve"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert "reverie" not in [alias.name for alias in node.names], path
+            elif isinstance(node, ast.ImportFrom) and node.module == "reverie":
+                assert not {alias.name for alias in node.names} & {"load", "save", "catalog"}, path
+
+
 def test_help_and_import_are_light():
     heavy = {"torch", "numpy", "matplotlib", "pyarrow", "PIL", "tokenizers", "safetensors", "av"}
     assert not modules_after("import reverie") & heavy

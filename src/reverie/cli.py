@@ -10,46 +10,103 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from reverie.errors import InputError
 
 # ---------------------------------------------------------------- data
 
 
-def data_import(folder: Path, /, *, out: Path | None = None) -> None:
+def data_import(
+    folder: Path,
+    /,
+    *,
+    out: Path | None = None,
+    val: float = 0.05,
+    need_captions: bool = True,
+    source: str | None = None,
+    licence: str | None = None,
+) -> None:
     """Read a folder of pictures and clips with their captions, and write its index.
 
-    Knows sidecars (.txt, .caption, .json), metadata.jsonl, .csv and .parquet, class-named folders and webdataset tars.
-    The media are never changed.
+    Knows sidecars (.txt, .caption, .json), metadata.jsonl, .csv and .parquet, class-named folders and webdataset
+    tars. The media are never changed.
 
     Args:
         folder: The folder to read.
         out: Where metadata.parquet goes; the folder itself if not given.
+        val: The share that is kept from training, to measure on.
+        need_captions: Reject files without words.
+        source: Where the files come from, recorded with each.
+        licence: Their licence, recorded with each.
     """
+    from reverie.data.check import check
     from reverie.data.importers import import_folder
 
-    index = import_folder(folder, out=out)
-    print(index)
+    index = import_folder(
+        folder, out=out, val=val, need_captions=need_captions, source=source, licence=licence
+    )
+    print(check(index, quiet=True))
 
 
-def data_stickers(folder: Path, /, *, sources: tuple[str, ...] = (), size: int = 256, jobs: int = 0) -> None:
+def data_check(folder: Path, /, *, contents: bool = False) -> None:
+    """List every rejected file with its reason, and say what share was lost.
+
+    Args:
+        folder: A folder that was imported.
+        contents: Compare the files' hashes with the index too, not only their sizes.
+    """
+    from reverie.data.check import check
+
+    print(check(folder, contents=contents))
+
+
+def data_show(
+    folder: Path,
+    /,
+    *,
+    out: Path = Path("sheet.png"),
+    count: int = 48,
+    size: int = 128,
+    columns: int = 8,
+    seed: int = 0,
+) -> None:
+    """Draw a contact sheet: pictures, clips and their words on one page.
+
+    Args:
+        folder: A folder that was imported.
+        out: Where the PNG goes.
+        count: How many are shown.
+        size: Pixels a side.
+        columns: Pictures in a row.
+        seed: Another seed, another choice.
+    """
+    from reverie.data.index import Index
+    from reverie.data.sheet import contact_sheet
+
+    print(contact_sheet(Index.read(folder), out, count=count, size=size, columns=columns, seed=seed))
+
+
+def data_stickers(
+    folder: Path, /, *, sources: tuple[str, ...] = (), size: int = 256, jobs: int | None = None
+) -> None:
     """Fetch the sticker corpus: 20,000 pictures and 2,000 animations with words in English and Chinese.
 
     Uses the npm and pip of this machine. Resumable: run it again after an interruption.
 
     Args:
         folder: Where the corpus goes.
-        sources: Only these (all if not given).
+        sources: Only these; all if not given.
         size: Larger pictures are shrunk to this many pixels a side.
-        jobs: Drawings rasterised at a time; 0 takes one per processor.
+        jobs: Drawings rasterised at a time; one for each processor if not given.
     """
     from reverie.data.stickers import stickers, summary
 
-    print(summary(stickers(folder, sources=sources or None, size=size, jobs=jobs or None)))
+    print(summary(stickers(folder, sources=sources or None, size=size, jobs=jobs)))
 
 
 def data_world(
@@ -76,11 +133,261 @@ def data_world(
     """
     from reverie.data.world import write
 
-    index = write(folder, count, seed=seed, size=size, frames=frames, kind=kind, fps=fps)
-    print(f"{len(index)} scenes in {folder}")
+    with _counting("drawing") as progress:
+        index = write(
+            folder, count, seed=seed, size=size, frames=frames, kind=kind, fps=fps, progress=progress
+        )
+    print(f"{len(index):,} scenes in {folder}")
+
+
+# ---------------------------------------------------------------- train
+
+
+def train(recipe: str, data: Path, /, *, out: Path | None = None) -> None:
+    """Train a system on a captioned folder: `reverie train RECIPE DATA`.
+
+    Says before the first step how long it will take and how much memory it needs. The same command goes on after an
+    interruption. Each recipe has flags of its own: `reverie train RECIPE --help`.
+
+    Args:
+        recipe: Which system, and how.
+        data: A folder that was imported, or one to import.
+        out: The run's folder; runs/RECIPE-DATA if not given.
+    """
+    from reverie.catalog import RECIPES
+
+    raise InputError(f"There is no recipe {recipe!r}: there are {', '.join(RECIPES)}.")
+
+
+# ---------------------------------------------------------------- use
+
+
+def sample(
+    prompts: list[str],
+    /,
+    *,
+    model: str = "sora-stickers",
+    out: Path = Path("samples"),
+    frames: int = 1,
+    size: tuple[int, int] = (64, 64),
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    first_frame: Path | None = None,
+    best_of: int = 1,
+    judge: str = "clip-stickers",
+    fps: float = 12.0,
+) -> None:
+    """Draw a picture, or with --frames a clip, for every prompt.
+
+    Args:
+        prompts: What to draw; put each in quotes.
+        model: A shipped name, or a folder that a run wrote.
+        out: The folder that the files go to.
+        frames: 1 draws pictures, more draws clips.
+        size: Height and width in pixels.
+        seed: The same seed draws the same.
+        steps: Sampling steps; the model's own number if not given.
+        guidance: How strictly to follow the prompt; the model's own if not given.
+        first_frame: A picture that the clip begins with.
+        best_of: Draw so many of each and keep the one that the judge likes best.
+        judge: The CLIP that chooses: a shipped name or a folder.
+        fps: Frames per second of the clips.
+    """
+    import torch
+
+    from reverie.pictures import to_signal
+
+    if not prompts:
+        raise InputError('Say what to draw, such as: reverie sample "a red rocket".')
+    if best_of < 1 or frames < 1:
+        raise InputError(f"best_of and frames must be at least 1, not {best_of} and {frames}.")
+    if first_frame is not None and frames == 1:
+        raise InputError(
+            "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
+        )
+    sora = _capable(model, "generate_image")
+    clip = _capable(judge, "embed_text") if best_of > 1 else None
+    asked: dict[str, Any] = {"size": size, "seed": seed}
+    asked |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+    if first_frame is not None:
+        asked["first_frame"] = torch.from_numpy(to_signal(first_frame, size=size)).repeat(best_of, 1, 1, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    for number, prompt in enumerate(prompts):
+        with _counting(prompt) as progress:
+            if frames > 1:
+                drawn = sora.generate_video([prompt] * best_of, frames=frames, progress=progress, **asked)
+            else:
+                drawn = sora.generate_image([prompt] * best_of, progress=progress, **asked)[:, :, None]
+        best = 0
+        if clip is not None:
+            with torch.no_grad():
+                best = int(
+                    (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
+                )
+        print(_store(drawn[best], out / f"{number:03d}-{_slug(prompt)}", fps=fps))
+
+
+def search(
+    folder: Path,
+    words: str = "",
+    /,
+    *,
+    image: Path | None = None,
+    top: int = 10,
+    model: str = "clip-stickers",
+    sheet: Path | None = None,
+) -> None:
+    """Find the pictures of a folder that fit words best, or another picture.
+
+    Args:
+        folder: A folder that was imported, or any folder of pictures.
+        words: What to look for.
+        image: Look for pictures like this one instead.
+        top: How many to list.
+        model: The CLIP that compares: a shipped name or a folder.
+        sheet: Draw what was found to this PNG as well.
+    """
+    import torch
+
+    from reverie.evals.retrieval import search_topk
+    from reverie.media import decode_array
+    from reverie.pictures import grid
+
+    if bool(words) == (image is not None):
+        raise InputError("Give either words or --image to look for.")
+    clip = _capable(model, "embed_text")
+    with torch.no_grad():
+        paths, pictures = _embed_folder(clip, folder)
+        query = clip.embed_text([words]) if image is None else clip.embed_image([image])
+        scores, found = search_topk(query, pictures, top)
+    for score, place in zip(scores[0].tolist(), found[0].tolist(), strict=True):
+        print(f"{score:.3f}  {paths[place]}")
+    if sheet is not None:
+        shown = [decode_array(paths[place], size=128, frames=1, fit="pad")[0] for place in found[0].tolist()]
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        grid(shown, [f"{score:.3f}" for score in scores[0].tolist()]).save(sheet, format="PNG")
+        print(sheet)
+
+
+# ---------------------------------------------------------------- measure
+
+
+def eval_zero_shot(
+    data: Path,
+    /,
+    *,
+    model: str = "clip-stickers",
+    sources: tuple[str, ...] = (),
+    split: str | None = None,
+    without: tuple[str, ...] = ("skin_tone",),
+    templates: tuple[str, ...] = ("{}",),
+    out: Path | None = None,
+) -> None:
+    """Measure how often a CLIP names a picture right among all labels of the folder.
+
+    Args:
+        data: A folder that was imported, whose pictures have labels.
+        model: A shipped name or a folder.
+        sources: Only pictures of these sources; all if not given.
+        split: Only this split: train, val or test; all if not given.
+        without: Leave out the pictures for which one of these scores of the index is above zero.
+        templates: Sentences with {} where the name goes; the mean over them is taken.
+        out: Write everything, class by class, to this JSON file.
+    """
+    from reverie.data.index import Index
+    from reverie.evals.zero_shot import zero_shot
+
+    index = Index.read(data).select(split=split, video=False, sources=sources or None)
+    items = [
+        item for item in index if item.label and not any(item.scores.get(name, 0) > 0 for name in without)
+    ]
+    if not items:
+        raise InputError(
+            f"No picture in {data} has a label and is wanted; look at `reverie data check {data}`."
+        )
+    names = sorted({item.label for item in items})
+    clip = _capable(model, "embed_text")
+    result = zero_shot(
+        clip.embed_image,
+        clip.embed_text,
+        [index.path(item) for item in items],
+        [names.index(item.label) for item in items],
+        names,
+        templates,
+    )
+    _report(result, out)
+
+
+def eval_retrieval(
+    data: Path,
+    /,
+    *,
+    model: str = "clip-stickers",
+    sources: tuple[str, ...] = (),
+    split: str | None = None,
+    language: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Measure how often a CLIP finds a picture by its captions, and its captions by the picture.
+
+    Args:
+        data: A folder that was imported.
+        model: A shipped name or a folder.
+        sources: Only pictures of these sources; all if not given.
+        split: Only this split: train, val or test; all if not given.
+        language: Only captions in this language, such as en or zh.
+        out: Write everything to this JSON file.
+    """
+    from reverie.data.index import Index
+    from reverie.evals.retrieval import retrieval
+
+    index = Index.read(data).select(split=split, video=False, sources=sources or None)
+    told = {
+        item.file_name: [c.text for c in item.captions if language in (None, c.language)] for item in index
+    }
+    items = [item for item in index if told[item.file_name]]
+    if not items:
+        raise InputError(
+            f"No picture in {data} has a caption and is wanted; look at `reverie data check {data}`."
+        )
+    clip = _capable(model, "embed_text")
+    paths = [index.path(item) for item in items]
+    _report(
+        retrieval(clip.embed_image, clip.embed_text, paths, [told[item.file_name] for item in items]), out
+    )
 
 
 # ---------------------------------------------------------------- the rest
+
+
+def demo(*, out: Path = Path("gallery"), seed: int = 0) -> None:
+    """Draw pictures and clips, search, name, and write it all into a gallery page. Needs no network.
+
+    Args:
+        out: The gallery's folder.
+        seed: Another seed, other pictures.
+    """
+    from reverie.recipes.demo import demo as show
+
+    print(show(out, seed=seed))
+
+
+def convert(source: Path, target: Path, /) -> None:
+    """Turn a pickled checkpoint (.pt, .pth, .ckpt, .bin) into safetensors, in a confined process.
+
+    Args:
+        source: The checkpoint.
+        target: The new file, which must end in .safetensors.
+    """
+    from reverie.weights.convert import convert as turn
+
+    done = turn(source, target)
+    print(f"{done.tensors:,} tensors in {done.path}")
+    if done.left_out:
+        print(
+            f"left out, being no weights: {', '.join(done.left_out[:20])}{', ...' * (len(done.left_out) > 20)}"
+        )
 
 
 def doctor() -> int:
@@ -97,10 +404,115 @@ def doctor() -> int:
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "data import": data_import,
+    "data check": data_check,
+    "data show": data_show,
     "data stickers": data_stickers,
     "data world": data_world,
+    "train": train,
+    "sample": sample,
+    "search": search,
+    "eval zero-shot": eval_zero_shot,
+    "eval retrieval": eval_retrieval,
+    "demo": demo,
+    "convert": convert,
     "doctor": doctor,
 }
+
+
+# ---------------------------------------------------------------- what several commands need
+
+
+def _capable(name_or_folder: str, capability: str) -> Any:
+    """A loaded system that has the method `capability`. InputError: it has not, or there is no such system."""
+    import reverie
+
+    system = reverie.load(name_or_folder)
+    if not hasattr(system, capability):
+        raise InputError(
+            f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
+        )
+    return system
+
+
+def _embed_folder(clip: Any, folder: Path) -> tuple[list[Path], Any]:
+    """The readable pictures of a folder (of a clip its first frame) and their unit embeddings `n d`."""
+    import torch
+
+    from reverie.data.index import FILE, Index
+    from reverie.data.progress import track
+    from reverie.media import SUFFIXES, MediaError
+    from reverie.pictures import to_signal
+
+    if (folder / FILE).exists():
+        index = Index.read(folder).select()
+        paths = [index.path(item) for item in index]
+    else:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    readable, signals, embedded = [], [], []
+    for path in track(paths, total=len(paths), label="embedding"):
+        try:
+            signals.append(torch.from_numpy(to_signal(path, size=clip.config.image.size)))
+        except MediaError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        readable.append(path)
+        if len(signals) == 64:
+            embedded.append(clip.embed_image(torch.stack(signals)))
+            signals.clear()
+    if signals:
+        embedded.append(clip.embed_image(torch.stack(signals)))
+    if not readable:
+        raise InputError(f"{folder} holds no picture that can be read: give a folder with pictures.")
+    return readable, torch.cat(embedded)
+
+
+def _store(signal: Any, stem: Path, *, fps: float) -> Path:
+    """Write a signal `c f h w` in [-1, 1]: one frame as STEM.png, more as a lossless animation STEM.webp."""
+    from einops import rearrange
+    from PIL import Image
+
+    levels = ((signal.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    frames = [Image.fromarray(frame) for frame in rearrange(levels, "c f h w -> f h w c").numpy()]
+    if len(frames) == 1:
+        path = stem.with_name(f"{stem.name}.png")
+        frames[0].save(path)
+    else:
+        path = stem.with_name(f"{stem.name}.webp")
+        duration = round(1000 / fps)
+        frames[0].save(
+            path, save_all=True, append_images=frames[1:], duration=duration, loop=0, lossless=True
+        )
+    return path
+
+
+def _slug(text: str) -> str:
+    """The beginning of a prompt as a file name; letters of every script stay."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:60] or "untitled"
+
+
+def _report(result: Mapping[str, Any], out: Path | None) -> None:
+    """Print the numbers of an evaluator, without its long lists, as JSON; all of it goes to `out`."""
+    import json
+
+    long = {"per_class", "predicted"}
+    print(json.dumps({name: value for name, value in result.items() if name not in long}, indent=1))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _counting(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function of (done, total) that shows a bar on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label.replace("[", r"\["))
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 # ---------------------------------------------------------------- from words to functions
@@ -143,7 +555,10 @@ def _run(words: list[str]) -> int:
     for count in (2, 1):
         name = " ".join(words[:count])
         if name in COMMANDS:
-            return _parse(COMMANDS[name], f"reverie {name}", words[count:])
+            rest = words[count:]
+            if name == "train" and rest and rest[0] in _recipes():
+                return _parse(_run_of(rest[0]), f"reverie train {rest[0]}", rest[1:])
+            return _parse(COMMANDS[name], f"reverie {name}", rest)
     group = words[0] if words and any(name.startswith(f"{words[0]} ") for name in COMMANDS) else ""
     rest = words[1:] if group else words
     if not rest or rest[0] in ("-h", "--help"):
@@ -155,12 +570,37 @@ def _run(words: list[str]) -> int:
 def _parse(function: Callable[..., int | None], prog: str, args: list[str]) -> int:
     import tyro
 
-    return (
-        tyro.cli(
-            function, prog=prog, args=args, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.DisallowNone)
-        )
-        or 0
-    )
+    conf = tyro.conf
+    config = (conf.PositionalRequiredArgs, conf.PositionalMetavarFromFieldName, conf.DisallowNone)
+    about = (inspect.getdoc(function) or "").partition("\nArgs:\n")[0].rstrip()
+    if function is train:
+        about += f"\n\nRecipes: {', '.join(_recipes())}."
+    return tyro.cli(function, prog=prog, args=args, config=config, description=about) or 0
+
+
+def _recipes() -> Mapping[str, Callable[[], Callable[..., Any]]]:
+    from reverie.catalog import RECIPES
+
+    return RECIPES
+
+
+def _run_of(name: str) -> Callable[..., None]:
+    """The recipe `name` as a command: its own flags, with `out` as a flag that need not be given."""
+    recipe = _recipes()[name]()
+
+    def run(data: Path, /, *, out: Path | None = None, **flags: Any) -> None:
+        folder = out or Path("runs") / f"{name}-{data.resolve().name}"
+        recipe(data, folder, **flags)
+        print(folder)
+
+    hints = get_type_hints(recipe)
+    own = [part for part in inspect.signature(recipe).parameters.values() if part.name not in ("data", "out")]
+    mine = [*inspect.signature(run, eval_str=True).parameters.values()][:2]
+    flags = [part.replace(kind=part.KEYWORD_ONLY, annotation=hints[part.name]) for part in own]
+    run.__signature__ = inspect.Signature([*mine, *flags])  # type: ignore[attr-defined]
+    run.__annotations__ = {part.name: part.annotation for part in (*mine, *flags)}
+    run.__doc__ = inspect.getdoc(recipe)
+    return run
 
 
 def _overview(group: str) -> str:
