@@ -20,6 +20,7 @@ import math
 import mmap
 import struct
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,6 +63,9 @@ class Limits:
 
 
 LIMITS = Limits()
+warnings.filterwarnings(
+    "ignore", category=UserWarning, module=r"PIL\..*Plugin"
+)  # the words of decoders stay inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -661,7 +665,7 @@ def _container(file: BinaryIO, found: Probe, limits: Limits) -> Iterator[tuple[A
     except ImportError:
         raise _Refusal("reading mp4 and webm clips needs PyAV: pip install 'reverie[video]'") from None
     file.seek(0)
-    options = {"max_pixels": str(limits.pixels)}
+    options = {"max_pixels": str(limits.pixels + 64 * 65_536)}  # decoders count rows rounded up to 64
     with av.open(file, format={"mp4": "mov", "webm": "matroska"}[found.kind], options=options) as container:
         if not container.streams.video:
             raise _Refusal("it holds no pictures, only sound or data")

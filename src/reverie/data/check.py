@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reverie.data.index import Index
+from reverie.data.pixels import file_hash
 from reverie.data.progress import track
 from reverie.errors import InputError
 from reverie.media import SUFFIXES
@@ -55,13 +56,11 @@ class Report:
         return "\n".join(lines)
 
 
-def check(folder: str | Path | Index, *, bytes: bool = False, quiet: bool = False) -> Report:
+def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = False) -> Report:
     """Reads an index and compares it with the files: those that have gone or changed since the import are rejected too.
 
-    bytes: compare content hashes, not only sizes. InputError: no index, or nothing usable in the folder.
+    contents: compare content hashes, not only sizes. InputError: no index, or nothing usable in the folder.
     """
-    from reverie.data.pixels import file_hash
-
     index = folder if isinstance(folder, Index) else Index.read(folder)
     rejected, accepted, same = [], [], defaultdict(list)
     for item in track(index, total=len(index), label="checking", quiet=quiet):
@@ -69,7 +68,7 @@ def check(folder: str | Path | Index, *, bytes: bool = False, quiet: bool = Fals
         if reason is None:
             path = index.path(item)
             try:
-                changed = path.stat().st_size != item.bytes or (bytes and file_hash(path) != item.hash)
+                changed = path.stat().st_size != item.bytes or (contents and file_hash(path) != item.hash)
                 reason = "changed since the import: import the folder again" if changed else None
             except OSError:
                 reason = "gone since the import: import the folder again"

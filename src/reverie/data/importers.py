@@ -11,8 +11,9 @@ Media are known by content, whatever their names. Words are looked for, and all 
   general one (`images`, `train`, ...);
 - webdataset tars: their members are unpacked into `extracted/` beside the index, and then read as sidecars are.
 
-Text must be UTF-8 (or UTF-16 with its mark): a file whose caption is neither is rejected, not guessed at. A file without
-any words is rejected too, unless `need_captions` is off. Languages are told by their script (zh, ja, ko, else en).
+Text must be UTF-8 (or UTF-16 with its mark): a file whose caption is neither is rejected, not guessed at. A file
+without any words is rejected too, unless `need_captions` is off. Languages are told by their script (zh, ja, ko, or
+else en).
 
 The split is a `split` column, or a top folder called train, val or test; otherwise that of the last import, otherwise a
 function of the file's bytes, so copies of one picture are never on both sides. An import over an older index keeps its
@@ -25,6 +26,7 @@ symbolic link to the folder makes the file names resolve.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -49,20 +51,16 @@ SIDECARS = (*TEXTS, ".json", ".cls")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 EXTRACTED = "extracted"
 LONGEST = 2**20  # bytes of one sidecar
-GENERAL = frozenset(
-    "images image img imgs pictures photos videos clips data media files samples dataset".split()
-)
+GENERAL = {"images", "image", "img", "imgs", "pictures", "photos", "videos", "clips", "data", "media", "files",
+           "samples", "dataset"}  # fmt: skip
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test"}  # fmt: skip
 _WORDS = re.compile(r"(texts?|captions?|prompt|title|description|alt|alt_text|tags)(?:_([a-z]{2}))?")
 _MEANT = {"label": "label", "class": "label", "class_name": "label", "category": "label", "split": "split",
           "source": "source", "licence": "licence", "license": "licence"}  # fmt: skip
-_IMPORTED = re.compile(
-    r"(txt|caption|cls|folder|label)|(json|table):.*"
-)  # caption sources that an import made
-_OTHER_MEDIA = frozenset(
-    ".svg .bmp .tif .tiff .heic .heif .jxl .jp2 .psd .ico .tga .exr .dng .cr2 .nef .avi .wmv .flv .mpg .mpeg .3gp".split()
-)
+_IMPORTED = ("sidecar:", "json:", "table:", "class:")  # how the caption sources of an import begin
+_OTHER_MEDIA = {".svg", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".ico", ".tga", ".exr",
+                ".dng", ".cr2", ".nef", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".3gp"}  # fmt: skip
 
 
 @dataclass
@@ -95,10 +93,13 @@ def import_folder(
 ) -> Index:
     """Reads `folder`, writes `metadata.parquet` there (or in `out`), and returns the index.
 
-    val: share of the files that go to the split "val" (at least one of two or more). need_captions: reject files without
-    words. source, licence: recorded for every file that names none. verify: decode every picture and every frame of a
-    GIF, WebP or PNG, so that damaged files are found now (mp4 and webm: the first frame, and that the file is whole).
-    workers: threads. InputError: no such folder, nothing usable in it, or nowhere to write.
+    val: share of the files that go to the split "val" (at least one of two or more).
+    need_captions: reject files without words.
+    source, licence: recorded for every file that names none.
+    verify: decode every picture and every frame of a GIF, WebP, PNG or AVIF, so that damaged files are found now
+    (of mp4 and webm: the first frame, and that the file is whole).
+    workers: threads.
+    InputError: no such folder, nothing usable in it, or nowhere to write.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -265,12 +266,11 @@ def _write_once(path: Path, data: bytes) -> None:
 
 def _walk(folder: Path, target: Path) -> Iterator[Path]:
     """Every plain file below `folder`, sorted; hidden ones, linked folders and the index's own folder are left out."""
+    own = target.resolve()
     for where, folders, names in os.walk(folder):
         here = Path(where)
         folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and (target == folder or here / name != target)
+            name for name in folders if not name.startswith(".") and (here / name).resolve() != own
         )
         yield from (
             here / name for name in sorted(names) if not name.startswith(".") and (here / name).is_file()
@@ -338,7 +338,7 @@ def _sidecars(path: Path, places: dict[Path, Any]) -> _Words:
                     lines = [line.strip() for line in text.splitlines() if line.strip()]
                     if not lines:
                         raise _Unusable("is empty")
-                    words.captions += [_caption(line, suffix[1:]) for line in lines]
+                    words.captions += [_caption(line, f"sidecar:{suffix[1:]}") for line in lines]
                 elif suffix == ".cls":
                     words.meant.setdefault("label", text.strip())
                 else:
@@ -370,9 +370,12 @@ def _decode_text(data: bytes) -> str:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be stored
     except (ValueError, RecursionError):
         raise _Unusable("is not valid JSON") from None
+    return value
 
 
 def _language(text: str) -> str:
@@ -407,7 +410,7 @@ def _take(value: Any, source: str, words: _Words) -> None:
         elif key.startswith("score_"):
             try:
                 words.scores[key.removeprefix("score_")] = float(cell)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise _Unusable(f"has {cell!r:.40} in {column}, which is not a number") from None
         elif source == "table" and isinstance(cell, str | int | float | bool):
             words.extra[str(column)] = cell
@@ -423,13 +426,16 @@ def _texts(cell: Any) -> Iterator[tuple[str, str | None]]:
             except (ValueError, RecursionError):
                 parsed = None
             if isinstance(parsed, list) and all(isinstance(part, str) for part in parsed):
-                yield from _texts(parsed)
+                yield from ((part.strip(), None) for part in parsed if part.strip())
                 return
         if text:
             yield text, None
     elif isinstance(cell, list | tuple):
         for part in cell:
-            yield from _texts(part)
+            if isinstance(part, str) and part.strip():
+                yield part.strip(), None
+            elif isinstance(part, dict):
+                yield from _texts(part)
     elif isinstance(cell, dict) and isinstance(cell.get("text"), str) and cell["text"].strip():
         language = cell.get("language")
         yield cell["text"].strip(), language if isinstance(language, str) and language else None
@@ -475,14 +481,17 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not is_ours(table.schema):
             yield from enumerate(table.to_pylist(), 1)
         return
-    text = _decode_text(path.read_bytes())
+    try:
+        text = _decode_text(path.read_bytes())
+    except OSError:
+        raise _Unusable("cannot be read") from None
     if path.suffix.lower() == ".csv":
         try:
-            yield from enumerate(csv.DictReader(text.splitlines(keepends=True), restkey="", strict=True), 1)
+            yield from enumerate(csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True), 1)
         except csv.Error:
             raise _Unusable("is not valid CSV") from None
         return
-    for line, record in enumerate(text.splitlines(), 1):
+    for line, record in enumerate(text.split("\n"), 1):
         if record.strip():
             try:
                 row = _parse(record)
@@ -535,7 +544,11 @@ def _name_classes(items: list[Item], words: dict[str, _Words], prefix: str) -> N
         name = folders[-1]
         if name.lower() not in GENERAL and name.lower() not in SPLIT_NAMES:
             its.meant["label"] = name
-            its.captions.append(_caption(re.sub(r"[_\-\s]+", " ", name).strip() or name, "folder"))
+            its.captions.append(_caption(_spoken(name), "class:folder"))
+
+
+def _spoken(label: str) -> str:
+    return re.sub(r"[_\-\s]+", " ", label).strip() or label
 
 
 def _finish(
@@ -551,10 +564,12 @@ def _finish(
     """The item with its words, its split and what an older index knew of the same bytes."""
     captions = list(its.captions)
     label = its.meant.get("label") or (old.label if old else None)
-    if not captions and "label" in its.meant:
-        captions = [_caption(re.sub(r"[_\-\s]+", " ", its.meant["label"]).strip(), "label")]
+    if (
+        not captions and "label" in its.meant and not its.meant["label"].isdigit()
+    ):  # a class number says nothing
+        captions = [_caption(_spoken(its.meant["label"]), "class:label")]
     if old is not None:
-        captions += [caption for caption in old.captions if not _IMPORTED.fullmatch(caption.source)]
+        captions += [caption for caption in old.captions if not caption.source.startswith(_IMPORTED)]
     captions = list({(c.text, c.language): c for c in reversed(captions)}.values())[::-1]
     folders = _inner(item.file_name, prefix)
     given = its.meant.get("split", folders[0] if folders and folders[0].lower() in SPLIT_NAMES else None)
@@ -617,6 +632,6 @@ def _extra_table(extra: dict[str, dict[str, Any]], previous: Index | None) -> An
             kind = previous.extra.schema.field(name).type
         try:
             table[name] = pa.array(values, kind)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):  # tables that disagree about a column
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # tables that disagree about a column
             table[name] = pa.array([None if value is None else str(value) for value in values], pa.string())
     return pa.table(table)

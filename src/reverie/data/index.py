@@ -29,7 +29,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One caption; `source` says where it came from ("txt", "label", "emojibase", ...), `language` is ISO 639-1."""
+    """One caption. `source`: where it came from ("sidecar:txt", "table:prompt", "blip"). `language`: ISO 639-1."""
 
     text: str
     source: str

@@ -68,7 +68,7 @@ class Pixels:
         temporary file. max_bad: InputError when a larger share of the files cannot be decoded. workers: threads.
         """
         self.index = index
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = (size, size) if isinstance(size, int) else size
         self.frames, self.fit, self.limits = frames, fit, limits
         if len(index) == 0:
             raise InputError(
