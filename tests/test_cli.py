@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -236,6 +237,8 @@ def test_convert(tmp_path, capsys):
 
 class Painter:
     """Stands for Sora: paints the seed's grey, and remembers how it was asked."""
+
+    config = SimpleNamespace(size=(64, 64), fps=12.0)
 
     def __init__(self):
         self.asked = []

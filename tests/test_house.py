@@ -225,7 +225,7 @@ def test_the_map_names_every_module():
     present = {
         path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py") if path.name != "__init__.py"
     }
-    assert listed == present
+    assert listed == present, f"add {sorted(present - listed)}, remove {sorted(listed - present)}"
 
 
 def test_links_between_our_papers_lead_somewhere():

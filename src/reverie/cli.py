@@ -169,14 +169,14 @@ def sample(
     model: str = "sora-stickers",
     out: Path = Path("samples"),
     frames: int = 1,
-    size: tuple[int, int] = (64, 64),
+    size: tuple[int, int] | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
     first_frame: Path | None = None,
     best_of: int = 1,
     judge: str = "clip-stickers",
-    fps: float = 12.0,
+    fps: float | None = None,
 ) -> None:
     """Draw a picture, or with --frames a clip, for every prompt.
 
@@ -185,14 +185,14 @@ def sample(
         model: A shipped name, or a folder that a run wrote.
         out: The folder that the files go to.
         frames: 1 draws pictures, more draws clips.
-        size: Height and width in pixels.
+        size: Height and width in pixels; what the model was trained at if not given.
         seed: The same seed draws the same.
         steps: Sampling steps; the model's own number if not given.
         guidance: How strictly to follow the prompt; the model's own if not given.
         first_frame: A picture that the clip begins with.
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
-        fps: Frames per second of the clips.
+        fps: Frames per second of the clips; the model's own if not given.
     """
     import torch
 
@@ -208,8 +208,8 @@ def sample(
         )
     sora = _capable(model, "generate_image")
     clip = _capable(judge, "embed_text") if best_of > 1 else None
-    asked: dict[str, Any] = {"size": size, "seed": seed}
-    asked |= {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+    size = size or sora.config.size
+    asked: dict[str, Any] = {"size": size, "seed": seed, "steps": steps, "guidance": guidance}
     if first_frame is not None:
         asked["first_frame"] = torch.from_numpy(to_signal(first_frame, size=size)).repeat(best_of, 1, 1, 1)
     out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def sample(
                 best = int(
                     (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
                 )
-        print(_store(drawn[best], out / f"{number:03d}-{_slug(prompt)}", fps=fps))
+        print(_store(drawn[best], out / f"{number:03d}-{_slug(prompt)}", fps=fps or sora.config.fps))
 
 
 def search(
