@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from reverie.errors import InputError
 
@@ -241,7 +241,8 @@ class _Lines:
     """A JSONL file of objects with a "step", appended and flushed line by line."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._file = path, None
+        self.path = path
+        self._file: IO[str] | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
         if self._file is None:

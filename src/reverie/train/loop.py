@@ -68,11 +68,12 @@ class Player:
     schedule: Callable[[int], float] = constant
     ema: Ema | None = None
     clip: float | None = None
-    loss: Callable[[Batch], Losses] | None = None
+    loss: Callable[[Batch], Losses] = None  # type: ignore[assignment]  # None: model.loss
     name: str = ""
 
     def __post_init__(self) -> None:
-        self.loss = self.loss or self.model.loss
+        if self.loss is None:
+            self.loss = self.model.loss
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
@@ -144,9 +145,9 @@ def train(
     accumulate     how many batches make one step
     precision      auto, fp32 or bf16 (autocast)
     non_finite     what follows a loss or gradient that is nan or inf, before the weights see it: "stop"
-                   raises NonFiniteError; "skip" leaves no trace of the step, at most `max_skips` in a row;
-                   "rollback" goes back to the last checkpoint and leaves that step's batch out, at most
-                   `max_skips` times from there
+                   raises NonFiniteError; "skip" leaves no trace of the step (with several players: of this
+                   one's and the later ones'), at most `max_skips` in a row; "rollback" goes back to the last
+                   checkpoint and leaves that step's batch out, at most `max_skips` times from there
     save_every     steps between checkpoints, the newest `keep` of which stay (None: all); so is the end
     resume         auto, must (InputError without a checkpoint) or never (InputError with one)
     prefetch       how many batches a thread prepares ahead; they must not draw from global generators then
@@ -162,12 +163,12 @@ def train(
         raise InputError(
             "Several players need different names, for their files and metrics; give each its `name`."
         )
-    for name, value, allowed in (
+    for name, choice, allowed in (
         ("non_finite", non_finite, ("stop", "skip", "rollback")),
         ("resume", resume, ("auto", "must", "never")),
     ):
-        if value not in allowed:
-            raise InputError(f"{name} is {value!r}; choose {', '.join(allowed)}.")
+        if choice not in allowed:
+            raise InputError(f"{name} is {choice!r}; choose {', '.join(allowed)}.")
     for name, value in (
         ("steps", steps),
         ("accumulate", accumulate),
@@ -288,7 +289,9 @@ class _Loop:
         items, trouble = 0, self.left_out.get(at)
         if trouble is None:
             for player, mode in zip(self.players, modes, strict=True):
-                trouble = self._update(player, mode, at, losses, norms) or trouble
+                trouble = self._update(player, mode, at, losses, norms)
+                if trouble is not None:
+                    break
             if trouble is not None and self.non_finite == "rollback":
                 self._roll_back(at, trouble)
                 return None
@@ -502,13 +505,13 @@ class _Loop:
             if player.ema is not None:
                 tensors[player._file("ema")] = player.ema.average
         self.run.sync()
-        state = {
+        about = {
             "counts": asdict(self.counts),
             "settings": self._settings(),
             "players": scalars,
             "machine": _machine(self.device),
         }
-        checkpoint.save(self.run.checkpoints, self.counts.step, tensors=tensors, state=state, keep=self.keep)
+        checkpoint.save(self.run.checkpoints, self.counts.step, tensors=tensors, state=about, keep=self.keep)
         self.rollbacks = 0
         if draw or time.monotonic() - self.drawn > 60:
             self.run.curves()
@@ -533,8 +536,6 @@ class _Loop:
         self.counts = _Counts(**state["counts"])
 
     def _say_plan(self) -> None:
-        for player in self.players:
-            _modes(player.model)
         batch = self.batches(self.counts.step, 0)
         begin = time.perf_counter()
         self.batches.function(self.counts.step, 0)  # again: the first call may open files and fill caches
@@ -617,6 +618,7 @@ class _Batches:
         return future.result()
 
     def _fill(self, key: tuple[int, int]) -> None:
+        assert self._pool is not None
         at = self._queue[-1][0] if self._queue else key
         while len(self._queue) < self.ahead:
             at = (at[0], at[1] + 1) if at[1] + 1 < self.accumulate else (at[0] + 1, 0)
@@ -696,11 +698,12 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # a module with properties, which type checkers miss
+    mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

@@ -51,8 +51,8 @@ class Plan:
 
     def __str__(self) -> str:
         text = (
-            f"{_count(self.parameters)} parameters · {self.steps:,} steps of {self.step_seconds:.2g} s: about "
-            f"{duration(self.seconds)} without evaluation · needs about {_size(self.memory)} of memory "
+            f"{_count(self.parameters)} parameters · {self.steps:,} steps of {self.step_seconds:.2g} s, "
+            f"about {duration(self.seconds)} without evaluation · needs about {_size(self.memory)} of memory "
             f"(weights {_size(self.weights)}, gradients and optimizer {_size(self.optimizer)}, "
             f"EMA {_size(self.ema)}, activations {_size(self.activations)}, the rest Python, libraries, data)"
         )
