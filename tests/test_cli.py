@@ -266,32 +266,21 @@ def painter(monkeypatch):
 
 
 def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):
-    words = [
-        "sample",
-        "a red rocket",
-        "一只猫",
-        "--model",
-        "painter",
-        "--out",
-        tmp_path,
-        "--size",
-        32,
-        48,
-        "--steps",
-        5,
-    ]
-    assert reverie(*words) == 0
+    flags = ["--model", "painter", "--out", tmp_path, "--size", 32, 48, "--steps", 5]
+    assert reverie("sample", "a red rocket", "一只猫", *flags) == 0
     files = [tmp_path / "000-a-red-rocket.png", tmp_path / "001-一只猫.png"]
     assert capsys.readouterr().out.splitlines() == [str(path) for path in files]
     with Image.open(files[0]) as image:
         assert image.size == (48, 32)
-    assert painter.asked[0] == {
+    asked = {
         "prompts": ["a red rocket"],
         "frames": 1,
         "seed": 0,
         "size": (32, 48),
         "steps": 5,
+        "guidance": None,
     }
+    assert painter.asked[0] == asked
 
 
 def test_sample_writes_clips_from_a_first_frame(painter, clip_folder, tmp_path):
