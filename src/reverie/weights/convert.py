@@ -83,13 +83,13 @@ def _sniff(source: Path) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RecursionError):
         raise ModelFileError(f"{name} is a damaged zip file; fetch it again.") from None
+    names = [entry.filename for entry in entries]
+    if any(re.search(r"(^|/)(code/|constants\.pkl$)", each) for each in names):
+        raise ModelFileError(f"{name} is a TorchScript program, not weights; ask its author for the weights.")
     size = source.stat().st_size
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or len(entries) > ENTRIES or sum(entry.file_size for entry in entries) > size:
         raise ModelFileError(f"{name} is packed in a way that torch.save never does; it is refused.")
-    names = [entry.filename for entry in entries]
-    if any(re.search(r"(^|/)(code/|constants\.pkl$)", each) for each in names):
-        raise ModelFileError(f"{name} is a TorchScript program, not weights; ask its author for the weights.")
     if sum(each.endswith("data.pkl") for each in names) != 1:
         raise ModelFileError(f"{name} is a zip file without one data.pkl, so torch.save did not write it.")
 
@@ -131,14 +131,24 @@ def _main(source: str, draft: str) -> dict[str, Any]:
     _leave_network()  # first, while there is but one thread
     import torch
 
-    from reverie.weights import files
+    import reverie.weights.files  # noqa: F401  # before the doors close
 
     _limit(size)  # now, for an interpreter with torch takes gigabytes of address space on some machines
     _close_doors(Path(draft).parent)
     try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
+        with open(source, "rb") as file:  # a file, not its name, from which torch would guess another format
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         return {"error": _reason(error)}
+    return _write(loaded, Path(draft), size)
+
+
+def _write(loaded: Any, draft: Path, size: int) -> dict[str, Any]:
+    """Write the tensors of what a file of `size` bytes held, or say why not."""
+    import torch
+
+    from reverie.weights import files
+
     tensors, left_out = _weights(loaded, torch.Tensor)
     if not tensors:
         return {"error": "it holds no tensors by name"}

@@ -161,11 +161,12 @@ def find(name_or_folder: str | Path) -> Path:
     if path.suffix.lower() in files.PICKLES:
         raise ModelFileError(files.pickle_message(path.name))
     try:
-        if path.is_file():
-            raise ModelFileError(f"{shown} is a file; give the folder it lies in: {holds}.")
+        is_file = path.is_file()
         present = {entry.name for entry in path.iterdir()} if path.is_dir() else None
-    except (OSError, ValueError):
-        present = None
+    except (OSError, ValueError):  # too long, or with a NUL byte, or forbidden
+        is_file, present = False, None
+    if is_file:
+        raise ModelFileError(f"{shown} is a file; give the folder it lies in: {holds}.")
     if present is None:
         names = ", ".join(shipped()) or "none"
         raise ModelFileError(f"{shown} is neither a folder nor a shipped name (shipped: {names}); {holds}.")
