@@ -21,6 +21,7 @@ import mmap
 import struct
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -340,6 +341,12 @@ def _png(data: mmap.mmap, limits: Limits) -> _Claim:
         if at + 12 > len(data):
             raise _Refusal("damaged or cut short: a PNG without its end")
         length, name = struct.unpack(">I4s", data[at : at + 8])
+        with memoryview(data) as view, view[at + 4 : at + 8 + length] as body:
+            whole = zlib.crc32(body)
+        if (
+            whole.to_bytes(4, "big") != data[at + 8 + length : at + 12 + length]
+        ):  # Pillow lets damaged pixels pass
+            raise _Refusal("damaged or cut short: a part of the PNG does not match its checksum")
         if name == b"acTL":
             animated = struct.unpack(">I", data[at + 8 : at + 12])[0] > 0
         elif name == b"fcTL":

@@ -69,6 +69,13 @@ def test_videos(tmp_path, makers, name, codec):
     assert close(decode(path, frames=4)[:, :3].float().mean((1, 2, 3)), shades[[0, 3, 6, 9]], 0.01)
 
 
+def test_damaged_pixels_of_a_png_are_noticed(make, makers):
+    content = bytearray(makers.data(makers.picture(), "png"))
+    content[content.index(b"IDAT") + 10] ^= 1
+    with pytest.raises(MediaError, match="does not match its checksum"):
+        decode(make("a.png", bytes(content)))
+
+
 def test_a_turned_video_is_shown_upright(tmp_path, makers):
     path = makers.video(tmp_path / "a.mp4", "libx264", 3)
     content = bytearray(path.read_bytes())

@@ -106,9 +106,13 @@ def count_extensions(folder: Path) -> Counter[str]:
 
 def nothing_usable(folder: Path, extensions: Counter[str], reasons: Counter[str]) -> InputError:
     """The error for a folder in which nothing can be used: what was looked for, and what was there."""
-    saw = ", ".join(f"{count:,} {name}" for name, count in extensions.most_common(12)) or "no file at all"
-    why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3) if reason)
+    saw = ", ".join(f"{count:,} {name}" for name, count in _most(extensions, 12)) or "no file at all"
+    why = "; ".join(f"{reason} ({count:,})" for reason, count in _most(reasons, 3) if reason)
     return InputError(
         f"No usable picture or clip in {folder}: looked for {' '.join(SUFFIXES)} and .tar, and saw {saw}"
         + (f"; rejected: {why}." if why else ".")
     )
+
+
+def _most(counts: Counter[str], n: int) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:n]

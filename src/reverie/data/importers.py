@@ -121,8 +121,10 @@ def import_folder(
     known = {item.hash: item for item in previous or () if item.hash}
     known_names = {(item.hash, item.file_name): item for item in previous or () if item.hash}
     finished, extra = [], {}
+    named = {item.hash for item in items if _given_split(item, words[item.file_name], prefix) is not None}
+    free = {item.hash for item in items} - named
     for item in items:
-        its = words.get(item.file_name, _Words())
+        its = words[item.file_name]
         old = known_names.get((item.hash, item.file_name), known.get(item.hash))
         finished.append(_finish(item, its, old, prefix, val, need_captions, source, licence))
         before = previous.extra_of(old.file_name) if previous is not None and old is not None else {}
@@ -131,7 +133,9 @@ def import_folder(
         Item(file_name=name, hash="", bytes=0, width=0, height=0, reject=reason)
         for name, reason in problems.items()
     ]
-    index = Index(target, sorted(_at_least_one(finished, val) + refused, key=lambda item: item.file_name))
+    index = Index(
+        target, sorted(_at_least_one(finished, free, val) + refused, key=lambda item: item.file_name)
+    )
     index.extra = _extra_table(extra, previous)
     if index.items:
         index.write()
@@ -220,14 +224,14 @@ def _unpack(path: Path, into: Path, limits: Limits) -> list[str]:
             for member in archive:
                 name = PurePosixPath(member.name)
                 suffix = name.suffix.lower()
-                if member.isdir() or any(
-                    part.startswith(".") and part not in (".", "..") for part in name.parts
+                if member.isdir() or (
+                    suffix not in SUFFIXES and suffix not in SIDECARS and suffix not in _OTHER_MEDIA
                 ):
-                    continue
-                if suffix not in SUFFIXES and suffix not in SIDECARS and suffix not in _OTHER_MEDIA:
                     continue
                 if name.is_absolute() or ".." in name.parts or "\\" in member.name or ":" in member.name:
                     refused.append(f"{member.name[:100]!r} leads out of the archive")
+                elif any(part.startswith(".") for part in name.parts):  # hidden, as in a folder
+                    continue
                 elif not member.isreg() or member.issparse():
                     refused.append(f"{member.name[:100]!r} is a link or no plain file")
                 elif member.size > (LONGEST if suffix in SIDECARS else limits.bytes):
@@ -547,6 +551,12 @@ def _name_classes(items: list[Item], words: dict[str, _Words], prefix: str) -> N
             its.captions.append(_caption(_spoken(name), "class:folder"))
 
 
+def _given_split(item: Item, its: _Words, prefix: str) -> str | None:
+    """The split that the user named, in words or by a top folder."""
+    folders = _inner(item.file_name, prefix)
+    return its.meant.get("split", folders[0] if folders and folders[0].lower() in SPLIT_NAMES else None)
+
+
 def _spoken(label: str) -> str:
     return re.sub(r"[_\-\s]+", " ", label).strip() or label
 
@@ -571,8 +581,7 @@ def _finish(
     if old is not None:
         captions += [caption for caption in old.captions if not caption.source.startswith(_IMPORTED)]
     captions = list({(c.text, c.language): c for c in reversed(captions)}.values())[::-1]
-    folders = _inner(item.file_name, prefix)
-    given = its.meant.get("split", folders[0] if folders and folders[0].lower() in SPLIT_NAMES else None)
+    given = _given_split(item, its, prefix)
     reject = item.reject or its.problem
     if given is not None:
         split = SPLIT_NAMES.get(given.lower(), "")
@@ -604,13 +613,16 @@ def _place_of(content: str) -> float:
     return integer(0, "split", content) / 2**63
 
 
-def _at_least_one(items: list[Item], val: float) -> list[Item]:
-    """Where chance (or a small folder) put nothing into "val", the content that stands first goes there."""
+def _at_least_one(items: list[Item], free: set[str], val: float) -> list[Item]:
+    """Where chance (or a small folder) put nothing into "val", the content that stands first goes there.
+
+    `free`: the contents whose split the user did not name.
+    """
     usable = [item for item in items if item.reject is None]
     contents = {item.hash for item in usable}
-    if not val or len(contents) < 2 or any(item.split != "train" for item in usable):
+    if not val or len(contents) < 2 or not contents & free or any(item.split != "train" for item in usable):
         return items
-    first = min(contents, key=_place_of)
+    first = min(contents & free, key=_place_of)
     return [replace(item, split="val") if item.hash == first else item for item in items]
 
 
