@@ -20,20 +20,35 @@ def _clip() -> type[nn.Module]:
     return Clip
 
 
+def _sora() -> type[nn.Module]:
+    from reverie.systems.sora import Sora
+
+    return Sora
+
+
 def _clip_recipes() -> ModuleType:
     from reverie.recipes import clip
 
     return clip
 
 
+def _sora_recipes() -> ModuleType:
+    from reverie.recipes import sora
+
+    return sora
+
+
 SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "clip": _clip,
+    "sora": _sora,
 }
 
 RECIPES: dict[str, Callable[[], Callable[..., Any]]] = {
     "clip-tiny": lambda: _clip_recipes().tiny,
     "clip-stickers": lambda: _clip_recipes().stickers,
     "clip-paper-b32": lambda: _clip_recipes().paper_b32,
+    "sora-tiny": lambda: _sora_recipes().tiny,
+    "sora-stickers": lambda: _sora_recipes().stickers,
 }
 
 

@@ -1,7 +1,7 @@
 """Vision Transformer (2010.11929) as CLIP's image tower builds it (2103.00020, section 2.4): class token, learned
 positions, a LayerNorm before the blocks and one after, features read at the class token or averaged.
 
-`stem="conv"` replaces the patch projection by strided 3x3 convolutions (Xiao et al. 2021, 2106.14881), which learns
+`stem="conv"` replaces the patch projection by smaller patches and strided 3x3 convolutions (Xiao et al. 2021, 2106.14881), which learns
 far more from few pictures; the shipped weights use it, CLIP's public ones use `"patch"`.
 """
 
@@ -33,13 +33,13 @@ class VitConfig:
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
-    """log2(patch) halvings that double the channels up to `width`, then a 1x1 projection."""
-    halvings = int(math.log2(patch))
-    channels = [3] + [max(width >> (halvings - i), 24) for i in range(1, halvings + 1)]
-    layers: list[nn.Module] = []
+    """A 4 x 4 patch projection, then halvings by 3 x 3 convolutions up to `patch`, channels doubling up to `width`."""
+    halvings = int(math.log2(patch)) - 2
+    channels = [max(width >> (halvings - i), 32) for i in range(halvings + 1)]
+    layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 4, stride=4)]
     for before, after in zip(channels, channels[1:], strict=False):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, after), nn.GELU()]
-    return nn.Sequential(*layers, nn.Conv2d(channels[-1], width, 1))
+        layers += [nn.GroupNorm(1, before), nn.GELU(), nn.Conv2d(before, after, 3, stride=2, padding=1)]
+    return nn.Sequential(*layers)
 
 
 class Vit(nn.Module):

@@ -32,8 +32,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class ModulatedBlock(nn.Module):
     """adaLN-zero (DiT, 2212.09748, section 3.2) with cross-attention to a context between attention and MLP.
 
-    `vector` is `b n d` (or `b 1 d`, one for all positions). The last layer of the modulation starts at zero, as does
-    the cross-attention's output, so a new block is the identity.
+    `vector b k d` modulates `x b n d`, each of the k vectors its own n / k neighbours: k = 1 for one time per item,
+    k = frames for one per frame. The modulation and the cross-attention's output start at zero, so a new block is
+    the identity.
     """
 
     def __init__(self, width: int, heads: int, *, context_width: int, ratio: float = 4.0):
@@ -58,9 +59,10 @@ class ModulatedBlock(nn.Module):
         *,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        each = x.shape[1] // vector.shape[1]
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(
-            self.modulation(vector), "b n (six d) -> six b n d", six=6
-        )
+            self.modulation(vector), "b k (six d) -> six b k d", six=6
+        ).repeat_interleave(each, dim=2)
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotary=rotary)
         x = x + self.cross(self.norm_context(x), context, context_mask)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))

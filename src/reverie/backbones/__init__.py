@@ -1,0 +1,1 @@
+"""Networks that predict: tensors in, tensor out."""

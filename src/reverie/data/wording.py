@@ -1,0 +1,59 @@
+"""Which words go with a sample this time: captions vary in training, by key."""
+
+from __future__ import annotations
+
+import torch
+
+from reverie.data.index import Caption, Item
+
+PHRASES = {
+    "en": ("{}", "{}", "{}", "a sticker of {}", "a picture of {}", "an emoji: {}"),
+    "zh": ("{}", "{}", "{}", "{}的贴纸", "{}的图片", "表情：{}"),
+}
+JOIN = {"en": ", ", "zh": "，"}
+
+
+def draw_caption(
+    item: Item, generator: torch.Generator, *, languages: dict[str, float] | None = None
+) -> str:
+    """One wording of an item, "" if it has no caption.
+
+    A language is drawn by the weights `languages` (default: the languages of the item's captions, equally). A
+    caption that is a list of tags is cut to one to three of them in random order, half the time behind a proper
+    caption; a proper caption stands in a phrase half the time if it is a label. Other captions are left as they are.
+    """
+    u = torch.rand(8, generator=generator).tolist()
+    present = sorted({caption.language for caption in item.captions})
+    if not present:
+        return ""
+    weights = [(languages or {}).get(language, 0.0 if languages else 1.0) for language in present]
+    language = _pick(present, weights if sum(weights) else [1.0] * len(present), u[0])
+    captions = [caption for caption in item.captions if caption.language == language]
+    proper = [caption for caption in captions if caption.source != "tags"]
+    tags = [word.strip() for caption in captions if caption.source == "tags" for word in caption.text.split(",")]
+    if not tags:
+        return _phrase(_pick(proper, [1.0] * len(proper), u[1]), language, u[2])
+    order = torch.randperm(len(tags), generator=generator).tolist()
+    some = [tags[i] for i in order[: 1 + int(u[3] * 3)]]
+    if not proper or u[4] < 0.2:
+        return JOIN[language].join(some) if language in JOIN else ", ".join(some)
+    chosen = _pick(proper, [3.0 if caption.source == "label" else 1.0 for caption in proper], u[1])
+    if u[4] < 0.4:
+        return JOIN.get(language, ", ").join([chosen.text, *some])
+    return _phrase(chosen, language, u[2])
+
+
+def _phrase(caption: Caption, language: str, u: float) -> str:
+    if caption.source not in ("label", "alias") or language not in PHRASES:
+        return caption.text
+    phrases = PHRASES[language]
+    return phrases[int(u * len(phrases))].format(caption.text)
+
+
+def _pick(things: list, weights: list[float], u: float):
+    edge = u * sum(weights)
+    for thing, weight in zip(things, weights, strict=True):
+        edge -= weight
+        if edge < 0:
+            return thing
+    return things[-1]

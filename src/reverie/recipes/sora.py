@@ -1,0 +1,232 @@
+"""Training the video transformer (systems/sora.py), on pictures and clips together.
+
+    tiny      any captioned folder, on a CPU                          reverie train sora-tiny FOLDER
+    stickers  the shipped weights (docs/systems/sora.md)              reverie train sora-stickers DIR
+    world     the procedural world, scored by its exact judge         reverie train sora-world FOLDER
+
+Every step has one batch of pictures and, where the data has clips, one of clips; their losses count equally.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import reverie
+from reverie import rng
+from reverie.backbones.video_dit import VideoDitConfig
+from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
+from reverie.data.augment import on_white
+from reverie.data.index import Index
+from reverie.data.order import batch_ids
+from reverie.data.pixels import Pixels
+from reverie.data.wording import draw_caption
+from reverie.errors import InputError
+from reverie.pictures import grid
+from reverie.recipes.clip import averaged, open_index, plain_stickers
+from reverie.systems.clip import Clip
+from reverie.systems.sora import Sora, SoraConfig
+from reverie.train.ema import Ema
+from reverie.train.log import Run
+from reverie.train.loop import Player, train
+from reverie.train.optimizers import adamw
+from reverie.train.schedule import cosine
+
+# DiT's sizes (2212.09748, table 1): depth, width, heads.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+TINY = (8, 256, 4)
+CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
+
+PROMPTS = (
+    "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
+    "火箭", "grinning face", "green apple", "blue heart", "cat face", "hot beverage", "rainbow", "orange circle",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoraRun:
+    """What a run depends on; it stands in the run folder's config.json."""
+
+    model: SoraConfig
+    steps: int
+    batch: int  # pictures of a step
+    clips: int  # clips of a step, 0 for none
+    clip_frames: int = 8
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.999
+    drop: float = 0.1  # how often the text is left out
+    known: float = 0.3  # how often a clip's first frame is given
+    languages: dict[str, float] | None = None
+    seed: int = 0
+
+
+def tiny(
+    data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int = 32, clips: int = 2,
+    size: int = 64, lr: float = 1e-3, seed: int = 0,
+) -> Sora:  # fmt: skip
+    """A small model from random weights on any captioned folder; its text tower is that of `clip`."""
+    reader = reverie.load(clip)
+    index = open_index(data)
+    config = SoraRun(
+        model=shape(reader, size=size), steps=steps, batch=batch, clips=clips if index.select(video=True) else 0,
+        lr=lr, seed=seed,
+    )  # fmt: skip
+    return fit(config, reader, index, out, prompts=_some_captions(index))
+
+
+def stickers(
+    data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
+    lr: float = 1e-3, codec: str = "", seed: int = 0,
+) -> Sora:  # fmt: skip
+    """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
+
+    `codec` is a folder that `codec()` left; without it the patches are of pixels.
+    """
+    reader = reverie.load(clip)
+    index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
+    config = SoraRun(
+        model=shape(reader, codec=codec), steps=steps, batch=batch, clips=clips, lr=lr,
+        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+    )  # fmt: skip
+    return fit(config, reader, index, out, prompts=PROMPTS, codec=codec)
+
+
+def shape(
+    reader: Clip, *, size: int = 64, sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16
+) -> SoraConfig:
+    """Pixels in patches of 16 through a bottleneck, or latents of `codec` in patches of 2."""
+    depth, width, heads = sizes
+    stored = None if not codec else VideoVaeConfig()
+    return SoraConfig(
+        backbone=VideoDitConfig(
+            channels=3 if stored is None else stored.channels,
+            patch=(1, patch) if stored is None else (1, 2),
+            bottleneck=128 if stored is None else 0,
+            width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
+        ),
+        text=reader.config.text, codec=stored, size=(size, size), t_mean=0.4, prediction="x0",
+    )  # fmt: skip
+
+
+def fit(config: SoraRun, reader: Clip, index: Index, out: Path, *, prompts: tuple[str, ...], codec: str = "") -> Sora:
+    """Train from random weights, measure and draw on the way, save the averaged weights to `out/model`."""
+    torch.manual_seed(rng.integer(config.seed, "weights"))
+    model = Sora(config.model, reader.tokenizer)
+    model.text.load_state_dict(reader.text.state_dict())
+    if codec:
+        load_codec(model.codec, codec)
+    player = Player(
+        model,
+        optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
+        schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.05),
+        ema=Ema(model, decay=config.ema),
+        clip=1.0,
+    )
+    pictures = Source(index.select(split="train", video=False), config, model, frames=1)
+    moving = index.select(split="train", video=True)
+    clips = Source(moving, config, model, frames=CLIP_FRAMES) if config.clips and len(moving) else None
+    val = index.select(split="val", video=False)
+    fixed = Source(val, config, model, frames=1).fixed(min(len(val), 64)) if len(val) else None
+
+    def batches(step: int, micro: int) -> dict[str, Tensor | list]:
+        return clips.clips(step) if micro else pictures.pictures(step)
+
+    run = Run(out, config)
+    for step in train([player], batches, run=run, steps=config.steps, accumulate=1 if clips is None else 2,
+                      seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2):  # fmt: skip
+        if step.every(20):
+            run.log(step.number, step.metrics)
+        if step.every(max(config.steps // 12, 1)):
+            with averaged(player):
+                if fixed is not None:
+                    losses = [model.loss(fixed | {"t": torch.full_like(fixed["normal"], t)})["loss"] for t in (0.2, 0.4, 0.6, 0.8)]
+                    run.log(step.number, {"val_loss": float(sum(losses) / len(losses))})
+                images = model.generate_image(list(prompts), seed=0)
+                grid(to_bytes(images), list(prompts)).save(run.sample_path(step.number))
+            run.curves()
+    with averaged(player):
+        reverie.save(model, out / "model")
+    return reverie.load(out / "model")
+
+
+class Source:
+    """Batches of one kind of item. Every draw is keyed by (seed, purpose, epoch, item) or by the step."""
+
+    def __init__(self, index: Index, config: SoraRun, model: Sora, *, frames: int):
+        self.index, self.config, self.model, self.frames = index, config, model, frames
+        self.pixels = Pixels(index, size=config.model.size, frames=frames, cache=index.folder / ".reverie")
+        self.good = [i for i in self.pixels.good if index[i].captions]
+        if not self.good:
+            raise InputError(f"nothing usable to train on in {index.folder}: run `reverie data check` to see why.")
+
+    def pictures(self, step: int) -> dict[str, Tensor | list]:
+        keys = self._keys(step, self.config.batch)
+        return self._batch(keys, [self._video(i, slice(0, 1)) for _, i in keys], "picture")
+
+    def clips(self, step: int) -> dict[str, Tensor | list]:
+        """Every other frame of whole clips, or a run of neighbours; sometimes with the first frame given."""
+        keys = self._keys(step, self.config.clips)
+        u = torch.rand(2, generator=rng.generator(self.config.seed, "window", step))
+        pace = 2 if u[0] < 0.5 else 1
+        span = pace * (self.config.clip_frames - 1) + 1
+        begin = int(u[1] * (CLIP_FRAMES - span + 1))
+        window = slice(begin, begin + span, pace)
+        batch = self._batch(keys, [self._video(i, window) for _, i in keys], "clip")
+        give = torch.tensor([self._draw("known", *key) < self.config.known for key in keys])
+        batch["known"][:, 0] = give
+        return batch | {"pace": float(pace), "begin": float(begin)}
+
+    def fixed(self, count: int) -> dict[str, Tensor | list]:
+        """The same items, noise and words every time, text never dropped."""
+        batch = self._batch([(0, i) for i in self.good[:count]], [self._video(i, slice(0, 1)) for i in self.good[:count]], "fixed")
+        return batch | {"drop": torch.zeros(count, dtype=torch.bool)}
+
+    def _keys(self, step: int, batch: int) -> list[tuple[int, int]]:
+        return [(epoch, self.good[place]) for epoch, place in batch_ids(step, batch, len(self.good), self.config.seed)]
+
+    def _video(self, i: int, window: slice) -> Tensor:
+        """Frames of `window` out of `self.frames`; a shorter clip repeats frames."""
+        frames = self.pixels[i]
+        places = torch.linspace(0, len(frames) - 1, self.frames).round().long()[window]
+        return rearrange(on_white(frames[places]), "f c h w -> c f h w")
+
+    def _draw(self, purpose: str, epoch: int, i: int) -> float:
+        return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()
+
+    def _batch(self, keys: list[tuple[int, int]], videos: list[Tensor], kind: str) -> dict[str, Tensor | list]:
+        latents = self.model.encode(torch.stack(videos))
+        texts = [
+            draw_caption(self.index[i], rng.generator(self.config.seed, "caption", epoch, i), languages=self.config.languages)
+            for epoch, i in keys
+        ]
+        normals = [
+            torch.randn(1 + latents[0].numel(), generator=rng.generator(self.config.seed, "noise", kind, epoch, i))
+            for epoch, i in keys
+        ]
+        flat = torch.stack(normals)
+        return {
+            "latents": latents,
+            "normal": flat[:, 0],
+            "noise": flat[:, 1:].reshape(latents.shape),
+            "tokens": self.model.tokenizer.encode(texts, length=self.config.model.text.length),
+            "drop": torch.tensor([self._draw("drop", *key) < self.config.drop for key in keys]),
+            "known": torch.zeros(len(keys), latents.shape[2], dtype=torch.bool),
+            "ids": [self.index[i].file_name for _, i in keys],
+        }
+
+
+def to_bytes(images: Tensor):
+    """Float `b 3 h w` in [-1, 1] -> a list of uint8 `h w 3` arrays."""
+    return list(rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "b c h w -> b h w c").numpy())
+
+
+def _some_captions(index: Index, count: int = 8) -> tuple[str, ...]:
+    texts = [item.captions[0].text for item in index if item.captions]
+    return tuple(texts[:: max(len(texts) // count, 1)][:count])

@@ -1,0 +1,1 @@
+"""Generation: plain functions `(predict, start, *, steps, ...) -> tensor`; `predict` is what training trained."""

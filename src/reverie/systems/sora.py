@@ -1,0 +1,232 @@
+"""Sora: "Video generation models as world simulators" (OpenAI 2024), small and open.
+
+    prompt --- CLIP's text tower (frozen) --- words, pooled vector
+                                                    |
+    noise --- spacetime patches --- VideoDit ------ x0 --- codec or pixels --- picture or video
+                                      |
+                     known frames, each frame's time
+
+A picture is a video of one frame, so one network learns from both. Training follows rectified flow with logit-normal
+times (SD3, 2403.03206); the network predicts the clean signal and is judged by the velocity that this implies
+(2511.13720), or predicts the velocity itself. Given frames enter clean, with their time at 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from reverie import rng
+from reverie.backbones.video_dit import VideoDit, VideoDitConfig
+from reverie.codecs.bpe import Bpe
+from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
+from reverie.encoders.text import Text, TextConfig
+from reverie.errors import InputError
+from reverie.objectives.denoising import velocity_loss
+from reverie.processes import gaussian
+from reverie.samplers.flow import SAMPLERS
+from reverie.samplers.guidance import guided
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoraConfig:
+    backbone: VideoDitConfig
+    text: TextConfig
+    codec: VideoVaeConfig | None = None  # None: pixels are the latents
+    prediction: Literal["x0", "velocity"] = "x0"
+    t_mean: float = 0.0  # of the logit-normal times
+    t_std: float = 1.0
+    size: tuple[int, int] = (64, 64)  # what it was trained at; any other may be asked for
+    frames: int = 16
+    fps: float = 12.0
+    steps: int = 24  # sampling defaults, measured on docs/systems/sora.md
+    guidance: float = 4.0
+    shift: float = 1.0
+
+
+class Sora(nn.Module):
+    """The backbone, the frozen text tower and, in latent space, the codec."""
+
+    def __init__(self, config: SoraConfig, tokenizer: Bpe | None = None):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.text = Text(config.text).requires_grad_(False)
+        self.codec = None if config.codec is None else VideoVae(config.codec).requires_grad_(False)
+        self.backbone = VideoDit(config.backbone)
+
+    # Words and signals ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Strings or tokens `b n` -> pooled `b d`, context `b m d`, context_mask `b m`."""
+        if not isinstance(texts, Tensor):
+            if self.tokenizer is None:
+                raise InputError("this model has no tokenizer: give token ids `b n`, or load it from a folder.")
+            texts = self.tokenizer.encode(list(texts), length=self.config.text.length)
+        tokens = self.text.trim(texts.to(self.backbone.null_context.device))
+        context = self.text(tokens)
+        end = self.text.end_position(tokens)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) <= rearrange(end, "b -> b 1")
+        return self.text.pool(context, tokens), context, mask
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Video `b 3 f h w` in [-1, 1] -> latents `b c f h w` (the video itself in pixel space)."""
+        return video if self.codec is None else self.codec.encode(video)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> video in [-1, 1]."""
+        return (latents if self.codec is None else self.codec.decode(latents)).clamp(-1, 1)
+
+    def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(c, f, h, w) of the latents of a video of `frames` and `size`."""
+        if self.codec is None:
+            return (3, frames, *size)
+        return self.codec.latent_shape(frames, size)
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The velocity's mean squared error on the frames that are not given.
+
+        `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
+        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` and `begin` as the
+        backbone takes them.
+        """
+        latents, noise, known = batch["latents"], batch["noise"], batch["known"]
+        t = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
+        t = rearrange(t, "b -> b 1") * ~known
+        wide = rearrange(t, "b f -> b 1 f 1 1")
+        x_t = gaussian.corrupt(latents, noise, wide)
+        text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
+        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0), begin=batch.get("begin", 0.0))
+        predicted = self._velocity(out, x_t, wide)
+        target = self._velocity(latents, x_t, wide) if self.config.prediction == "x0" else noise - latents
+        return {"loss": velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())}
+
+    def draw_times(self, normal: Tensor) -> Tensor:
+        """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""
+        t = gaussian.logit_normal(normal, mean=self.config.t_mean, std=self.config.t_std)
+        return gaussian.shift(t, self.config.shift)
+
+    def _velocity(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return gaussian.velocity_from(out, x_t, t) if self.config.prediction == "x0" else out
+
+    # Sampling ------------------------------------------------------------------------------------------------------
+
+    def generate_image(self, prompts: Sequence[str], **options) -> Tensor:
+        """Prompts -> pictures `b 3 h w` in [-1, 1]; options as for `generate`."""
+        return rearrange(self.generate(prompts, frames=1, **options), "b c 1 h w -> b c h w")
+
+    def generate_video(
+        self, prompts: Sequence[str], *, frames: int | None = None, first_frame: Tensor | None = None, **options
+    ) -> Tensor:
+        """Prompts -> videos `b 3 f h w` in [-1, 1]; `first_frame` (`b 3 h w` or `3 h w`) is continued if given."""
+        frames = frames or self.config.frames
+        if first_frame is None:
+            return self.generate(prompts, frames=frames, **options)
+        first = first_frame if first_frame.ndim == 4 else rearrange(first_frame, "c h w -> 1 c h w")
+        first = first.expand(len(prompts), -1, -1, -1)
+        size = options.setdefault("size", tuple(first.shape[-2:]))
+        if tuple(first.shape[-3:]) != (3, *size):
+            raise InputError(f"the first frame has shape {tuple(first.shape)}, but the video asked for is {size}.")
+        known = torch.zeros(len(prompts), 3, frames, *size)
+        known[:, :, 0] = first
+        mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
+        mask[:, 0] = True
+        return self.generate(prompts, frames=frames, known=known, known_mask=mask, **options)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        frames: int = 1,
+        seed: int | Sequence[int] = 0,
+        size: tuple[int, int] | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        start: float = 1.0,
+        pace: float = 1.0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str = "euler",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Prompts -> `b 3 f h w` in [-1, 1]. One interface for every task:
+
+        text alone          nothing is known
+        first frame given   `known b 3 f h w` holds it, `known_mask b f` is True there; so for any other frames
+        video to video      `known` whole, `known_mask` all False, `start` < 1: begin at its corruption to that time
+
+        `pace` is the time between frames: 2 shows the same motion in half the frames. Item i has the seed `seed + i`, so a batch equals its items drawn alone. Raises InputError for sizes that are
+        no multiple of the patch, unknown samplers, and an empty list of prompts.
+        """
+        frames, size, seeds, known_mask = self._check(prompts, frames, size, seed, known, known_mask, sampler, start)
+        device = self.backbone.null_context.device
+        shape = self.latent_shape(frames, size)
+        noise = torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(device)
+        given = torch.zeros_like(noise) if known is None else self.encode(known.to(device))
+        mask = self._latent_mask(known_mask.to(device), shape[1])
+        wide = rearrange(mask, "b f -> b 1 f 1 1")
+        text = self.read(prompts)
+        none = self.backbone.without_text(*text, torch.ones(len(prompts), dtype=torch.bool, device=device))
+        both = [torch.cat(pair) for pair in zip(text, none, strict=True)]
+
+        def predict(x: Tensor, time: float) -> Tensor:
+            """Half of `x` with its text, half without."""
+            given2, wide2, mask2 = (torch.cat([part, part]) for part in (given, wide, mask))
+            x = torch.where(wide2, given2, x)
+            t = time * (~mask2).float()
+            out = self._velocity(self.backbone(x, t, *both, pace=pace), x, rearrange(t, "b f -> b 1 f 1 1"))
+            return torch.where(wide2, 0, out)
+
+        x = gaussian.corrupt(given, noise, torch.tensor(start)) if start < 1 else noise
+        x = SAMPLERS[sampler](
+            guided(predict, self.config.guidance if guidance is None else guidance),
+            torch.where(wide, given, x),
+            steps=steps or self.config.steps,
+            factor=self.config.shift,
+            begin=start,
+            progress=progress,
+        )
+        return self.decode(x)
+
+    def _latent_mask(self, mask: Tensor, frames: int) -> Tensor:
+        """A latent frame is known when every frame that it stands for is."""
+        if self.codec is None:
+            return mask
+        return self.codec.latent_mask(mask, frames)
+
+    def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start):
+        size = tuple(size or self.config.size)
+        stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
+        if isinstance(prompts, str) or not prompts:
+            raise InputError(f"prompts must be a list of one string or more, but is {prompts!r}.")
+        if any(side < stride or side % stride for side in size):
+            raise InputError(f"size {size[0]}x{size[1]} cannot be drawn: both sides must be multiples of {stride}.")
+        if frames < 1 or (self.codec is None and frames % self.config.backbone.patch[0]):
+            raise InputError(f"{frames} frames cannot be drawn: give a multiple of {self.config.backbone.patch[0]}.")
+        if sampler not in SAMPLERS:
+            raise InputError(f"there is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
+        if not 0 < start <= 1 or (start < 1 and known is None):
+            raise InputError(f"start {start} must be above 0 and at most 1, and below 1 it needs a known video.")
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise InputError(f"{len(seeds)} seeds were given for {len(prompts)} prompts: give one seed, or one each.")
+        if known_mask is None:
+            known_mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
+        for name, tensor, shape in (
+            ("known", known, (len(prompts), 3, frames, *size)),
+            ("known_mask", known_mask, (len(prompts), frames)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise InputError(f"{name} has shape {tuple(tensor.shape)}, but must have {shape}.")
+        return frames, size, seeds, known_mask
