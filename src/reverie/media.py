@@ -560,6 +560,10 @@ def _pillow(file: BinaryIO, found: Probe, limits: Limits) -> Iterator[Image.Imag
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 where there is none or it is damaged."""
+    if (
+        image.format == "PNG" and "exif" not in image.info
+    ):  # Pillow would decode the pixels to look behind them
+        return 1
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # a damaged EXIF block must not cost the picture

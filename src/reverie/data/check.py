@@ -101,7 +101,12 @@ def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = F
 
 def count_extensions(folder: Path) -> Counter[str]:
     """How many files below `folder` have each extension."""
-    return Counter(path.suffix.lower() or "no extension" for path in folder.rglob("*") if path.is_file())
+    paths = (path for path in folder.rglob("[!.]*") if path.is_file())
+    return Counter(
+        path.suffix.lower() or "no extension"
+        for path in paths
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def nothing_usable(folder: Path, extensions: Counter[str], reasons: Counter[str]) -> InputError:
