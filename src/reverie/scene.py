@@ -265,9 +265,9 @@ def tone(colour: str, background: str) -> tuple[int, int, int]:
 
 
 def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to the edge of an upright unit shape (negative inside, bounding radius <= 1) at u, v.
+    """Signed distance to the edge of an upright unit shape (negative inside) at u, v.
 
-    Exact near straight edges and nowhere an overestimate; after Inigo Quilez's 2D distance functions.
+    Its centre of mass is the origin and its bounding radius at most 1, so that a turn keeps both. Exact near straight edges and nowhere an overestimate; after Inigo Quilez's 2D distance functions.
     """
     match shape:
         case "circle":
@@ -287,7 +287,8 @@ def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
             long, wide = 0.94, 0.32
             return np.minimum(np.maximum(a - long, b - wide), np.maximum(a - wide, b - long))
         case "moon":
-            return np.maximum(np.hypot(u + 0.05, v) - 0.95, 0.78 - np.hypot(u - 0.42, v))
+            x, y = 1.235 * u - 0.292, 1.235 * v
+            return np.maximum(np.hypot(x, y) - 1.0, 0.7 - np.hypot(x - 0.6, y)) / 1.235
         case "star":
             radius = np.hypot(u, v)
             folded = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
@@ -295,11 +296,11 @@ def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
             ax, ay = 0.45 * np.sin(np.pi / 5), 0.45 * np.cos(np.pi / 5)
             return (px * (1 - ay) + py * ax - ax) / np.hypot(1 - ay, ax)
         case "heart":
-            x, y = np.abs(u) * 0.64, 0.62 - v * 0.64
+            x, y = np.abs(u) * 0.66, 0.657 - v * 0.66
             lobe = np.hypot(x - 0.25, y - 0.75) - 0.35355339
             fold = 0.5 * np.maximum(x + y, 0.0)
             edge = np.minimum(x * x + (y - 1.0) ** 2, (x - fold) ** 2 + (y - fold) ** 2)
-            return np.where(x + y > 1.0, lobe, np.sqrt(edge) * np.sign(x - y)) / 0.64
+            return np.where(x + y > 1.0, lobe, np.sqrt(edge) * np.sign(x - y)) / 0.66
     raise AssertionError(f"no such shape: {shape}")
 
 
@@ -309,12 +310,3 @@ def area(shape: str) -> float:
     axis = (np.arange(512) + 0.5) / 256 - 1.0
     u, v = np.meshgrid(axis, axis)
     return float((distance(shape, u, v) < 0).mean() * 4.0)
-
-
-@cache
-def centroid(shape: str) -> tuple[float, float]:
-    """Where the unit shape's centre of mass lies."""
-    axis = (np.arange(512) + 0.5) / 256 - 1.0
-    u, v = np.meshgrid(axis, axis)
-    inside = distance(shape, u, v) < 0
-    return float(u[inside].mean()), float(v[inside].mean())

@@ -73,6 +73,7 @@ def world(index: int, *, seed: int = 0, kind: str = "image", aspect: float = 1.0
     what, where = Draw(seed, topic, index, "what"), Draw(seed, topic, index, "where")
     background = what.choice(list(BACKGROUNDS))
     things, predicate = _things(topic, what, background)
+    subject = 1 if predicate == "inside" else 0
     scene = Scene(
         index=index,
         seed=seed,
@@ -81,7 +82,7 @@ def world(index: int, *, seed: int = 0, kind: str = "image", aspect: float = 1.0
         aspect=aspect,
         background=background,
         things=things,
-        relation=predicate and Relation(subject=0, predicate=predicate, object=1),
+        relation=predicate and Relation(subject=subject, predicate=predicate, object=1 - subject),
     )
     return replace(scene, things=_place(scene, where))
 
@@ -120,7 +121,7 @@ def _thing(
 
 
 def _things(topic: str, draw: Draw, background: str) -> tuple[tuple[Thing, ...], str | None]:
-    """The unplaced things of a scene, and the relation between the first two."""
+    """The unplaced things of a scene, and the relation of the first two, if any."""
     if topic == "single":
         return (_thing(draw, background),), None
     if topic == "count":
@@ -137,7 +138,7 @@ def _things(topic: str, draw: Draw, background: str) -> tuple[tuple[Thing, ...],
             while True:
                 inner = _thing(draw, background, sizes=("small",), without=(outer,), clear=True)
                 if _distance(COLOURS[inner.colour], COLOURS[outer.colour]) >= CONTRAST:
-                    return (inner, outer), predicate
+                    return (outer, inner), predicate  # the later one is drawn on top
         first = _thing(draw, background, sizes=("small", "medium"))
         return (first, _thing(draw, background, sizes=("small", "medium"), without=(first,))), predicate
     if topic == "group":
@@ -207,10 +208,10 @@ def _place(scene: Scene, draw: Draw) -> tuple[Thing, ...]:
     if scene.topic == "merge":
         return _place_merge(scene, draw)
     if scene.relation and scene.relation.predicate == "inside":
-        inner, outer = scene.things
+        outer, inner = scene.things
         edge = outer.r + MARGIN
         x, y = draw.uniform(edge, wide - edge), draw.uniform(edge, tall - edge)
-        return replace(inner, x=x, y=y), replace(outer, x=x, y=y)
+        return replace(outer, x=x, y=y), replace(inner, x=x, y=y)
     while True:  # each round is a fresh layout; the content's sizes leave room for it
         placed: list[Thing] = []
         for thing in scene.things:

@@ -1,0 +1,652 @@
+"""The exact judge of the procedural world: reads a scene back from pixels alone, without any model.
+
+The background is the colour of the border; things are connected regions that differ from it. A region's shape is the
+nearest of rendered templates at its own resolution and all angles, its colour and texture the nearest line between
+two tones of one colour, its size its area, its motion the path, turn, birth and end of its track over the frames.
+
+Conventions as in `reverie.scene`: lengths in units of the shorter side, time from first to last frame. What it can
+read and how it falls under noise and blur is measured in docs/world.md (`python benchmarks/world_judge.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reverie.errors import InputError
+from reverie.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SYMMETRY,
+    TEXTURED_COLOURS,
+    TEXTURED_SHAPES,
+    Description,
+    Mention,
+    Motion,
+    Scene,
+    area,
+    distance,
+    relate,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_AREA = 0.0035  # a smaller region is dirt; the world's smallest thing has 0.010 square short sides
+LEAST_HOST = 0.08  # a thing that another lies on is larger
+LEAST_OVERLAP = 0.72  # intersection over union with the best template below which a region has no shape
+MOST_REGIONS = 10  # per frame, the largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One thing as read from pixels, at its first frame. `shape` is None where no shape of the world fits.
+
+    `inside` is the number of the thing that surrounds this one; `motion` is None for a single image.
+    """
+
+    shape: str | None
+    colour: str
+    size: str
+    texture: str
+    x: float
+    y: float
+    r: float
+    inside: int | None = None
+    motion: Motion | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a picture or clip shows."""
+
+    background: str
+    things: tuple[Seen, ...]
+    frames: int
+
+    def relation(self, a: int, b: int) -> str:
+        """How thing a lies to thing b: left of, right of, above, below, inside or around."""
+        if self.things[a].inside == b:
+            return "inside"
+        if self.things[b].inside == a:
+            return "around"
+        one, other = self.things[a], self.things[b]
+        return relate((one.x, one.y), (other.x, other.y))
+
+
+def judge(pixels: torch.Tensor | np.ndarray) -> Reading:
+    """Reads one picture or clip: float in [-1, 1] `3 h w` or `3 f h w`, or uint8 `h w 3` or `f h w 3`.
+
+    Motion needs the whole event: clips of 8 frames or more, so that turns and bounces do not alias.
+    """
+    frames = _frames(pixels)
+    short = min(frames.shape[1:3])
+    border = np.concatenate([frames[:, :2].reshape(-1, 3), frames[:, -2:].reshape(-1, 3),
+                             frames[:, :, :2].reshape(-1, 3), frames[:, :, -2:].reshape(-1, 3)])  # fmt: skip
+    ground = np.median(border, axis=0)
+    noise = float(1.4826 * np.median(np.abs(border - ground)))
+    for _ in range(0 if noise < 0.02 else 1 if noise < 0.06 else 2):
+        frames = _smooth(frames)
+    noise *= 1.0 if noise < 0.02 else 0.38 if noise < 0.06 else 0.27
+    regions = _regions(frames, ground, noise, short)
+    background = min(BACKGROUNDS, key=lambda name: math.dist(ground, np.divide(BACKGROUNDS[name], 255)))
+    if len(frames) == 1:
+        things = [_see([region], short) for region in regions[0]]
+        return Reading(background=background, things=_insides(things, regions[0], short), frames=1)
+    seen, firsts = [], []
+    for track, motion_kind in _tracks(regions, short):
+        clear = track[:: max(1, (len(track) - 1) // 2)][:3]
+        thing = _see(clear, short)
+        seen.append(replace(thing, motion=_motion(track, thing, motion_kind, len(frames), short)))
+        firsts.append(track[0])
+    return Reading(background=background, things=_insides(seen, firsts, short), frames=len(frames))
+
+
+def _frames(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
+    """float32 `f h w 3` in [0, 1]."""
+    array = np.asarray(pixels.detach().cpu() if hasattr(pixels, "detach") else pixels)
+    if array.dtype == np.uint8 and array.ndim in (3, 4) and array.shape[-1] == 3:
+        frames = array.astype(np.float32) / 255
+    elif array.dtype.kind == "f" and array.ndim in (3, 4) and array.shape[0] == 3:
+        frames = np.moveaxis(array.astype(np.float32), 0, -1).clip(-1, 1) / 2 + 0.5
+    else:
+        raise InputError(
+            f"cannot judge {array.dtype} of shape {tuple(array.shape)}: "
+            "give float in [-1, 1] as 3 h w or 3 f h w, or uint8 as h w 3 or f h w 3."
+        )
+    if not np.isfinite(frames).all():
+        raise InputError("cannot judge pixels that are not finite: the picture holds nan.")
+    return frames[None] if frames.ndim == 3 else frames
+
+
+# ----------------------------------------------------------------------------------------------- regions
+
+
+@dataclass(kw_only=True, eq=False)
+class Region:
+    """One connected foreground region of one frame: a crop with its mask, soft coverage and colours."""
+
+    frame: int
+    x: float  # centroid, pixels
+    y: float
+    weight: float  # area, pixels
+    left: int
+    top: int
+    mask: np.ndarray  # h w
+    alpha: np.ndarray  # h w
+    pixels: np.ndarray  # h w 3
+    colour: np.ndarray  # mean over the inner pixels
+    host: Region | None = None  # the region that it was found in
+
+
+def _smooth(frames: np.ndarray) -> np.ndarray:
+    for axis in (1, 2):
+        padded = np.concatenate([frames.take([0], axis), frames, frames.take([-1], axis)], axis)
+        n = frames.shape[axis]
+        parts = [padded.take(range(i, i + n), axis) for i in range(3)]
+        frames = 0.25 * parts[0] + 0.5 * parts[1] + 0.25 * parts[2]
+    return frames
+
+
+def _erode(mask: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(mask)
+    out[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    return out
+
+
+def _dilate(mask: np.ndarray) -> np.ndarray:
+    padded = np.pad(mask, 1)
+    across = padded[:, :-2] | padded[:, 1:-1] | padded[:, 2:]
+    return across[:-2] | across[1:-1] | across[2:]
+
+
+def _holes(mask: np.ndarray) -> np.ndarray:
+    """What the mask encloses; the mask keeps clear of the crop's border."""
+    labels, _ = label(~mask[None])
+    return (labels[0] != labels[0, 0, 0]) & ~mask
+
+
+def label(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """4-connected components of `f h w`, frame by frame: labels (0 = none, then 1...) and boxes `n 5`.
+
+    A box is (frame, top, left, bottom, right), the ends exclusive. Works on runs: the runs of touching rows that
+    overlap are joined by minimum propagation with pointer jumping, so no loop runs over pixels.
+    """
+    f, h, w = mask.shape
+    stride = w + 1
+    flat = np.zeros(f * (h + 1) * stride + 1, np.int8)  # an empty column and row keep lines and frames apart
+    flat[:-1].reshape(f, h + 1, stride)[:, :h, :w] = mask
+    edges = np.flatnonzero(np.diff(flat, prepend=np.int8(0)))
+    starts, ends = edges[::2], edges[1::2]
+    n = len(starts)
+    if n == 0:
+        return np.zeros(mask.shape, np.int32), np.zeros((0, 5), np.int64)
+    low = np.searchsorted(ends, starts + stride, "right")
+    high = np.searchsorted(starts, ends + stride, "left")
+    counts = np.maximum(high - low, 0)
+    above = np.repeat(np.arange(n), counts)
+    below = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(low, counts)
+    root = np.arange(n)
+    while True:
+        before = root.copy()
+        least = np.minimum(root[above], root[below])
+        np.minimum.at(root, root[above], least)
+        np.minimum.at(root, root[below], least)
+        root = root[root]
+        if (root == before).all():
+            break
+    _, number = np.unique(root, return_inverse=True)
+    k = int(number.max()) + 1
+    painted = np.zeros(f * (h + 1) * stride + 1, np.int32)
+    np.add.at(painted, starts, number + 1)
+    np.add.at(painted, ends, -(number + 1))
+    labels = painted.cumsum()[:-1].reshape(f, h + 1, stride)[:, :h, :w].astype(np.int32)
+    row, left = starts // stride, starts % stride
+    right = left + (ends - starts)
+    boxes = np.empty((k, 5), np.int64)
+    boxes[:, 1:3], boxes[:, 3:] = 1 << 40, -1
+    boxes[number, 0] = row // (h + 1)
+    np.minimum.at(boxes[:, 1], number, row % (h + 1))
+    np.minimum.at(boxes[:, 2], number, left)
+    np.maximum.at(boxes[:, 3], number, row % (h + 1) + 1)
+    np.maximum.at(boxes[:, 4], number, right)
+    return labels, boxes
+
+
+def _regions(frames: np.ndarray, ground: np.ndarray, noise: float, short: int) -> list[list[Region]]:
+    """The regions of each frame, the largest first."""
+    far = np.sqrt(((frames - ground) ** 2).sum(-1))
+    labels, boxes = label(far > max(0.12, 4.5 * noise))
+    least = LEAST_AREA * short * short
+    out: list[list[Region]] = [[] for _ in frames]
+    spans = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
+    gone: set[int] = set()
+    for number in np.argsort(-spans, kind="stable") + 1:
+        f, top, left, bottom, right = boxes[number - 1]
+        if spans[number - 1] < least or number in gone:
+            continue
+        view = labels[f, top:bottom, left:right]
+        rough = np.pad(view == number, 2)
+        if rough.sum() < least:
+            continue
+        if rough.sum() > LEAST_HOST * short * short:
+            hole = _holes(rough)
+            if hole.any() and not _erode(hole & (np.pad(view, 2) == 0)).any():
+                # the blend of a thing's edge with what it lies on can look like the background: no real hole
+                gone |= set(np.pad(view, 2)[hole].tolist())
+                rough |= hole
+        rows = np.clip(np.arange(top - 2, bottom + 2), 0, frames.shape[1] - 1)
+        columns = np.clip(np.arange(left - 2, right + 2), 0, frames.shape[2] - 1)
+        pixels, crop = frames[f][np.ix_(rows, columns)], far[f][np.ix_(rows, columns)]
+        core = _erode(rough)
+        contrast = np.percentile(crop[core], 20) if core.sum() > 4 else crop[rough].max()
+        # A blurred bridge between two things is thin and weak: cut it, but keep whatever lies deep inside.
+        cut = (rough & (crop > 0.5 * contrast)) | _erode(core)
+        parts, _ = label(cut[None])
+        for part in range(1, parts.max() + 1):
+            mask = parts[0] == part
+            if mask.sum() >= least:
+                region = _region(int(f), left - 2, top - 2, mask, pixels, crop, ground)
+                out[f].append(region)
+                inner = _inner(region, ground, least, short)
+                if inner is not None:
+                    out[f].append(inner)
+    for row in out:
+        row.sort(key=lambda region: -region.weight)
+        del row[MOST_REGIONS:]
+    return out
+
+
+def _region(
+    frame: int, left: int, top: int, mask: np.ndarray, pixels: np.ndarray, far: np.ndarray, ground: np.ndarray
+) -> Region:
+    core = _erode(mask)
+    core = core if core.sum() > 4 else mask
+    colours = pixels[core]
+    mean = np.median(colours, axis=0)
+    if np.abs(colours - mean).mean() < 0.06:  # one colour: coverage is the share of it in the mixture
+        axis = mean - ground
+        share = (pixels - ground) @ axis / (axis @ axis)
+    else:  # several: against the strongest neighbour
+        padded = np.pad(far, 1)
+        across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
+        share = far / np.maximum(np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:]), 1e-6)
+    alpha = np.where(_erode(mask), 1.0, np.clip(share, 0.0, 1.0)) * _dilate(mask)
+    weight = alpha.sum()
+    y = (alpha.sum(1) @ (np.arange(mask.shape[0]) + 0.5)) / weight
+    x = (alpha.sum(0) @ (np.arange(mask.shape[1]) + 0.5)) / weight
+    return Region(
+        frame=frame, x=left + x, y=top + y, weight=float(weight), left=left, top=top, mask=mask, alpha=alpha,
+        pixels=pixels, colour=colours.mean(0),
+    )  # fmt: skip
+
+
+def _inner(host: Region, ground: np.ndarray, least: float, short: int) -> Region | None:
+    """The one thing that lies on another: a compact patch of another colour that nowhere reaches the rim."""
+    core = _erode(host.mask)
+    deep = _erode(_erode(core))
+    if host.weight < LEAST_HOST * short * short or not deep.any():
+        return None
+    rim = np.median(host.pixels[core & ~deep], axis=0)
+    far = np.sqrt(((host.pixels - rim) ** 2).sum(-1))
+    odd = (far > 0.15) & core
+    labels, _ = label(odd[None])
+    sizes = np.bincount(labels[0].ravel())[1:]
+    if not len(sizes) or sizes.max() < max(2 * least, 0.8 * odd.sum()):
+        return None
+    mask = labels[0] == sizes.argmax() + 1
+    if (mask & ~_erode(core)).any():
+        return None
+    inner = _region(host.frame, host.left, host.top, mask, host.pixels, far, rim)
+    host.pixels = np.where(_dilate(_dilate(mask))[..., None], rim, host.pixels)
+    host.alpha = np.where(_dilate(mask), 1.0, host.alpha)
+    host.colour = rim
+    inner.host = host
+    return inner
+
+
+# ----------------------------------------------------------------------------------------------- one thing
+
+GRID = 24
+REACH = 1.9  # of the grid, in units of the radius of a circle of equal area
+
+
+def _normal(alpha: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
+    """The coverage on a GRID x GRID lattice about (x, y), scaled by `radius`; bilinear, flat."""
+    axis = (np.arange(GRID) + 0.5) / GRID * 2 - 1
+    padded = np.pad(alpha, 1)
+    sides = []
+    for middle, limit in ((y, alpha.shape[0]), (x, alpha.shape[1])):
+        at = np.clip(middle + axis * REACH * radius - 0.5, -1.0, limit) + 1.0
+        low = np.minimum(at.astype(int), limit)
+        sides.append((low, (at - low).astype(np.float32)))
+    (rows, fy), (columns, fx) = sides
+    fy = fy[:, None]
+    top, bottom = padded[rows], padded[rows + 1]
+    lines = top + (bottom - top) * fy
+    left, right = lines[:, columns], lines[:, columns + 1]
+    return (left + (right - left) * fx).ravel()
+
+
+@lru_cache(maxsize=64)
+def _templates(level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All shapes at all angles at the resolution 2 * 1.2 ** level: `n GRID*GRID`, their shape numbers, energies."""
+    radius = 2.0 * 1.2**level
+    rows, numbers = [], []
+    for number, shape in enumerate(SHAPES):
+        r = radius * math.sqrt(math.pi / area(shape))
+        half = math.ceil(1.1 * r) + 2
+        axis = np.arange(-half, half + 1, dtype=np.float32) / r
+        x, y = np.meshgrid(axis, axis)
+        period = 360 / SYMMETRY[shape] if SYMMETRY[shape] else 0
+        steps = max(1, round(period / 7.5))
+        for step in range(steps):
+            angle = math.radians(step * period / steps)
+            cos, sin = math.cos(angle), math.sin(angle)
+            alpha = np.clip(0.5 - distance(shape, x * cos + y * sin, y * cos - x * sin) * r, 0, 1)
+            rows.append(_normal(alpha, half + 0.5, half + 0.5, math.sqrt(alpha.sum() / math.pi)))
+            numbers.append(number)
+    bank = np.stack(rows).astype(np.float32)
+    return bank, np.array(numbers), (bank**2).sum(1)
+
+
+def _shape(region: Region) -> tuple[np.ndarray, float]:
+    """Squared distance to each shape of SHAPES (least over angles), and the overlap with the best."""
+    radius = math.sqrt(region.weight / math.pi)
+    level = min(max(round(math.log(radius / 2.0) / math.log(1.2)), 0), 15)
+    bank, numbers, energy = _templates(level)
+    view = _normal(region.alpha, region.x - region.left, region.y - region.top, radius).astype(np.float32)
+    far = energy - 2 * (bank @ view) + view @ view
+    costs = np.full(len(SHAPES), np.inf)
+    np.minimum.at(costs, numbers, far)
+    best = bank[far.argmin()]
+    return costs / GRID**2, float(np.minimum(best, view).sum() / np.maximum(best, view).sum())
+
+
+_BASE = np.array(list(COLOURS.values()), np.float32) / 255
+_WEAVE = np.array([COLOURS[name] for name in TEXTURED_COLOURS], np.float32) / 255
+_TONES = np.stack([0.45 * _WEAVE, 0.4 * _WEAVE + 0.6])  # dark and light seconds: 2 k 3, as `scene.tone`
+
+
+def _paint(region: Region) -> tuple[str, str]:
+    """(colour, texture): the nearest plain colour, or the nearest line from a colour to its second tone."""
+    core = _erode(region.mask)
+    core = core if core.sum() > 4 else region.mask
+    colours = region.pixels[core]
+    plain = np.sqrt(((colours[:, None] - _BASE) ** 2).sum(-1)).mean(0)
+    name = list(COLOURS)[plain.argmin()]
+    if len(colours) < 20 or plain.min() < 0.06:
+        return name, "solid"
+    axis = _TONES - _WEAVE  # 2 k 3
+    share = np.clip(((colours[:, None, None] - _WEAVE) * axis).sum(-1) / (axis**2).sum(-1), 0, 1)
+    off = np.sqrt(((colours[:, None, None] - _WEAVE - share[..., None] * axis) ** 2).sum(-1)).mean(0)
+    which = np.unravel_index(off.argmin(), off.shape)
+    part = share[(slice(None), *which)]
+    if off.min() + 0.02 > 0.6 * plain.min() or part.std() < 0.2:
+        return name, "solid"
+    weave = np.zeros(core.shape, np.float32)
+    weave[core] = part
+    safe = _erode(core)
+    dy = ((weave[2:] - weave[:-2])[:, 1:-1])[safe[1:-1, 1:-1]]
+    dx = ((weave[:, 2:] - weave[:, :-2])[1:-1])[safe[1:-1, 1:-1]]
+    xx, yy, xy = (dx * dx).sum(), (dy * dy).sum(), (dx * dy).sum()
+    if math.hypot(xx - yy, 2 * xy) > 0.6 * (xx + yy):
+        texture = "striped"
+    else:
+        texture = "dotted" if part.mean() < 0.39 else "checked"
+    return TEXTURED_COLOURS[which[1]], texture
+
+
+def _see(regions: Sequence[Region], short: int) -> Seen:
+    """One thing from its regions in one or several frames: shapes by summed distance, paint by vote."""
+    fits = [_shape(region) for region in regions]
+    shape = SHAPES[int(sum(costs for costs, _ in fits).argmin())]
+    paints = [_paint(region) for region in regions]
+    colour, texture = max(paints, key=paints.count)
+    weight = float(np.median([region.weight for region in regions]))
+    r = math.sqrt(weight / area(shape)) / short
+    names, radii = list(SIZES), list(SIZES.values())
+    size = names[sum(r > math.sqrt(a * b) for a, b in zip(radii, radii[1:], strict=False))]
+    if shape not in TEXTURED_SHAPES or size == "small":
+        texture = "solid"  # the world has no other, and few pixels here would tell
+    known = max(overlap for _, overlap in fits) >= LEAST_OVERLAP
+    return Seen(
+        shape=shape if known else None, colour=colour, size=size, texture=texture,
+        x=regions[0].x / short, y=regions[0].y / short, r=r,
+    )  # fmt: skip
+
+
+def _insides(things: Sequence[Seen], regions: Sequence[Region], short: int) -> tuple[Seen, ...]:
+    """The things with `inside` set: found on another, or within another's outline (a ring's hole)."""
+    out = []
+    for thing, region in zip(things, regions, strict=True):
+        hosts = [
+            k
+            for k, (other, around) in enumerate(zip(things, regions, strict=True))
+            if region.host is around
+            or (other.shape == "ring" and math.dist((thing.x, thing.y), (other.x, other.y)) + thing.r < other.r)
+        ]
+        out.append(replace(thing, inside=hosts[0] if hosts else None))
+    return tuple(out)
+
+
+# ----------------------------------------------------------------------------------------------- motion
+
+
+def assign(cost: np.ndarray, skip: float) -> list[tuple[int, int]]:
+    """The pairs (row, column) of the cheapest matching, where leaving a row without a column costs `skip`."""
+    rows, columns = cost.shape
+    best: dict[int, tuple[float, tuple[tuple[int, int], ...]]] = {0: (0.0, ())}
+    for i in range(rows):
+        after: dict[int, tuple[float, tuple[tuple[int, int], ...]]] = {}
+        for used, (total, pairs) in best.items():
+            steps = [(used, total + skip, pairs)]
+            steps += [
+                (used | 1 << j, total + cost[i, j], (*pairs, (i, j)))
+                for j in range(columns)
+                if not used >> j & 1 and cost[i, j] < skip
+            ]
+            for key, value, chain in steps:
+                if key not in after or value < after[key][0]:
+                    after[key] = (value, chain)
+        best = after
+    return list(min(best.values(), key=lambda entry: entry[0])[1])
+
+
+def _tracks(regions: list[list[Region]], short: int) -> list[tuple[list[Region], str | None]]:
+    """Regions linked over the frames, each with "appear", "vanish", "merge" or None; merged stretches cut off."""
+    tracks: list[list[Region]] = []
+    for f, found in enumerate(regions):
+        live = [track for track in tracks if f - track[-1].frame <= 2]
+        cost = np.array(
+            [
+                [
+                    ((track[-1].x - region.x) ** 2 + (track[-1].y - region.y) ** 2) / short**2
+                    + 0.5 * float(((track[-1].colour - region.colour) ** 2).sum())
+                    for region in found
+                ]
+                for track in live
+            ]
+        ).reshape(len(live), len(found))
+        pairs = assign(cost, 0.16)
+        for i, j in pairs:
+            live[i].append(found[j])
+        taken = {j for _, j in pairs}
+        tracks += [[region] for j, region in enumerate(found) if j not in taken]
+    last = len(regions) - 1
+    kinds: dict[int, str] = {}
+    cuts: dict[int, int] = {}
+    products: set[int] = set()
+    for a, track in enumerate(tracks):
+        end = track[-1].frame
+        cover = None if end == last else _cover(track, regions[end + 1])
+        if cover is None:
+            continue
+        for b, other in enumerate(tracks):
+            if b == a or not other[0].frame <= end <= other[-1].frame:
+                continue
+            before = [region for region in other if region.frame <= end]
+            joins = cover in other or _cover(before, [cover]) is not None
+            if joins and _approach(track, before):
+                kinds[a] = kinds[b] = "merge"
+                cuts[a] = cuts[b] = min(end, cuts.get(b, end))
+                products |= {k for k, new in enumerate(tracks) if new[0].frame > end and k not in (a, b)}
+    out: list[tuple[list[Region], str | None]] = []
+    for k, track in enumerate(tracks):
+        if k in products or len(track) < max(2, 0.15 * len(regions)):
+            continue
+        kind = kinds.get(k)
+        if kind == "merge":
+            track = [region for region in track if region.frame <= cuts[k]]
+        elif track[0].frame > 0:
+            kind = "appear"
+        elif track[-1].frame < last:
+            kind = "vanish"
+        out.append((track, kind))
+    return out
+
+
+def _cover(track: list[Region], regions: Sequence[Region]) -> Region | None:
+    """The region of the next frame that lies where the track would go on (near its middle, which may be a hole)."""
+    step = (track[-1].x - track[-2].x, track[-1].y - track[-2].y) if len(track) > 1 else (0.0, 0.0)
+    near = max(1, round(0.7 * math.sqrt(track[-1].weight / math.pi)))
+    for region in regions:
+        row, column = int(track[-1].y + step[1]) - region.top, int(track[-1].x + step[0]) - region.left
+        rows, columns = (slice(max(middle - near, 0), max(middle + near + 1, 0)) for middle in (row, column))
+        if region.mask[rows, columns].any():
+            return region
+    return None
+
+
+def _approach(a: list[Region], b: list[Region]) -> bool:
+    """Whether two tracks come nearer."""
+    ours = {region.frame: region for region in a}
+    pairs = [(ours[region.frame], region) for region in b if region.frame in ours]
+    gaps = [math.hypot(one.x - other.x, one.y - other.y) for one, other in pairs]
+    return len(gaps) > 1 and gaps[-1] < gaps[0] - 1.0
+
+
+_ORDER = {"square": 4, "triangle": 3, "diamond": 2, "hexagon": 6, "star": 5, "heart": 3, "cross": 4, "moon": 2}
+
+
+def _turn(track: list[Region], shape: str | None) -> float:
+    """The degrees a track turns, clockwise positive: the phase of the shape's first angular moment, unwrapped."""
+    order = _ORDER.get(shape or "", 0)
+    if not order or len(track) < 3:
+        return 0.0
+    phases = []
+    for region in track:
+        x = np.arange(region.alpha.shape[1]) + 0.5 - (region.x - region.left)
+        y = np.arange(region.alpha.shape[0])[:, None] + 0.5 - (region.y - region.top)
+        z = (x + 1j * y) ** order
+        moment = (region.alpha * z).sum()
+        if abs(moment) < 0.02 * (region.alpha * np.abs(z)).sum():
+            return 0.0
+        phases.append(np.angle(moment))
+    angles = np.unwrap(phases) / order
+    time = np.array([region.frame for region in track], float)
+    return float(np.degrees(np.polyfit(time, angles, 1)[0] * (time[-1] - time[0])))
+
+
+def _motion(track: list[Region], thing: Seen, kind: str | None, frames: int, short: int) -> Motion:
+    if kind is not None:
+        return Motion(kind=kind)
+    path = np.array([(region.x, region.y) for region in track]) / short
+    extent = np.ptp(path, axis=0)
+    axis = int(extent.argmax())
+    turns, mark, heading = 0, path[0, axis], 0.0  # reversals larger than 0.05
+    for value in path[1:, axis]:
+        if heading * (value - mark) > 0:
+            mark = value
+        elif abs(value - mark) > 0.05:
+            turns += heading != 0
+            heading, mark = math.copysign(1.0, value - mark), value
+    if turns and extent[axis] > 0.1:
+        return Motion(
+            kind="bounce", direction="up and down" if axis else "side to side", speed="fast" if turns > 1 else "slow"
+        )
+    net = path[-1] - path[0]
+    far = float(np.hypot(*net))
+    if far > 0.09:
+        name = max(DIRECTIONS, key=lambda key: float(net @ DIRECTIONS[key]) / math.hypot(*DIRECTIONS[key]))
+        return Motion(kind="move", direction=name, speed="fast" if far > 0.35 else "slow")
+    turn = _turn(track, thing.shape)
+    if abs(turn) > 25:
+        direction = "clockwise" if turn > 0 else "anticlockwise"
+        return Motion(kind="rotate", direction=direction, speed="fast" if abs(turn) > 105 else "slow")
+    return Motion(kind="still")
+
+
+# ----------------------------------------------------------------------------------------------- scores
+
+ATTRIBUTES = ("count", "shape", "colour", "size", "texture", "background", "relation", "motion", "speed")
+_WEIGHTS = {"shape": 4.0, "colour": 3.0, "size": 1.0, "texture": 1.0}
+
+
+def match(seen: Sequence[Seen | Mention], said: Sequence[Mention]) -> dict[int, int]:
+    """said -> seen: the pairing in which most of what is said holds; shape weighs most, then colour, then motion."""
+    cost = np.zeros((len(said), len(seen)))
+    for i, mention in enumerate(said):
+        for j, thing in enumerate(seen):
+            for name, weight in _WEIGHTS.items():
+                wanted = getattr(mention, name)
+                cost[i, j] += weight * (wanted is not None and wanted != getattr(thing, name))
+            if mention.motion and thing.motion:
+                cost[i, j] += 1.0 * (mention.motion.kind != thing.motion.kind)
+                cost[i, j] += 1.0 * (mention.motion.direction not in (None, thing.motion.direction))
+    return dict(assign(cost, 100.0))
+
+
+def score(reading: Reading, truth: Scene | Description) -> dict[str, bool | None]:
+    """Whether a picture shows what it should, for each of ATTRIBUTES; None where the truth says nothing of it.
+
+    Things are paired with what is said of them so that most holds. "count" alone asks for their number; the other
+    attributes ask whether every thing that is there has the right one (and are False in an empty picture).
+    "relation" also asks that both its things are there; "motion" covers kind and direction, "speed" the speed.
+    """
+    said = truth.describe() if isinstance(truth, Scene) else truth
+    mentions = [mention for mention in said.mentions for _ in range(mention.count)]
+    pairs = match(reading.things, mentions)
+    out: dict[str, bool | None] = dict.fromkeys(ATTRIBUTES)
+    if mentions:
+        out["count"] = len(reading.things) == len(mentions)
+    for name in ("shape", "colour", "size", "texture"):
+        holds = [
+            getattr(reading.things[j], name) == getattr(mentions[i], name)
+            for i, j in pairs.items()
+            if getattr(mentions[i], name) is not None
+        ]
+        if any(getattr(mention, name) is not None for mention in mentions):
+            out[name] = bool(holds) and all(holds)
+    if said.background is not None:
+        out["background"] = reading.background == said.background
+    if said.relation is not None:
+        first = np.cumsum([0, *(mention.count for mention in said.mentions)])
+        a, b = pairs.get(int(first[said.relation.subject])), pairs.get(int(first[said.relation.object]))
+        out["relation"] = (
+            a is not None and b is not None and reading.relation(a, b) == said.relation.predicate
+        )
+    for name in ("motion", "speed"):
+        holds = []
+        for i, mention in enumerate(mentions):
+            wanted = mention.motion
+            if wanted is None or (name == "speed" and wanted.speed is None):
+                continue
+            shown = reading.things[pairs[i]].motion if i in pairs else None
+            if i not in pairs and len(pairs):
+                continue
+            same = shown is not None and shown.kind == wanted.kind
+            if name == "motion":
+                same = same and wanted.direction in (None, shown.direction)
+            holds.append(same and (name == "motion" or shown.speed == wanted.speed))
+        if any(m.motion is not None and (name == "motion" or m.motion.speed is not None) for m in mentions):
+            out[name] = bool(holds) and all(holds)
+    return out
