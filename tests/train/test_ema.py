@@ -56,9 +56,13 @@ def test_applied_gives_the_weights_back_bit_for_bit_even_after_an_error(dtype):
         model[0].weight.mul_(1.7)
     ema.update(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="evaluation failed"), ema.applied(model):
+
+    def evaluate() -> None:
         torch.testing.assert_close(model[0].weight.float(), ema.average["0.weight"], rtol=1e-2, atol=0)
         assert not torch.equal(model[0].weight, before["0.weight"])
         assert model[0].weight.requires_grad
         raise RuntimeError("evaluation failed")
+
+    with pytest.raises(RuntimeError, match="evaluation failed"), ema.applied(model):
+        evaluate()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -16,7 +16,7 @@ def test_auto_takes_bf16_only_where_it_is_native(monkeypatch, native, expected):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(InputError, match="fp16.*choose auto, fp32 or bf16"):
+    with pytest.raises(InputError, match=r"fp16.*choose auto, fp32 or bf16"):
         precision.resolve("fp16", CPU)
 
 

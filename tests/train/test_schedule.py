@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -29,8 +30,8 @@ def test_cosine_stays_in_range_and_falls_after_the_warm_up(steps, warmup, floor)
     factors = [schedule.cosine(i, steps=steps, warmup=warmup, floor=floor) for i in range(steps + 5)]
     assert all(0 < f <= 1 or (f >= 0 and i >= steps) for i, f in enumerate(factors))
     top = min(warmup, steps)
-    assert all(a <= b for a, b in zip(factors[:top], factors[1 : top + 1], strict=False))
-    assert all(a >= b - 1e-12 for a, b in zip(factors[warmup:], factors[warmup + 1 :], strict=False))
+    assert all(a <= b for a, b in pairwise(factors[: top + 1]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(factors[warmup:]))
 
 
 def test_exponential_falls_once_per_epoch():

@@ -328,7 +328,7 @@ class _Loop:
         for module, training in mode.items():
             module.training = training
         self._clear_gradients()
-        buffers = [(b, b.clone()) for b in player.model.buffers()] if self.non_finite == "skip" else []
+        buffers = [(buffer, buffer.clone()) for buffer in player.model.buffers()]
         parts: list[Losses] = []
         for micro in range(self.accumulate):
             batch = self.batches(at, micro)
@@ -513,7 +513,7 @@ class _Loop:
         }
         checkpoint.save(self.run.checkpoints, self.counts.step, tensors=tensors, state=about, keep=self.keep)
         self.rollbacks = 0
-        if draw or time.monotonic() - self.drawn > 60:
+        if draw or time.monotonic() - self.drawn > 120:
             self.run.curves()
             self.drawn = time.monotonic()
 
