@@ -36,7 +36,7 @@ def item(name: str = "a.png", **changes) -> Item:
     return replace(Item(file_name=name, hash="0" * 64, bytes=1, width=2, height=3), **changes)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(ITEM, max_size=5, unique_by=lambda it: it.file_name))
 def test_what_is_written_is_read(tmp_path, items):
     Index(tmp_path, items).write()
