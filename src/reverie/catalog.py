@@ -38,9 +38,22 @@ def _sora_recipes() -> ModuleType:
     return sora
 
 
+def _video_vae() -> type[nn.Module]:
+    from reverie.codecs.video_vae import VideoVae
+
+    return VideoVae
+
+
+def _video_vae_recipe() -> Callable[..., Any]:
+    from reverie.recipes.video_vae import stickers
+
+    return stickers
+
+
 SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "clip": _clip,
     "sora": _sora,
+    "video-vae": _video_vae,
 }
 
 RECIPES: dict[str, Callable[[], Callable[..., Any]]] = {
@@ -49,6 +62,8 @@ RECIPES: dict[str, Callable[[], Callable[..., Any]]] = {
     "clip-paper-b32": lambda: _clip_recipes().paper_b32,
     "sora-tiny": lambda: _sora_recipes().tiny,
     "sora-stickers": lambda: _sora_recipes().stickers,
+    "sora-world": lambda: _sora_recipes().world,
+    "video-vae-stickers": _video_vae_recipe,
 }
 
 

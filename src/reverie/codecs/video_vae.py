@@ -124,12 +124,17 @@ class VideoVae(nn.Module):
         """Raw latents -> video."""
         return rearrange(self.decoder(raw), "b (c p q) f h w -> b c f (h p) (w q)", p=2, q=2)
 
+    def whole(self, frames: int) -> int:
+        """The least number of frames, at least `frames`, that fills its latent frames: 1, 5, 9, ..."""
+        time = self.config.stride[0]
+        return 1 + time * -(-(frames - 1) // time)
+
     def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         time, space = self.config.stride
         return self.config.channels, 1 + -(-(frames - 1) // time), size[0] // space, size[1] // space
 
     def latent_mask(self, mask: Tensor, frames: int) -> Tensor:
-        """`b f` -> `b g`: True where every frame that a latent frame stands for is."""
+        """`b f` -> `b g` for a whole number of latent frames: True where every frame that one stands for is."""
         rest = rearrange(mask[:, 1:], "b (g time) -> b g time", g=frames - 1).all(-1) if frames > 1 else mask[:, 1:]
         return torch.cat([mask[:, :1], rest], dim=1)
 

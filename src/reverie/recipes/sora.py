@@ -21,7 +21,6 @@ from torch import Tensor
 import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
-from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.augment import on_white
 from reverie.data.index import Index
 from reverie.data.order import batch_ids
@@ -87,15 +86,35 @@ def stickers(
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
 
-    `codec` is a folder that `codec()` left; without it the patches are of pixels.
+    `codec` is the folder of a video autoencoder (recipes/video_vae.py); without it the patches are of pixels.
     """
     reader = reverie.load(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     config = SoraRun(
         model=shape(reader, codec=codec), steps=steps, batch=batch, clips=clips, lr=lr,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, codec=codec)
+
+
+def world(
+    data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, steps: int = 3000, batch: int = 64,
+    clips: int = 3, lr: float = 1e-3, seed: int = 0,
+) -> Sora:  # fmt: skip
+    """The procedural world, written to `data` first if it is not there; `clip` is a CLIP trained on its captions."""
+    from reverie.data.world import write
+
+    parts = []
+    for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
+        there = (data / name / "metadata.parquet").exists()
+        part = Index.read(data / name) if there else write(data / name, number, frames=frames, seed=seed)
+        parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
+    reader = reverie.load(clip)
+    config = SoraRun(
+        model=shape(reader), steps=steps, batch=batch, clips=clips, lr=lr, languages={"en": 0.8, "zh": 0.2}, seed=seed
+    )
+    index = Index(data, parts)
+    return fit(config, reader, index, out, prompts=_some_captions(index, 16))
 
 
 def shape(
@@ -103,7 +122,7 @@ def shape(
 ) -> SoraConfig:
     """Pixels in patches of 16 through a bottleneck, or latents of `codec` in patches of 2."""
     depth, width, heads = sizes
-    stored = None if not codec else VideoVaeConfig()
+    stored = reverie.load(codec).config if codec else None
     return SoraConfig(
         backbone=VideoDitConfig(
             channels=3 if stored is None else stored.channels,
@@ -120,8 +139,8 @@ def fit(config: SoraRun, reader: Clip, index: Index, out: Path, *, prompts: tupl
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
     model.text.load_state_dict(reader.text.state_dict())
-    if codec:
-        load_codec(model.codec, codec)
+    if model.codec is not None:
+        model.codec.load_state_dict(reverie.load(codec).state_dict())
     player = Player(
         model,
         optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),

@@ -171,6 +171,8 @@ class Sora(nn.Module):
         """
         frames, size, seeds, known_mask = self._check(prompts, frames, size, seed, known, known_mask, sampler, start)
         device = self.backbone.null_context.device
+        if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
+            known, known_mask = self._fill(known, 2, frames), self._fill(known_mask, 1, frames)
         shape = self.latent_shape(frames, size)
         noise = torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(device)
         given = torch.zeros_like(noise) if known is None else self.encode(known.to(device))
@@ -197,7 +199,14 @@ class Sora(nn.Module):
             begin=start,
             progress=progress,
         )
-        return self.decode(x)
+        return self.decode(x)[:, :, :frames]
+
+    def _fill(self, tensor: Tensor | None, dim: int, frames: int) -> Tensor | None:
+        """Repeat the last frame up to a whole number of latent frames."""
+        if tensor is None:
+            return None
+        last = tensor.narrow(dim, frames - 1, 1)
+        return torch.cat([tensor, *[last] * (self.codec.whole(frames) - frames)], dim=dim)
 
     def _latent_mask(self, mask: Tensor, frames: int) -> Tensor:
         """A latent frame is known when every frame that it stands for is."""

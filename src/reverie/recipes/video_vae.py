@@ -1,0 +1,111 @@
+"""Training the small video autoencoder (codecs/video_vae.py) that `sora-stickers --codec FOLDER` can use.
+
+    stickers   pictures and 5-frame clips together               reverie train video-vae-stickers DIR
+
+It lost to pixels at equal training time on this data (docs/log.md), so the shipped weights do without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import reverie
+from reverie import rng
+from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
+from reverie.data.augment import on_white
+from reverie.data.index import Index
+from reverie.data.order import batch_ids
+from reverie.data.pixels import Pixels
+from reverie.pictures import grid
+from reverie.recipes.clip import averaged, open_index, plain_stickers
+from reverie.recipes.sora import CLIP_FRAMES, to_bytes
+from reverie.train.ema import Ema
+from reverie.train.log import Run
+from reverie.train.loop import Player, train
+from reverie.train.optimizers import adamw
+from reverie.train.schedule import cosine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VaeRun:
+    model: VideoVaeConfig
+    steps: int
+    batch: int  # pictures of a step
+    clips: int  # clips of a step
+    clip_frames: int = 5
+    size: int = 64
+    lr: float = 1e-3
+    warmup: int = 50
+    ema: float = 0.995
+    seed: int = 0
+
+
+def stickers(data: Path, out: Path, *, steps: int = 1000, batch: int = 16, clips: int = 2, seed: int = 0) -> VideoVae:
+    """Fluent's 3-D stickers and their animations."""
+    index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
+    return fit(VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed), index, out)
+
+
+def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
+    """Train from random weights, report PSNR on the held-out pictures, save the averaged weights to `out/model`."""
+    torch.manual_seed(rng.integer(config.seed, "weights"))
+    model = VideoVae(config.model)
+    player = Player(
+        model,
+        optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
+        schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.02),
+        ema=Ema(model, decay=config.ema),
+        clip=1.0,
+    )
+    cache = index.folder / ".reverie"
+    pictures = Pixels(index.select(split="train", video=False), size=config.size, cache=cache)
+    moving = Pixels(index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES, cache=cache)
+    held = Pixels(index.select(split="val", video=False), size=config.size, cache=cache)
+    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]])
+
+    def batches(step: int, micro: int) -> dict[str, Tensor]:
+        source, count, frames = (moving, config.clips, config.clip_frames) if micro else (pictures, config.batch, 1)
+        videos = []
+        for epoch, place in batch_ids(step, count, len(source.good), config.seed):
+            i = source.good[place]
+            u = torch.rand((), generator=rng.generator(config.seed, "window", epoch, i)).item()
+            begin = int(u * (source.counts[i] - frames + 1))
+            videos.append(_signal(source, i, slice(begin, begin + frames)))
+        video = torch.stack(videos)
+        shape = (count, *model.latent_shape(frames, (config.size, config.size)))
+        return {"video": video, "noise": torch.randn(shape, generator=rng.generator(config.seed, "noise", step, micro))}
+
+    run = Run(out, config)
+    for step in train([player], batches, run=run, steps=config.steps, accumulate=2, seed=config.seed,
+                      save_every=max(config.steps // 4, 1), keep=1, prefetch=2):  # fmt: skip
+        if step.every(20):
+            run.log(step.number, step.metrics)
+        if step.every(max(config.steps // 8, 1)):
+            with averaged(player):
+                drawn = model.draw(model.posterior(val)[0]).clamp(-1, 1)
+                error = ((drawn - val) / 2).square().mean(dim=(1, 2, 3, 4))
+                run.log(step.number, {"val_psnr": float(-10 * error.log10().mean())})
+                pairs = torch.stack([val[:8, :, 0], drawn[:8, :, 0]], dim=1)
+                grid(to_bytes(rearrange(pairs, "b two c h w -> (b two) c h w"))).save(run.sample_path(step.number))
+            run.curves()
+    with averaged(player):
+        _normalise(model, torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]]))
+        reverie.save(model, out / "model")
+    return reverie.load(out / "model")
+
+
+def _signal(pixels: Pixels, i: int, window: slice) -> Tensor:
+    return rearrange(on_white(pixels[i][window]), "f c h w -> c f h w")
+
+
+def _normalise(model: VideoVae, videos: Tensor) -> None:
+    """Set the constants that make the latents of `videos` zero mean and unit variance per channel."""
+    raw = torch.cat([model.posterior(part)[0] for part in videos.split(64)])
+    model.mean.copy_(raw.mean(dim=(0, 2, 3, 4)))
+    model.std.copy_(raw.std(dim=(0, 2, 3, 4)))
