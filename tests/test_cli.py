@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -263,6 +264,33 @@ def painter(monkeypatch):
     load = cli._capable
     monkeypatch.setattr(cli, "_capable", lambda name, what: made if name == "painter" else load(name, what))
     return made
+
+
+def test_sample_with_a_real_model(clip_folder, tmp_path, capsys):
+    """A Sora with small random weights draws noise, but of the size, length and number asked for."""
+    import torch
+
+    import reverie as package
+    from reverie.recipes.sora import shape
+    from reverie.systems.sora import Sora
+
+    clip = package.load(clip_folder)
+    sora = Sora(shape(clip, size=32, sizes=(2, 64, 1)), clip.tokenizer)
+    with torch.no_grad():
+        for number, weight in enumerate(sora.backbone.parameters()):
+            weight.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    flags = ["--model", package.save(sora, tmp_path / "sora"), "--out", tmp_path, "--steps", 2]
+    picture, moving = tmp_path / "000-a-red-circle.png", tmp_path / "000-a-red-circle.webp"
+    assert reverie("sample", "a red circle", *flags, "--size", 32, 48) == 0
+    assert reverie("sample", "a red circle", *flags, "--frames", 4, "--first-frame", picture) == 0
+    with Image.open(picture) as image, Image.open(moving) as clip:
+        assert image.size == (48, 32)
+        assert clip.size == (32, 32)
+        assert clip.n_frames == 4
+        first, given = (
+            np.asarray(each.convert("RGB"), dtype=int) for each in (clip, image.crop((8, 0, 40, 32)))
+        )
+        assert abs(first - given).max() <= 2
 
 
 def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):

@@ -591,7 +591,7 @@ def _run_of(name: str) -> Callable[..., None]:
     def run(data: Path, /, *, out: Path | None = None, **flags: Any) -> None:
         folder = out or Path("runs") / f"{name}-{data.resolve().name}"
         recipe(data, folder, **flags)
-        print(folder)
+        print(f"the model: {folder / 'model'}")
 
     hints = get_type_hints(recipe)
     own = [part for part in inspect.signature(recipe).parameters.values() if part.name not in ("data", "out")]
