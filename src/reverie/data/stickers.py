@@ -377,8 +377,9 @@ def _members(archive: Path, pattern: str) -> Iterator[tuple[re.Match[str], bytes
         return
     with tarfile.open(archive, "r|gz") as tar:
         for member in tar:
-            if (match := regex.fullmatch(member.name)) and member.isfile() and member.size <= MEMBER_BYTES:
-                yield match, tar.extractfile(member).read()
+            plain = member.isfile() and member.size <= MEMBER_BYTES
+            if plain and (match := regex.fullmatch(member.name)) and (file := tar.extractfile(member)):
+                yield match, file.read()
 
 
 # ----------------------------------------------------------------------------------------------------------- words
@@ -550,6 +551,7 @@ def stickers(
 
 def _pictures(source: Source, archive: Path, words: Words) -> Iterator[tuple[Emoji, bytes | str]]:
     """(emoji, picture) once per emoji: bytes of a raster file, or the text of a drawing."""
+    found: Iterator[tuple[Emoji | None, bytes | str]]
     if re.compile(source.member).groups:
         drawn = archive.suffix == ".whl" or "svg" in source.member
         found = (
@@ -568,7 +570,7 @@ def _pictures(source: Source, archive: Path, words: Words) -> Iterator[tuple[Emo
 
 def _icons(
     table: dict, chars: dict, skip: tuple[str, ...], words: Words
-) -> Iterator[tuple[Emoji | None, str]]:
+) -> Iterator[tuple[Emoji | None, bytes | str]]:
     """The drawings of an iconify set: by the set's own table of code points, or else by names and plain aliases."""
     names = {name: [name] for name in table["icons"] if name not in skip}
     for alias, entry in table.get("aliases", {}).items():
@@ -686,7 +688,9 @@ def _draw() -> None:
 
 def summary(index: Index) -> str:
     """A table: for each source the pictures, clips, things without skin tones, and how they are split."""
-    rows = [("source", "pictures", "clips", "labels", "train", "val", "test", "rejected", "MB", "licence")]
+    rows: list[tuple[object, ...]] = [
+        ("source", "pictures", "clips", "labels", "train", "val", "test", "rejected", "MB", "licence")
+    ]
     names = list(dict.fromkeys(item.source for item in index.items))
     for name in [*names, None]:
         items = [item for item in index.items if name is None or item.source == name]
