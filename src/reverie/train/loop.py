@@ -337,7 +337,10 @@ class _Loop:
                 parts.append(player.loss(batch))
             assert all(v.numel() == 1 for v in parts[-1].values()), "loss(batch) must give scalars"
             (parts[-1]["loss"] / self.accumulate).backward()
-            parts[-1] = {name: value.detach().float().reshape(()) for name, value in parts[-1].items()}
+            parts[-1] = {
+                name: value.detach().to(self.device, torch.float32).reshape(())
+                for name, value in parts[-1].items()
+            }
         gradients = [p.grad for g in player.optimizer.param_groups for p in g["params"] if p.grad is not None]
         assert gradients, "the loss depends on no parameter that the optimizer trains"
         norm = nn.utils.get_total_norm(gradients)
