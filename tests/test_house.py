@@ -1,7 +1,9 @@
 """The house itself: who imports whom, what is depended on, what an import costs, and that no test goes online."""
 
 import ast
+import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -125,6 +127,17 @@ def test_no_registry_host_and_no_address_of_a_machine_is_in_the_set_up():
         assert not re.search(r"https?://|--index-url|--extra-index-url|--find-links", text), name
 
 
+def test_the_set_up_says_what_python_it_needs(tmp_path):
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    done = subprocess.run(
+        [tmp_path / "requirements" / "install", "requirements/lock.txt"],
+        env=os.environ | {"PYTHON": "false"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Python 3.11" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
 # ---------------------------------------------------------------- imports
 
 
@@ -175,6 +188,30 @@ def test_pickles_are_loaded_in_one_module_only():
             if {"torch.load", "pickle", "dill", "joblib", "marshal", "shelve"} & {*names}:
                 loaders.add(path.relative_to(SOURCE).as_posix())
     assert loaders <= {"weights/convert.py"}
+
+
+def test_nothing_speaks_to_the_network():
+    """Nothing calls home. The sticker corpus is fetched by the package clients, which are programs of their own."""
+    speaking = {
+        "socket",
+        "ssl",
+        "http",
+        "urllib.request",
+        "ftplib",
+        "smtplib",
+        "requests",
+        "httpx",
+        "huggingface_hub",
+    }
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                continue
+            assert not names & speaking, f"{path} imports {names & speaking}"
 
 
 def test_randomness_is_keyed():
