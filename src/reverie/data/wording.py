@@ -7,8 +7,8 @@ import torch
 from reverie.data.index import Caption, Item
 
 PHRASES = {
-    "en": ("{}", "{}", "{}", "a sticker of {}", "a picture of {}", "an emoji: {}"),
-    "zh": ("{}", "{}", "{}", "{}的贴纸", "{}的图片", "表情：{}"),
+    "en": ("{}",) * 9 + ("a sticker of {}", "a picture of {}", "an emoji: {}"),
+    "zh": ("{}",) * 9 + ("{}的贴纸", "{}的图片", "表情：{}"),
 }
 JOIN = {"en": ", ", "zh": "，"}
 
@@ -19,8 +19,9 @@ def draw_caption(
     """One wording of an item, "" if it has no caption.
 
     A language is drawn by the weights `languages` (default: the languages of the item's captions, equally). A
-    caption that is a list of tags is cut to one to three of them in random order, half the time behind a proper
-    caption; a proper caption stands in a phrase half the time if it is a label. Other captions are left as they are.
+    caption that is a list of tags is cut to one to three of them in random order and used a quarter of the time, mostly
+    behind a proper caption. Of proper captions a label is drawn six times as often as another, and a label or alias
+    stands in a phrase a quarter of the time. A vocabulary of many wordings is learnt slowly (docs/log.md).
     """
     u = torch.rand(8, generator=generator).tolist()
     present = sorted({caption.language for caption in item.captions})
@@ -35,10 +36,10 @@ def draw_caption(
         return _phrase(_pick(proper, [1.0] * len(proper), u[1]), language, u[2])
     order = torch.randperm(len(tags), generator=generator).tolist()
     some = [tags[i] for i in order[: 1 + int(u[3] * 3)]]
-    if not proper or u[4] < 0.2:
+    if not proper or u[4] < 0.1:
         return JOIN[language].join(some) if language in JOIN else ", ".join(some)
-    chosen = _pick(proper, [3.0 if caption.source == "label" else 1.0 for caption in proper], u[1])
-    if u[4] < 0.4:
+    chosen = _pick(proper, [6.0 if caption.source == "label" else 1.0 for caption in proper], u[1])
+    if u[4] < 0.25:
         return JOIN.get(language, ", ").join([chosen.text, *some])
     return _phrase(chosen, language, u[2])
 

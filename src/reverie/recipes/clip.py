@@ -86,9 +86,10 @@ def stickers(
     data: Path,
     out: Path,
     *,
-    steps: int = 3200,
+    steps: int = 2200,
     batch: int = 128,
     lr: float = 1e-3,
+    strength: float = 0.5,
     sources: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Clip:
@@ -102,7 +103,7 @@ def stickers(
     tokenizer = Bpe.train(_texts(train_set), vocab=4096)
     config = ClipRun(
         model=shape(tokenizer.vocab, tokenizer.end), steps=steps, batch=batch, lr=lr,
-        languages={"en": 0.75, "zh": 0.25}, seed=seed,
+        strength=strength, languages={"en": 0.85, "zh": 0.15}, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     return fit(config, tokenizer, train_set, out, measures={"twemoji": partial(_zero_shot, val=held)})
