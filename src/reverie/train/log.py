@@ -417,14 +417,16 @@ def _draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         values = [y for name in panels[base] for y in series[name][1]]
-        if min(values) > 0 and max(values) > 20 * min(values):
+        if "loss" in base and min(values) > 0 and max(values) > 20 * min(values):
             axes.set_yscale("log")
         for name in sorted(panels[base]):
             xs, ys = series[name]
             validation = name.startswith(("val_", "val/"))
             colour = "tab:orange" if validation else "tab:blue"
-            if validation or len(xs) < 60:
-                axes.plot(xs, ys, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+            if validation or len(xs) < 60 or base.endswith("lr"):
+                axes.plot(
+                    xs, ys, color=colour, marker=None if len(xs) >= 60 else "o", markersize=3, label=name
+                )
             else:
                 axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.7)
                 axes.plot(xs, _smooth(ys), color=colour, linewidth=1.6, label=f"{name} (smoothed)")
