@@ -1,8 +1,8 @@
 """Vision Transformer (2010.11929) as CLIP's image tower builds it (2103.00020, section 2.4): class token, learned
 positions, a LayerNorm before the blocks and one after, features read at the class token or averaged.
 
-`stem="conv"` replaces the patch projection by smaller patches and strided 3x3 convolutions (Xiao et al. 2021, 2106.14881), which learns
-far more from few pictures; the shipped weights use it, CLIP's public ones use `"patch"`.
+`stem="conv"` replaces the patch projection by smaller patches and strided 3x3 convolutions (Xiao et al. 2021,
+2106.14881), which learns far more from few pictures; the shipped weights use it, CLIP's public ones use `"patch"`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from reverie.errors import InputError
 from reverie.nn.block import Block
 
 
@@ -34,8 +35,10 @@ class VitConfig:
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
     """A 4 x 4 patch projection, then halvings by 3 x 3 convolutions up to `patch`, channels doubling up to `width`."""
+    if patch < 4 or patch & (patch - 1):
+        raise InputError(f"patch {patch} has no conv stem: take a power of two from 4, or the stem `patch`.")
     halvings = int(math.log2(patch)) - 2
-    channels = [max(width >> (halvings - i), 32) for i in range(halvings + 1)]
+    channels = [min(max(width >> (halvings - i), 32), width) for i in range(halvings + 1)]
     layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 4, stride=4)]
     for before, after in zip(channels, channels[1:], strict=False):
         layers += [nn.GroupNorm(1, before), nn.GELU(), nn.Conv2d(before, after, 3, stride=2, padding=1)]
@@ -43,11 +46,15 @@ def conv_stem(width: int, patch: int) -> nn.Sequential:
 
 
 class Vit(nn.Module):
-    """image `b 3 size size` -> features `b n d` after the last norm, position 0 being the class token if there is one."""
+    """image `b 3 size size` -> features `b n d` after the last norm; position 0 is the class token if there is one."""
 
     def __init__(self, config: VitConfig):
         super().__init__()
         self.config = config
+        if config.size < config.patch or config.size % config.patch:
+            raise InputError(f"size {config.size} is no multiple of the patch, {config.patch}.")
+        if config.width % config.heads:
+            raise InputError(f"width {config.width} is no multiple of the {config.heads} heads.")
         side = config.size // config.patch
         if config.stem == "patch":
             self.stem = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
@@ -58,7 +65,9 @@ class Vit(nn.Module):
         self.positions = nn.Parameter(torch.randn(side * side + has_class, config.width) * config.width**-0.5)
         self.norm_pre = nn.LayerNorm(config.width, eps=config.eps)
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, ratio=config.ratio, activation=config.activation, eps=config.eps)
+            Block(
+                config.width, config.heads, ratio=config.ratio, activation=config.activation, eps=config.eps
+            )
             for _ in range(config.depth)
         )
         self.norm_post = nn.LayerNorm(config.width, eps=config.eps)

@@ -18,11 +18,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
 
     On a CPU in bf16 the fused kernel loses to plain products below about a thousand positions (docs/engine.md).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
+    by_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024
+    if causal and (by_products or mask is not None):  # the fused kernel takes one of the two
+        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        mask, causal = keep if mask is None else mask & keep, False
+    if by_products:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if causal:
-            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-            mask = keep if mask is None else mask & keep
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
@@ -30,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
 
 
 class SelfAttention(nn.Module):
-    """`b n d -> b n d`; `rotary` is a (cos, sin) pair from `positions.rotary`; `qk_norm` as in SD3 (2403.03206, 5.3)."""
+    """`b n d -> b n d`; `rotary` is a (cos, sin) pair of `positions.rotary`; `qk_norm` as in SD3 (2403.03206, 5.3)."""
 
     def __init__(self, width: int, heads: int, *, bias: bool = True, qk_norm: bool = False):
         super().__init__()
@@ -48,7 +49,9 @@ class SelfAttention(nn.Module):
         causal: bool = False,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads
+        )
         q, k = self.norm_q(q), self.norm_k(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -58,7 +61,9 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """`b n d` reads `context b m c` where `context_mask b m` is True."""
 
-    def __init__(self, width: int, heads: int, *, context_width: int, bias: bool = True, qk_norm: bool = False):
+    def __init__(
+        self, width: int, heads: int, *, context_width: int, bias: bool = True, qk_norm: bool = False
+    ):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width, bias=bias)

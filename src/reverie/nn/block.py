@@ -12,7 +12,9 @@ from reverie.nn.mlp import Mlp
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); `b n d -> b n d` (CLIP, GPT-2, ViT)."""
 
-    def __init__(self, width: int, heads: int, *, ratio: float = 4.0, activation: str = "gelu", eps: float = 1e-5):
+    def __init__(
+        self, width: int, heads: int, *, ratio: float = 4.0, activation: str = "gelu", eps: float = 1e-5
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads)

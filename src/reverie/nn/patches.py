@@ -12,9 +12,7 @@ from torch import Tensor
 def patchify(x: Tensor, patch: tuple[int, int]) -> Tensor:
     """`b c (f pf) (h p) (w p) -> b (f h w) (c pf p p)` for patch = (pf, p)."""
     frames, side = patch
-    return rearrange(
-        x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=frames, ph=side, pw=side
-    )
+    return rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=frames, ph=side, pw=side)
 
 
 def unpatchify(tokens: Tensor, patch: tuple[int, int], shape: tuple[int, int, int]) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def velocity_loss(predicted: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of velocities `b c f h w`; `weight` (broadcast) leaves out what is given, such as known frames."""
+    """Mean squared error of velocities `b c f h w`; `weight` (broadcast) leaves out what is given: known frames."""
     error = (predicted - target).square()
     if weight is None:
         return error.mean()

@@ -1,0 +1,179 @@
+"""The video transformer: zero at birth, relative in space and time, deaf where it must be."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from reverie.backbones.video_dit import VideoDit, VideoDitConfig
+
+CONFIG = VideoDitConfig(channels=3, patch=(1, 4), bottleneck=6, width=24, depth=2, heads=2, context_width=10)
+
+
+def awake(model):
+    """Weights for what is zero at birth."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.2, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return awake(VideoDit(CONFIG))
+
+
+@pytest.fixture
+def inputs():
+    """x, t, pooled, context, mask for two clips of three frames of 8 x 12."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True, True, True, False, False], [True] * 5])
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    return draw(2, 3, 3, 8, 12), torch.tensor([[0.3] * 3, [0.8] * 3]), draw(2, 10), draw(2, 5, 10), mask
+
+
+close = {"atol": 1e-5, "rtol": 1e-4}
+
+
+@pytest.mark.parametrize("bottleneck", [0, 6])
+def test_the_output_is_zero_at_birth_and_every_parameter_learns(inputs, bottleneck):
+    torch.manual_seed(0)
+    model = VideoDit(dataclasses.replace(CONFIG, bottleneck=bottleneck))
+    assert not model(*inputs).any()
+    awake(model)
+    text = model.without_text(*inputs[2:], torch.tensor([True, False]))
+    model(*inputs[:2], *text).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 8, 4), (2, 4, 20), (5, 12, 8)])
+def test_any_size_duration_and_aspect(model, inputs, shape):
+    f, h, w = shape
+    out = model(torch.randn(2, 3, f, h, w), torch.rand(2, f), *inputs[2:])
+    assert out.shape == (2, 3, f, h, w)
+    assert out.isfinite().all()
+
+
+@torch.no_grad()
+def test_frames_that_are_patched_together(inputs):
+    torch.manual_seed(0)
+    model = awake(VideoDit(dataclasses.replace(CONFIG, patch=(2, 4))))
+    x = torch.randn(2, 3, 4, 8, 8)
+    t = torch.tensor([[0.2, 0.2, 0.9, 0.9]] * 2)
+    out = model(x, t, *inputs[2:])
+    assert out.shape == x.shape
+    assert not torch.allclose(out, model(x, t.flip(1), *inputs[2:]), atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_item_s_output_does_not_depend_on_the_batch(model, inputs):
+    both = model(*inputs)
+    for i in range(2):
+        torch.testing.assert_close(model(*(part[i : i + 1] for part in inputs))[0], both[i], **close)
+
+
+@torch.no_grad()
+def test_hidden_words_change_nothing(model, inputs):
+    x, t, pooled, context, mask = inputs
+    out = model(*inputs)
+    torch.testing.assert_close(model(x, t, pooled, context.masked_fill(~mask[..., None], 9.0), mask), out, **close)
+    torch.testing.assert_close(
+        model(x[:1], t[:1], pooled[:1], context[:1, :3], mask[:1, :3])[0], out[0], **close
+    )
+    for changed in ((pooled + 1, context), (pooled, context + 1)):
+        assert not torch.allclose(model(x, t, *changed, mask), out, atol=1e-3)
+
+
+@torch.no_grad()
+def test_without_text_the_prompt_is_gone(model, inputs):
+    x, t, pooled, context, mask = inputs
+    drop = torch.tensor([True, False])
+    out = model(x, t, *model.without_text(pooled, context, mask, drop))
+    kept = model(*inputs)
+    torch.testing.assert_close(out[1], kept[1], **close)
+    assert not torch.allclose(out[0], kept[0], atol=1e-3)
+    for other in (
+        (pooled.flip(0), context.flip(0), mask.flip(0)),
+        (pooled, torch.randn(2, 9, 10), torch.ones(2, 9, dtype=torch.bool)),
+    ):
+        again = model(x, t, *model.without_text(*other, torch.tensor([True, True])))
+        torch.testing.assert_close(again[0], out[0], **close)
+
+
+@torch.no_grad()
+def test_every_frame_has_its_own_time(model, inputs):
+    x, t, *text = inputs
+    out = model(x, t, *text)
+    for frame in range(3):
+        other = t.clone()
+        other[:, frame] = 0.0
+        change = (model(x, other, *text) - out).abs().amax((0, 1, 3, 4))
+        assert change[frame] > 1e-3  # itself, and through attention the others
+    torch.testing.assert_close(model(x, t[:, :1].expand(2, 3), *text), out, **close)
+
+
+@torch.no_grad()
+def test_a_picture_is_a_clip_of_one_frame(inputs):
+    """Where frames cannot see each other, each is drawn as the picture that it is."""
+    torch.manual_seed(0)
+    model = awake(VideoDit(CONFIG))
+    for block in model.blocks:
+        for parameter in block.attention.out.parameters():
+            torch.nn.init.zeros_(parameter)
+    x, t, *text = inputs
+    t = torch.rand(2, 3)
+    clip = model(x, t, *text)
+    for frame in range(3):
+        picture = model(x[:, :, frame : frame + 1], t[:, frame : frame + 1], *text)
+        torch.testing.assert_close(picture[:, :, 0], clip[:, :, frame], **close)
+
+
+@torch.no_grad()
+def test_a_clip_of_equal_frames_that_all_stand_at_one_moment_is_that_picture(model, inputs):
+    """pace 0 puts all frames at one moment: nothing tells them apart, so attention sees copies of one picture."""
+    x, t, *text = inputs
+    still = x[:, :, :1].expand(-1, -1, 3, -1, -1)
+    picture = model(x[:, :, :1], t[:, :1], *text)
+    clip = model(still, t, *text, pace=0.0)
+    torch.testing.assert_close(clip, picture.expand_as(clip), **close)
+
+
+@torch.no_grad()
+def test_time_is_relative_but_pace_is_felt(model, inputs):
+    out = model(*inputs)
+    torch.testing.assert_close(model(*inputs, begin=7.0), out, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(model(*inputs, begin=-3.5), out, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(model(*inputs, pace=2.0), out, atol=1e-3)
+
+
+@torch.no_grad()
+def test_every_other_frame_at_double_pace(model, inputs):
+    """Frames 0 and 2 of a clip stand where the two frames of a clip at pace 2 stand."""
+    x, t, *text = inputs
+    seen = []
+    blocks = model.blocks
+    hook = blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["rotary"]), with_kwargs=True
+    )
+    try:
+        model(x, t, *text)
+        model(x[:, :, ::2], t[:, ::2], *text, pace=2.0)
+    finally:
+        hook.remove()
+    (cos, sin), (cos2, sin2) = seen
+    patches = 2 * 3
+    torch.testing.assert_close(cos.unflatten(0, (3, patches))[::2].flatten(0, 1), cos2)
+    torch.testing.assert_close(sin.unflatten(0, (3, patches))[::2].flatten(0, 1), sin2)
+
+
+@torch.no_grad()
+def test_it_works_in_bf16_and_under_autocast(model, inputs):
+    out = model(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near = model(*inputs)
+    assert (near.float() - out).abs().max() < 0.1 * out.abs().max()

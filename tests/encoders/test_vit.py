@@ -1,0 +1,70 @@
+"""The image tower: shapes, and that a picture's features are its own."""
+
+import pytest
+import torch
+
+from reverie.encoders.vit import Vit, VitConfig, conv_stem
+from reverie.errors import InputError
+
+SMALL = {"size": 32, "patch": 16, "width": 16, "depth": 2, "heads": 2}
+KINDS = [{"stem": stem, "pool": pool} for stem in ("patch", "conv") for pool in ("class", "mean")]
+
+
+def tower(**kind):
+    torch.manual_seed(0)
+    return Vit(VitConfig(**SMALL | kind)).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
+@torch.no_grad()
+def test_features_and_their_vector(kind):
+    vit = tower(**kind)
+    image = torch.randn(3, 3, 32, 32)
+    features = vit(image)
+    assert features.shape == (3, 4 + (kind["pool"] == "class"), 16)
+    vector = features[:, 0] if kind["pool"] == "class" else features.mean(1)
+    torch.testing.assert_close(vit.pool(features), vector)
+    for i in range(3):  # a picture's features do not depend on the rest of the batch
+        torch.testing.assert_close(vit(image[i : i + 1])[0], features[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
+def test_every_part_of_the_picture_and_every_parameter_matters(kind):
+    vit = tower(**kind)
+    image = torch.randn(1, 3, 32, 32, requires_grad=True)
+    (vit.pool(vit(image)) * torch.randn(16)).sum().backward()
+    assert (image.grad.abs().sum((0, 1)) > 0).all()
+    for name, parameter in vit.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+def test_where_a_patch_stands_matters():
+    vit = tower(pool="mean")
+    image = torch.randn(1, 3, 32, 32)
+    swapped = image.flip(-1)
+    swapped = torch.cat([swapped[..., :16].flip(-1), swapped[..., 16:].flip(-1)], -1)  # left and right patch swapped
+    assert swapped[..., :16].equal(image[..., 16:])
+    assert not torch.allclose(vit.pool(vit(image)), vit.pool(vit(swapped)), atol=1e-3)
+    torch.nn.init.zeros_(vit.positions)  # and only the positions tell
+    torch.testing.assert_close(vit.pool(vit(image)), vit.pool(vit(swapped)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16, 32])
+def test_the_conv_stem_divides_by_its_patch(patch):
+    out = conv_stem(24, patch)(torch.randn(2, 3, 64, 96))
+    assert out.shape == (2, 24, 64 // patch, 96 // patch)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": 40}, "40"),
+        ({"stem": "conv", "patch": 12, "size": 24}, "12"),
+        ({"stem": "conv", "patch": 2, "size": 24}, "2"),
+        ({"width": 15}, "15"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        Vit(VitConfig(**SMALL | change))
