@@ -1,5 +1,6 @@
 """The command line: help, mistakes, exit codes, and each command from end to end on small things."""
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -223,6 +224,42 @@ def test_eval_prints_json(world, clip_folder, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["images"] == 12
     assert json.loads(out.read_text())["text_to_image"]["recall@10"] >= printed["text_to_image"]["recall@1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "asked"),
+    [
+        (
+            ["pictures", "DATA", "--judges", "a", "--source", "noto"],
+            "pictures",
+            {"judges": ("a",), "source": "noto"},
+        ),
+        (["clips", "DATA", "--frames", 8, "--batch", 2], "clips", {"frames": 8, "batch": 2}),
+        (
+            ["world", "MODEL", "--kind", "count", "--language", "zh"],
+            "world",
+            {"model": "MODEL", "kind": "count"},
+        ),
+        (["zero-shot", "DATA", "--sources"], "zero_shot", {"sources": ()}),
+    ],
+)
+def test_eval_asks_what_it_was_asked(words, function, asked, monkeypatch, tmp_path, capsys):
+    from reverie.recipes import measure
+
+    real, seen = inspect.signature(getattr(measure, function)), {}
+
+    def stand_in(*given, **named):
+        arguments = real.bind(*given, **named).arguments
+        seen.update(arguments | dataclasses.asdict(arguments.get("ask", measure.Ask())))
+        return "a table"
+
+    monkeypatch.setattr(measure, function, stand_in)
+    counting = [] if function == "zero_shot" else ["--count", 3, "--steps", 7, "--guidance", 2.5, "--seed", 5]
+    assert reverie("eval", *words, *counting, "--out", tmp_path) == 0
+    assert capsys.readouterr().out.splitlines() == ["a table", "", str(tmp_path)]
+    wanted = asked | ({"count": 3, "steps": 7, "guidance": 2.5, "seed": 5} if counting else {})
+    assert {name: seen[name] for name in wanted} == wanted
+    assert seen["out"] == tmp_path
 
 
 def test_convert(tmp_path, capsys):

@@ -7,14 +7,12 @@ user (`InputError`) is one sentence on stderr and exit code 2, as is an unknown 
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from reverie.errors import InputError
 
@@ -278,45 +276,29 @@ def eval_zero_shot(
     /,
     *,
     model: str = "clip-stickers",
-    sources: tuple[str, ...] = (),
+    sources: tuple[str, ...] = ("twemoji", "openmoji"),
     split: str | None = None,
     without: tuple[str, ...] = ("skin_tone",),
     templates: tuple[str, ...] = ("{}",),
-    out: Path | None = None,
+    out: Path = Path("runs/eval-zero-shot"),
 ) -> None:
-    """Measure how often a CLIP names a picture right among all labels of the folder.
+    """Measure how often a CLIP names a picture right among all labels.
 
     Args:
         data: A folder that was imported, whose pictures have labels.
         model: A shipped name or a folder.
-        sources: Only pictures of these sources; all if not given.
+        sources: Pictures by these, each by itself; `--sources` without any takes all pictures together.
         split: Only this split: train, val or test; all if not given.
         without: Leave out the pictures for which one of these scores of the index is above zero.
         templates: Sentences with {} where the name goes; the mean over them is taken.
-        out: Write everything, class by class, to this JSON file.
+        out: Where the numbers, the table and the pictures go.
     """
-    from reverie.data.index import Index
-    from reverie.evals.zero_shot import zero_shot
+    from reverie.recipes.measure import zero_shot
 
-    index = Index.read(data).select(split=split, video=False, sources=sources or None)
-    items = [
-        item for item in index if item.label and not any(item.scores.get(name, 0) > 0 for name in without)
-    ]
-    if not items:
-        raise InputError(
-            f"No picture in {data} has a label and is wanted; look at `reverie data check {data}`."
-        )
-    names = sorted({item.label for item in items})
-    clip = _capable(model, "embed_text")
-    result = zero_shot(
-        clip.embed_image,
-        clip.embed_text,
-        [index.path(item) for item in items],
-        [names.index(item.label) for item in items],
-        names,
-        templates,
+    print(
+        zero_shot(data, out, model=model, sources=sources, split=split, without=without, templates=templates)
     )
-    _report(result, out)
+    print(f"\n{out}")
 
 
 def eval_retrieval(
@@ -358,19 +340,144 @@ def eval_retrieval(
     )
 
 
+def eval_pictures(
+    data: Path,
+    /,
+    *,
+    model: str = "sora-stickers",
+    judges: tuple[str, ...] = ("clip-stickers", "judge-stickers"),
+    source: str = "fluent-3d",
+    split: str = "train",
+    count: int = 200,
+    seeds: int = 4,
+    batch: int = 16,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    out: Path = Path("runs/eval-pictures"),
+) -> None:
+    """Measure a generator's pictures: judges name them, they vary, and none is copied.
+
+    Args:
+        data: The sticker corpus, or a folder that was imported, whose pictures have labels.
+        model: A shipped name or a folder.
+        judges: Systems that classify; each picks every picture's label out of all that were drawn.
+        source: Labels of the pictures by this source.
+        split: Labels of this split.
+        count: How many labels are drawn.
+        seeds: How often some labels are drawn, to see whether samples vary.
+        batch: Pictures drawn at a time.
+        steps: Sampling steps; the model's own number if not given.
+        guidance: How strictly to follow the label; the model's own if not given.
+        seed: Another seed, other labels and pictures.
+        out: Where the numbers, the table and the pictures go.
+    """
+    from reverie.recipes.measure import Ask, pictures
+
+    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed)
+    print(pictures(data, out, model=model, judges=judges, source=source, split=split, ask=ask))
+    print(f"\n{out}")
+
+
+def eval_clips(
+    data: Path,
+    /,
+    *,
+    model: str = "sora-stickers",
+    judges: tuple[str, ...] = ("clip-stickers", "judge-stickers"),
+    source: str = "fluent-anim",
+    split: str = "train",
+    frames: int | None = None,
+    count: int = 200,
+    seeds: int = 4,
+    batch: int = 4,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    out: Path = Path("runs/eval-clips"),
+) -> None:
+    """Measure a generator's clips: as its pictures, and how much they move.
+
+    Args:
+        data: The sticker corpus, or a folder that was imported, whose clips have labels.
+        model: A shipped name or a folder.
+        judges: Systems that classify; each picks every clip's label out of all that were drawn.
+        source: Labels of the clips by this source.
+        split: Labels of this split.
+        frames: How long a clip is; the model's own length if not given.
+        count: How many labels are drawn.
+        seeds: How often some labels are drawn, to see whether samples vary.
+        batch: Clips drawn at a time.
+        steps: Sampling steps; the model's own number if not given.
+        guidance: How strictly to follow the label; the model's own if not given.
+        seed: Another seed, other labels and clips.
+        out: Where the numbers, the table and the clips go.
+    """
+    from reverie.recipes.measure import Ask, clips
+
+    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed)
+    print(clips(data, out, model=model, judges=judges, source=source, split=split, frames=frames, ask=ask))
+    print(f"\n{out}")
+
+
+def eval_world(
+    model: str,
+    /,
+    *,
+    frames: int = 1,
+    kind: str | None = None,
+    language: str = "en",
+    count: int = 200,
+    batch: int = 16,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    out: Path = Path("runs/eval-world"),
+) -> None:
+    """Measure a generator of the procedural world with its exact judge, which reads every picture back.
+
+    Args:
+        model: A shipped name, or the folder of a run of the recipe sora-world.
+        frames: 1 measures pictures, more measures clips.
+        kind: Only one kind of scene, such as count, relation or motion.
+        language: Of the captions: en or zh.
+        count: How many scenes are drawn.
+        batch: Scenes drawn at a time.
+        steps: Sampling steps; the model's own number if not given.
+        guidance: How strictly to follow the caption; the model's own if not given.
+        seed: Another seed, other noise.
+        out: Where the numbers, the table and the pictures go.
+    """
+    from reverie.recipes.measure import Ask, world
+
+    ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed)
+    print(world(out, model=model, frames=frames, kind=kind, language=language, ask=ask))
+    print(f"\n{out}")
+
+
 # ---------------------------------------------------------------- the rest
 
 
-def demo(*, out: Path = Path("gallery"), seed: int = 0) -> None:
+def demo(
+    *,
+    out: Path = Path("gallery"),
+    seed: int = 0,
+    clip: str = "clip-stickers",
+    sora: str = "sora-stickers",
+    steps: int | None = None,
+) -> None:
     """Draw pictures and clips, search, name, and write it all into a gallery page. Needs no network.
 
     Args:
         out: The gallery's folder.
         seed: Another seed, other pictures.
+        clip: The CLIP that chooses, finds and names: a shipped name or a folder.
+        sora: The generator: a shipped name or a folder.
+        steps: Sampling steps; the model's own number if not given.
     """
     from reverie.recipes.demo import demo as show
 
-    print(show(out, seed=seed))
+    print(show(out, seed=seed, clip=clip, sora=sora, steps=steps))
 
 
 def convert(source: Path, target: Path, /) -> None:
@@ -413,6 +520,9 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "search": search,
     "eval zero-shot": eval_zero_shot,
     "eval retrieval": eval_retrieval,
+    "eval pictures": eval_pictures,
+    "eval clips": eval_clips,
+    "eval world": eval_world,
     "demo": demo,
     "convert": convert,
     "doctor": doctor,
@@ -568,6 +678,8 @@ def _run(words: list[str]) -> int:
 
 
 def _parse(function: Callable[..., int | None], prog: str, args: list[str]) -> int:
+    import inspect
+
     import tyro
 
     conf = tyro.conf
@@ -586,6 +698,9 @@ def _recipes() -> Mapping[str, Callable[[], Callable[..., Any]]]:
 
 def _run_of(name: str) -> Callable[..., None]:
     """The recipe `name` as a command: its own flags, with `out` as a flag that need not be given."""
+    import inspect
+    from typing import get_type_hints
+
     recipe = _recipes()[name]()
 
     def run(data: Path, /, *, out: Path | None = None, **flags: Any) -> None:
@@ -622,10 +737,12 @@ def _overview(group: str) -> str:
 
 
 def _headline(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
+    return (function.__doc__ or "").strip().partition("\n")[0]
 
 
 def _unknown(group: str, word: str) -> str:
+    from difflib import get_close_matches
+
     prefix = f"{group} " if group else ""
     close = get_close_matches(f"{prefix}{word}", COMMANDS, n=1)
     hint = f"did you mean `reverie {close[0]}`?" if close else "`reverie --help` lists the commands."
