@@ -50,10 +50,23 @@ def _video_vae_recipe() -> Callable[..., Any]:
     return stickers
 
 
+def _classifier() -> type[nn.Module]:
+    from reverie.systems.classifier import Classifier
+
+    return Classifier
+
+
+def _judge_recipe() -> Callable[..., Any]:
+    from reverie.recipes.judge import stickers
+
+    return stickers
+
+
 SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "clip": _clip,
     "sora": _sora,
     "video-vae": _video_vae,
+    "classifier": _classifier,
 }
 
 RECIPES: dict[str, Callable[[], Callable[..., Any]]] = {
@@ -64,6 +77,7 @@ RECIPES: dict[str, Callable[[], Callable[..., Any]]] = {
     "sora-stickers": lambda: _sora_recipes().stickers,
     "sora-world": lambda: _sora_recipes().world,
     "video-vae-stickers": _video_vae_recipe,
+    "judge-stickers": _judge_recipe,
 }
 
 

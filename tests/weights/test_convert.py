@@ -105,13 +105,15 @@ def test_no_payload_runs(tmp_path):
             files.read(path)
         with pytest.raises(ModelFileError):
             reverie.load(path)
-        folder = tmp_path / f"folder-{path.name}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(path.read_bytes())
-        (folder / "tokenizer.json").write_bytes(path.read_bytes())
-        (folder / "config.json").write_text(json.dumps({"reverie": "0", "system": "clip", "config": {}}))
-        with pytest.raises(InputError):
-            reverie.load(folder)
+        for poisoned in ("model.safetensors", "tokenizer.json", "config.json"):
+            folder = tmp_path / "folder" / f"{path.name}-{poisoned}"
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps({"reverie": "0", "system": "clip", "config": {}}))
+            files.write(folder / "model.safetensors", {"a": torch.ones(1)})
+            (folder / poisoned).write_bytes(path.read_bytes())
+            with pytest.raises(InputError) as caught:
+                reverie.load(folder)
+            assert poisoned in str(caught.value)
     assert not canary.exists()
     assert not list(tmp_path.glob("*.safetensors"))
     assert not list(tmp_path.glob(".convert-*"))

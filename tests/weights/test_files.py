@@ -280,7 +280,7 @@ BYTES = _good_bytes()
 
 
 @pytest.mark.hostile
-@settings(max_examples=200, deadline=1000, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(BYTES) - 1), st.integers(0, 255)), min_size=1, max_size=8),
     cut=st.one_of(st.none(), st.integers(0, len(BYTES))),
@@ -309,7 +309,7 @@ ENTRY = st.dictionaries(
 
 
 @pytest.mark.hostile
-@settings(max_examples=200, deadline=1000, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 @given(
     header=st.one_of(
         st.dictionaries(st.text(max_size=6), st.one_of(ENTRY, WORDS), max_size=4),

@@ -17,8 +17,10 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -68,7 +70,7 @@ def family(dtype: torch.dtype) -> Family:
 
 
 def expectation(tensors: Mapping[str, Tensor]) -> Expected:
-    """The names, shapes and families that `check` compares with, from a state dict (meta tensors will do)."""
+    """The names, shapes and families that `check` compares with, from a state dict."""
     return {name: (tuple(tensor.shape), family(tensor.dtype)) for name, tensor in tensors.items()}
 
 
@@ -77,7 +79,7 @@ def read(
 ) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, on the CPU, in the file's data types and order.
 
-    `expected`, usually from a model built on the meta device, must be covered exactly. With `only_finite`, NaN and
+    `expected`, usually from a freshly built system, must be covered exactly. With `only_finite`, NaN and
     infinity are refused. Raises `ModelFileError`, before anything is allocated unless a value itself is at fault.
     """
     path = Path(path)
@@ -89,7 +91,8 @@ def read(
         tensors = {}
         for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
             raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-            if raw.numel() and file.readinto(raw.numpy()) != raw.numel():
+            view: Any = raw.numpy()
+            if raw.numel() and file.readinto(view) != raw.numel():
                 raise ModelFileError(f"{path.name} became shorter while it was read; copy the file again.")
             if entry.dtype == torch.bool and bool((raw > 1).any()):
                 raise ModelFileError(
@@ -208,12 +211,12 @@ def _constant(word: str) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        seen: set[str] = set()
-        raise _Duplicate(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        keys = sorted(key for key, _ in pairs)
+        raise _Duplicate(next(a for a, b in pairwise(keys) if a == b))
     return made
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     if path.suffix.lower() in PICKLES:
         raise ModelFileError(pickle_message(path.name))
     try:
@@ -235,7 +238,7 @@ def pickle_message(name: str) -> str:
     )
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], int]:
+def _header(file: BufferedReader, path: Path) -> tuple[dict[str, Entry], int]:
     name = path.name
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)

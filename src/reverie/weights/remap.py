@@ -112,8 +112,8 @@ def apply(
             f"{what} lacks {len(missing)} tensors whose companions it has ({', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}); fetch the whole checkpoint."
         )
-    found = expectation({**made, **unexpected})
-    check(found, expectation(made) if expected is None else expected, what=what)
+    present = expectation({**made, **unexpected})
+    check(present, expectation(made) if expected is None else expected, what=what)
     return made
 
 

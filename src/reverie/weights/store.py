@@ -2,8 +2,9 @@
 
 `config.json` is data: {"reverie": version, "system": a name of the catalogue, "config": the fields of the system's
 config}. A name is looked up in a literal table; nothing in a folder names a module, a path or a switch. The order of
-loading: the config's fields are checked, the system is built on the meta device within the tensors that the file
-has, the file's header is compared with it, and only then is memory taken.
+loading: the config's fields are checked; the system is built, undrawn, within what the file's header says that it
+holds; header and system are compared; only then the weights are read. (The meta device, the usual way, costs two
+seconds of imports in torch 2.13.)
 
 A system that can be stored is an `nn.Module` with `__init__(self, config)` or `__init__(self, config, tokenizer)`,
 annotated with its config's dataclass, which keeps both under these names.
@@ -17,14 +18,14 @@ import json
 import math
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.overrides import TorchFunctionMode
 
 from reverie.codecs.bpe import END, START, Bpe
 from reverie.errors import InputError
@@ -67,7 +68,7 @@ def save(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save into.")
-    config = dataclasses.asdict(system.config)
+    config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
     tokenizer = getattr(system, "tokenizer", None)
     records: dict[str, Any] = {CONFIG: {"reverie": version, "system": name, "config": config}}
     tensors: Mapping[str, Tensor] = system.state_dict()
@@ -123,8 +124,8 @@ def load(name_or_folder: str | Path, *, systems: Systems) -> nn.Module:
 
     entries = files.header(folder / MODEL)
     try:
-        with _within(len(entries)), torch.device("meta"):
-            outline = system_class(*parts).state_dict()
+        with torch.random.fork_rng(devices=[]), _Within(entries):
+            system = system_class(*parts)
     except InputError as error:
         raise ModelFileError(f"{CONFIG} describes a {name!r} that cannot be built: {error}") from error
     except Exception as error:
@@ -133,20 +134,17 @@ def load(name_or_folder: str | Path, *, systems: Systems) -> nn.Module:
             f"{CONFIG} describes a {name!r} that cannot be built; correct its values."
         ) from error
 
+    outline = system.state_dict()
+    expected = files.expectation(outline)
     if foreign is None:
-        tensors = files.read(folder / MODEL, expected=files.expectation(outline))
+        tensors = files.read(folder / MODEL, expected=expected)
     else:
-        # The table backwards says what their file must hold, so theirs too is checked before memory is taken.
+        # The table backwards says what their file must hold, so theirs too is checked before it is read.
         theirs = dict(files.expectation(remap.apply(remap.invert(foreign.TABLE), outline)))
         ignored = remap.matching(foreign.IGNORE, entries)
         theirs |= {key: (entries[key].shape, files.family(entries[key].dtype)) for key in ignored}
         tensors = files.read(folder / MODEL, expected=theirs)
-        tensors = remap.apply(
-            foreign.TABLE, tensors, expected=files.expectation(outline), ignore=foreign.IGNORE
-        )
-    # Built once more, now in memory: only so are tables that no file holds, and ties between weights, right.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        system = system_class(*parts)
+        tensors = remap.apply(foreign.TABLE, tensors, expected=expected, ignore=foreign.IGNORE)
     system.load_state_dict(tensors, strict=True)
     return system.eval()
 
@@ -207,7 +205,7 @@ def config_from(config_class: type, values: Any, *, where: str) -> Any:
 def _value(hint: Any, value: Any, *, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return config_from(hint, value, where=where)
+        return config_from(cast(type, hint), value, where=where)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -258,7 +256,7 @@ def _choose(table: Mapping[str, Any], name: Any, *, what: str) -> Any:
 
 
 def _config_class(system_class: type) -> type:
-    return get_type_hints(system_class.__init__)["config"]
+    return get_type_hints(system_class.__init__)["config"]  # type: ignore[misc]
 
 
 def _tokenizer(folder: Path) -> Bpe | None:
@@ -283,27 +281,61 @@ def _sized(path: Path, limit: int) -> None:
         )
 
 
-@contextmanager
-def _within(tensors: int) -> Iterator[None]:
-    """Stop a construction that registers many more tensors or modules than the file could fill (a depth of 10^7)."""
-    thread, left = threading.get_ident(), [4 * tensors + 100, 16 * tensors + 1000]
+class _Within(TorchFunctionMode):
+    """A construction within what a file holds: few enough parts, small enough tensors, and no random draws.
 
-    def count(kind: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if threading.get_ident() == thread:
-                left[kind] -= 1
-                if left[kind] < 0:
-                    raise ModelFileError(f"it has many more parts than the {tensors:,} tensors of {MODEL}.")
+    It stops when it registers many more tensors or modules than the file could fill (a depth of 10^7), and before
+    it makes a tensor much larger than the whole file. Weights are about to be read, so drawing them is skipped.
+    """
 
-        return hook
+    SIZED = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+    DRAWN = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_,
+             nn.init.kaiming_uniform_, nn.init.kaiming_normal_)  # fmt: skip
 
-    handles = [
-        registration.register_module_parameter_registration_hook(count(0)),
-        registration.register_module_buffer_registration_hook(count(0)),
-        registration.register_module_module_registration_hook(count(1)),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __init__(self, entries: Mapping[str, files.Entry]):
+        super().__init__()
+        elements = sum(math.prod(entry.shape) for entry in entries.values())
+        self.largest, self.total = elements + 2**20, 4 * elements + 2**22
+        self.tensors, self.modules = 4 * len(entries) + 100, 16 * len(entries) + 1000
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> _Within:
+        self.hooks = [
+            registration.register_module_parameter_registration_hook(self._count_tensor),
+            registration.register_module_buffer_registration_hook(self._count_tensor),
+            registration.register_module_module_registration_hook(self._count_module),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.DRAWN:
+            return args[0] if args else kwargs["tensor"]
+        if func in self.SIZED:
+            size = {"size": kwargs["size"]} if "size" in kwargs else {}
+            self._take(torch.empty(*args, **size, device="meta").numel())
+        elif func is torch.full:
+            self._take(math.prod(args[0] if args else kwargs["size"]))
+        return func(*args, **kwargs)
+
+    def _take(self, elements: int) -> None:
+        self.total -= elements
+        if elements > self.largest or self.total < 0:
+            raise ModelFileError(f"it asks for more numbers than {MODEL} holds.")
+
+    def _count_tensor(self, *_: Any) -> None:
+        if threading.get_ident() == self.thread:
+            self.tensors -= 1
+            if self.tensors < 0:
+                raise ModelFileError(f"it has many more parts than {MODEL}.")
+
+    def _count_module(self, *_: Any) -> None:
+        if threading.get_ident() == self.thread:
+            self.modules -= 1
+            if self.modules < 0:
+                raise ModelFileError(f"it has many more parts than {MODEL}.")
