@@ -22,7 +22,7 @@ from reverie.nn.positions import grid, rotary, sinusoidal
 class VideoDitConfig:
     channels: int = 3
     patch: tuple[int, int] = (1, 16)  # frames, side
-    bottleneck: int = 0  # channels between the patch contents and the width; 0: straight (2511.13720, section 4.3)
+    bottleneck: int = 0  # channels between a patch and the width; 0: straight (2511.13720, section 4.3)
     width: int = 384
     depth: int = 12
     heads: int = 6
@@ -44,7 +44,9 @@ class VideoDit(nn.Module):
             )
         else:
             self.embed = nn.Linear(contents, config.width)
-        self.time = nn.Sequential(nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.time = nn.Sequential(
+            nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+        )
         self.pooled = nn.Linear(config.context_width, config.width)
         self.null_context = nn.Parameter(torch.zeros(config.context_width))
         self.null_pooled = nn.Parameter(torch.zeros(config.context_width))
@@ -83,9 +85,9 @@ class VideoDit(nn.Module):
         vector = vector[:, ::frames] + rearrange(self.pooled(pooled), "b d -> b 1 d")
         for block in self.blocks:
             tokens = block(tokens, vector, context, context_mask, rotary=turns)
-        shift, scale = rearrange(self.modulation(vector), "b f (two d) -> two b f d", two=2).repeat_interleave(
-            h * w, dim=2
-        )
+        shift, scale = rearrange(
+            self.modulation(vector), "b f (two d) -> two b f d", two=2
+        ).repeat_interleave(h * w, dim=2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
         return unpatchify(tokens, self.config.patch, tuple(x.shape[-3:]))
 

@@ -36,7 +36,7 @@ class CausalTime(nn.Module):
         self.conv = nn.Conv1d(width, width, 3, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, _, f, h, w = x.shape
+        b, (h, w) = len(x), x.shape[-2:]
         x = rearrange(x, "b c f h w -> (b h w) c f")
         x = torch.cat([repeat(x[..., :1], "b c 1 -> b c two", two=2), x], dim=-1)
         return rearrange(self.conv(x), "(b h w) c f -> b c f h w", b=b, h=h, w=w)
@@ -51,7 +51,9 @@ class Frames(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b = len(x)
-        return rearrange(self.module(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=b)
+        return rearrange(
+            self.module(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=b
+        )
 
 
 class Residual(nn.Module):
@@ -92,7 +94,13 @@ class VideoVae(nn.Module):
             if config.temporal[i]:
                 down.append(CausalTime(width, stride=2))
             down.append(Frames(Residual(width)))
-        down.append(Frames(nn.Sequential(nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * config.channels, 1))))
+        down.append(
+            Frames(
+                nn.Sequential(
+                    nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * config.channels, 1)
+                )
+            )
+        )
         self.encoder = nn.Sequential(*down)
         up: list[nn.Module] = [Frames(nn.Conv2d(config.channels, widths[-1], 3, padding=1))]
         for i in reversed(range(len(widths))):
@@ -100,8 +108,20 @@ class VideoVae(nn.Module):
             if config.temporal[i]:
                 up.append(TimeUp(widths[i]))
             if i:
-                up.append(Frames(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(widths[i], widths[i - 1], 3, padding=1))))
-        up.append(Frames(nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3 * 4, 3, padding=1))))
+                up.append(
+                    Frames(
+                        nn.Sequential(
+                            nn.Upsample(scale_factor=2), nn.Conv2d(widths[i], widths[i - 1], 3, padding=1)
+                        )
+                    )
+                )
+        up.append(
+            Frames(
+                nn.Sequential(
+                    nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3 * 4, 3, padding=1)
+                )
+            )
+        )
         self.decoder = nn.Sequential(*up)
         self.register_buffer("mean", torch.zeros(config.channels))
         self.register_buffer("std", torch.ones(config.channels))
@@ -135,7 +155,11 @@ class VideoVae(nn.Module):
 
     def latent_mask(self, mask: Tensor, frames: int) -> Tensor:
         """`b f` -> `b g` for a whole number of latent frames: True where every frame that one stands for is."""
-        rest = rearrange(mask[:, 1:], "b (g time) -> b g time", g=frames - 1).all(-1) if frames > 1 else mask[:, 1:]
+        rest = (
+            rearrange(mask[:, 1:], "b (g time) -> b g time", g=frames - 1).all(-1)
+            if frames > 1
+            else mask[:, 1:]
+        )
         return torch.cat([mask[:, :1], rest], dim=1)
 
     def loss(self, batch: dict[str, Tensor], *, kl: float = 1e-4) -> dict[str, Tensor]:

@@ -28,16 +28,15 @@ import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-
-import numpy as np
 
 from reverie import rng
 from reverie.data.index import Caption, Index, Item
 from reverie.data.media import decode_array, probe
 from reverie.data.progress import track
+from reverie.data.shrink import encode, shrink
 from reverie.errors import InputError
 
 SEED = 0  # of the held-out labels and of the sample: a property of the corpus, not of a run
@@ -631,22 +630,6 @@ def _keep(folder: Path, source: Source, emoji: Emoji, part: Path, *, blank: bool
     )
 
 
-def encode(pixels: np.ndarray, *, fps: float = 0.0, quality: int = 90) -> bytes:
-    """WebP with alpha from uint8 `f h w 4`: a still, or with `f` > 1 a clip that loops at `fps` frames a second."""
-    from PIL import Image
-
-    shots = [Image.fromarray(frame) for frame in pixels]
-    out = io.BytesIO()
-    if len(shots) == 1:
-        shots[0].save(out, "WEBP", quality=quality, method=6)
-    else:
-        pace = round(1000 / fps)  # milliseconds a frame
-        shots[0].save(
-            out, "WEBP", save_all=True, append_images=shots[1:], duration=pace, loop=0, quality=quality
-        )
-    return out.getvalue()
-
-
 def _rasterise(folder: Path, source: Source, batch: list[tuple[Emoji, str]], size: int) -> list[Item]:
     """Draw a batch in a process of its own (resvg holds the interpreter's lock) and store it."""
     lines = "\n".join(json.dumps({"size": size, "svg": svg}) for _, svg in batch)
@@ -813,30 +796,9 @@ def make_sample(
     wanted += [table["twemoji"][code] for code in codes if code in table["twemoji"]][:tests]
     wanted += [table["fluent-anim"][code] for code in codes if code in table["fluent-anim"]][:clips]
 
-    items = []
-    for item in wanted:
-        pixels = decode_array(corpus.path(item), size=size, frames=frames, fit="pad")
-        data = encode(pixels, fps=item.fps * len(pixels) / item.frames, quality=quality)
-        path = out / str(item.source) / f"{Path(item.file_name).stem}.webp"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        found = probe(path)
-        items.append(
-            replace(
-                item,
-                file_name=f"{item.source}/{path.name}",
-                hash=hashlib.sha256(data).hexdigest(),
-                bytes=len(data),
-                width=found.width,
-                height=found.height,
-                frames=found.frames,
-                fps=found.fps,
-            )
-        )
-    index = Index(out, items)
-    (out / "NOTICE").write_text(notice(table.keys() & {item.source for item in items}), encoding="utf-8")
-    index.write()
-    return index
+    (out / "NOTICE").parent.mkdir(parents=True, exist_ok=True)
+    (out / "NOTICE").write_text(notice(table.keys() & {item.source for item in wanted}), encoding="utf-8")
+    return shrink(Index(corpus.folder, wanted), out, size=size, frames=frames, quality=quality)
 
 
 if __name__ == "__main__":

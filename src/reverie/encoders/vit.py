@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -40,7 +41,7 @@ def conv_stem(width: int, patch: int) -> nn.Sequential:
     halvings = int(math.log2(patch)) - 2
     channels = [min(max(width >> (halvings - i), 32), width) for i in range(halvings + 1)]
     layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 4, stride=4)]
-    for before, after in zip(channels, channels[1:], strict=False):
+    for before, after in pairwise(channels):
         layers += [nn.GroupNorm(1, before), nn.GELU(), nn.Conv2d(before, after, 3, stride=2, padding=1)]
     return nn.Sequential(*layers)
 

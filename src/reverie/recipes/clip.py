@@ -1,8 +1,8 @@
 """Training CLIP (2103.00020): `reverie train clip FOLDER`, and the run that made the shipped weights.
 
-    tiny      any captioned folder, on a CPU                         reverie train clip-tiny FOLDER
-    stickers  the sticker corpus, as shipped (docs/systems/clip.md)  reverie train clip-stickers DIR
-    paper     ViT-B/32 as the paper has it                           reverie train clip-b32 FOLDER
+tiny      any captioned folder, on a CPU                         reverie train clip-tiny FOLDER
+stickers  the sticker corpus, as shipped (docs/systems/clip.md)  reverie train clip-stickers DIR
+paper     ViT-B/32 as the paper has it                           reverie train clip-b32 FOLDER
 """
 
 from __future__ import annotations
@@ -58,7 +58,14 @@ def shape(vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int 
     heads = width // 64
     return ClipConfig(
         image=VitConfig(
-            size=size, patch=16, width=width, depth=depth, heads=heads, activation="gelu", stem="conv", pool="mean"
+            size=size,
+            patch=16,
+            width=width,
+            depth=depth,
+            heads=heads,
+            activation="gelu",
+            stem="conv",
+            pool="mean",
         ),
         text=TextConfig(
             vocab=vocab, length=20, width=width, depth=depth // 2, heads=heads, activation="gelu", end=end
@@ -68,7 +75,14 @@ def shape(vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int 
 
 
 def tiny(
-    data: Path, out: Path, *, steps: int = 300, batch: int = 64, lr: float = 1e-3, size: int = 64, seed: int = 0
+    data: Path,
+    out: Path,
+    *,
+    steps: int = 300,
+    batch: int = 64,
+    lr: float = 1e-3,
+    size: int = 64,
+    seed: int = 0,
 ) -> Clip:
     """A small CLIP from random weights on any captioned folder; a new vocabulary from its captions."""
     index = open_index(data)
@@ -79,7 +93,9 @@ def tiny(
         steps=steps, batch=min(batch, len(train_set)), lr=lr, seed=seed,
     )  # fmt: skip
     val = index.select(split="val")
-    return fit(config, tokenizer, train_set, out, measures={"val": partial(_retrieval, val=val)} if len(val) else {})
+    return fit(
+        config, tokenizer, train_set, out, measures={"val": partial(_retrieval, val=val)} if len(val) else {}
+    )
 
 
 def stickers(
@@ -109,7 +125,9 @@ def stickers(
     return fit(config, tokenizer, train_set, out, measures={"twemoji": partial(_zero_shot, val=held)})
 
 
-def paper_b32(data: Path, out: Path, *, steps: int = 400_000, batch: int = 32_768, accumulate: int = 1) -> Clip:
+def paper_b32(
+    data: Path, out: Path, *, steps: int = 400_000, batch: int = 32_768, accumulate: int = 1
+) -> Clip:
     """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us."""
     tokenizer = Bpe.clip()
     config = ClipRun(
@@ -150,11 +168,15 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: d
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
         keys = [
             (epoch, good[place])
-            for epoch, place in batch_ids(step * config.accumulate + micro, config.batch, len(good), config.seed)
+            for epoch, place in batch_ids(
+                step * config.accumulate + micro, config.batch, len(good), config.seed
+            )
         ]
         rgba = torch.stack([pixels[i][0] for _, i in keys])
         texts = [
-            draw_caption(index[i], rng.generator(config.seed, "caption", epoch, i), languages=config.languages)
+            draw_caption(
+                index[i], rng.generator(config.seed, "caption", epoch, i), languages=config.languages
+            )
             for epoch, i in keys
         ]
         return {

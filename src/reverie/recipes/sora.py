@@ -111,7 +111,13 @@ def world(
         parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
     reader = reverie.load(clip)
     config = SoraRun(
-        model=shape(reader), steps=steps, batch=batch, clips=clips, lr=lr, languages={"en": 0.8, "zh": 0.2}, seed=seed
+        model=shape(reader),
+        steps=steps,
+        batch=batch,
+        clips=clips,
+        lr=lr,
+        languages={"en": 0.8, "zh": 0.2},
+        seed=seed,
     )
     index = Index(data, parts)
     return fit(config, reader, index, out, prompts=_some_captions(index, 16))
@@ -134,7 +140,9 @@ def shape(
     )  # fmt: skip
 
 
-def fit(config: SoraRun, reader: Clip, index: Index, out: Path, *, prompts: tuple[str, ...], codec: str = "") -> Sora:
+def fit(
+    config: SoraRun, reader: Clip, index: Index, out: Path, *, prompts: tuple[str, ...], codec: str = ""
+) -> Sora:
     """Train from random weights, measure and draw on the way, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
@@ -165,7 +173,10 @@ def fit(config: SoraRun, reader: Clip, index: Index, out: Path, *, prompts: tupl
         if step.every(max(config.steps // 12, 1)):
             with averaged(player):
                 if fixed is not None:
-                    losses = [model.loss(fixed | {"t": torch.full_like(fixed["normal"], t)})["loss"] for t in (0.2, 0.4, 0.6, 0.8)]
+                    losses = [
+                        model.loss(fixed | {"t": torch.full_like(fixed["normal"], t)})["loss"]
+                        for t in (0.2, 0.4, 0.6, 0.8)
+                    ]
                     run.log(step.number, {"val_loss": float(sum(losses) / len(losses))})
                 images = model.generate_image(list(prompts), seed=0)
                 grid(to_bytes(images), list(prompts)).save(run.sample_path(step.number))
@@ -183,7 +194,9 @@ class Source:
         self.pixels = Pixels(index, size=config.model.size, frames=frames, cache=index.folder / ".reverie")
         self.good = [i for i in self.pixels.good if index[i].captions]
         if not self.good:
-            raise InputError(f"nothing usable to train on in {index.folder}: run `reverie data check` to see why.")
+            raise InputError(
+                f"nothing usable to train on in {index.folder}: run `reverie data check` to see why."
+            )
 
     def pictures(self, step: int) -> dict[str, Tensor | list]:
         keys = self._keys(step, self.config.batch)
@@ -204,11 +217,18 @@ class Source:
 
     def fixed(self, count: int) -> dict[str, Tensor | list]:
         """The same items, noise and words every time, text never dropped."""
-        batch = self._batch([(0, i) for i in self.good[:count]], [self._video(i, slice(0, 1)) for i in self.good[:count]], "fixed")
+        batch = self._batch(
+            [(0, i) for i in self.good[:count]],
+            [self._video(i, slice(0, 1)) for i in self.good[:count]],
+            "fixed",
+        )
         return batch | {"drop": torch.zeros(count, dtype=torch.bool)}
 
     def _keys(self, step: int, batch: int) -> list[tuple[int, int]]:
-        return [(epoch, self.good[place]) for epoch, place in batch_ids(step, batch, len(self.good), self.config.seed)]
+        return [
+            (epoch, self.good[place])
+            for epoch, place in batch_ids(step, batch, len(self.good), self.config.seed)
+        ]
 
     def _video(self, i: int, window: slice) -> Tensor:
         """Frames of `window` out of `self.frames`; a shorter clip repeats frames."""
@@ -219,14 +239,22 @@ class Source:
     def _draw(self, purpose: str, epoch: int, i: int) -> float:
         return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()
 
-    def _batch(self, keys: list[tuple[int, int]], videos: list[Tensor], kind: str) -> dict[str, Tensor | list]:
+    def _batch(
+        self, keys: list[tuple[int, int]], videos: list[Tensor], kind: str
+    ) -> dict[str, Tensor | list]:
         latents = self.model.encode(torch.stack(videos))
         texts = [
-            draw_caption(self.index[i], rng.generator(self.config.seed, "caption", epoch, i), languages=self.config.languages)
+            draw_caption(
+                self.index[i],
+                rng.generator(self.config.seed, "caption", epoch, i),
+                languages=self.config.languages,
+            )
             for epoch, i in keys
         ]
         normals = [
-            torch.randn(1 + latents[0].numel(), generator=rng.generator(self.config.seed, "noise", kind, epoch, i))
+            torch.randn(
+                1 + latents[0].numel(), generator=rng.generator(self.config.seed, "noise", kind, epoch, i)
+            )
             for epoch, i in keys
         ]
         flat = torch.stack(normals)

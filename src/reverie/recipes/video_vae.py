@@ -46,7 +46,9 @@ class VaeRun:
     seed: int = 0
 
 
-def stickers(data: Path, out: Path, *, steps: int = 1000, batch: int = 16, clips: int = 2, seed: int = 0) -> VideoVae:
+def stickers(
+    data: Path, out: Path, *, steps: int = 1000, batch: int = 16, clips: int = 2, seed: int = 0
+) -> VideoVae:
     """Fluent's 3-D stickers and their animations."""
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     return fit(VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed), index, out)
@@ -65,12 +67,16 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
     )
     cache = index.folder / ".reverie"
     pictures = Pixels(index.select(split="train", video=False), size=config.size, cache=cache)
-    moving = Pixels(index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES, cache=cache)
+    moving = Pixels(
+        index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES, cache=cache
+    )
     held = Pixels(index.select(split="val", video=False), size=config.size, cache=cache)
     val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]])
 
     def batches(step: int, micro: int) -> dict[str, Tensor]:
-        source, count, frames = (moving, config.clips, config.clip_frames) if micro else (pictures, config.batch, 1)
+        source, count, frames = (
+            (moving, config.clips, config.clip_frames) if micro else (pictures, config.batch, 1)
+        )
         videos = []
         for epoch, place in batch_ids(step, count, len(source.good), config.seed):
             i = source.good[place]
@@ -79,7 +85,10 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
             videos.append(_signal(source, i, slice(begin, begin + frames)))
         video = torch.stack(videos)
         shape = (count, *model.latent_shape(frames, (config.size, config.size)))
-        return {"video": video, "noise": torch.randn(shape, generator=rng.generator(config.seed, "noise", step, micro))}
+        return {
+            "video": video,
+            "noise": torch.randn(shape, generator=rng.generator(config.seed, "noise", step, micro)),
+        }
 
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=2, seed=config.seed,
@@ -92,7 +101,9 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
                 error = ((drawn - val) / 2).square().mean(dim=(1, 2, 3, 4))
                 run.log(step.number, {"val_psnr": float(-10 * error.log10().mean())})
                 pairs = torch.stack([val[:8, :, 0], drawn[:8, :, 0]], dim=1)
-                grid(to_bytes(rearrange(pairs, "b two c h w -> (b two) c h w"))).save(run.sample_path(step.number))
+                grid(to_bytes(rearrange(pairs, "b two c h w -> (b two) c h w"))).save(
+                    run.sample_path(step.number)
+                )
             run.curves()
     with averaged(player):
         _normalise(model, torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]]))

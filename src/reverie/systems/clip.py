@@ -87,9 +87,13 @@ class Clip(nn.Module):
         """Strings -> tokens `b n`, cut to the longest text."""
         if not isinstance(texts, Tensor):
             if isinstance(texts, str):
-                raise InputError(f"texts must be a list of strings, but is the string {texts!r}: write [{texts!r}].")
+                raise InputError(
+                    f"texts must be a list of strings, but is the string {texts!r}: write [{texts!r}]."
+                )
             if self.tokenizer is None:
-                raise InputError("this model has no tokenizer: give token ids `b n`, or load it from a folder.")
+                raise InputError(
+                    "this model has no tokenizer: give token ids `b n`, or load it from a folder."
+                )
             texts = self.tokenizer.encode(list(texts), length=self.config.text.length)
         return self.text.trim(texts.to(self.log_scale.device))
 
@@ -124,5 +128,7 @@ class Clip(nn.Module):
         same = None if label is None else label[:, None] == label[None, :]
         loss = info_nce(image, text, self.scale(), same=same)
         with torch.no_grad():
-            accuracy = ((image @ text.T).argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
+            accuracy = (
+                ((image @ text.T).argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
+            )
         return {"loss": loss, "accuracy": accuracy, "scale": self.scale().detach().squeeze()}

@@ -67,7 +67,9 @@ class Sora(nn.Module):
         """Strings or tokens `b n` -> pooled `b d`, context `b m d`, context_mask `b m`."""
         if not isinstance(texts, Tensor):
             if self.tokenizer is None:
-                raise InputError("this model has no tokenizer: give token ids `b n`, or load it from a folder.")
+                raise InputError(
+                    "this model has no tokenizer: give token ids `b n`, or load it from a folder."
+                )
             texts = self.tokenizer.encode(list(texts), length=self.config.text.length)
         tokens = self.text.trim(texts.to(self.backbone.null_context.device))
         context = self.text(tokens)
@@ -109,7 +111,9 @@ class Sora(nn.Module):
         out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0), begin=batch.get("begin", 0.0))
         predicted = self._velocity(out, x_t, wide)
         target = self._velocity(latents, x_t, wide) if self.config.prediction == "x0" else noise - latents
-        return {"loss": velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())}
+        return {
+            "loss": velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())
+        }
 
     def draw_times(self, normal: Tensor) -> Tensor:
         """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""
@@ -126,7 +130,12 @@ class Sora(nn.Module):
         return rearrange(self.generate(prompts, frames=1, **options), "b c 1 h w -> b c h w")
 
     def generate_video(
-        self, prompts: Sequence[str], *, frames: int | None = None, first_frame: Tensor | None = None, **options
+        self,
+        prompts: Sequence[str],
+        *,
+        frames: int | None = None,
+        first_frame: Tensor | None = None,
+        **options,
     ) -> Tensor:
         """Prompts -> videos `b 3 f h w` in [-1, 1]; `first_frame` (`b 3 h w` or `3 h w`) is continued if given."""
         frames = frames or self.config.frames
@@ -136,7 +145,9 @@ class Sora(nn.Module):
         first = first.expand(len(prompts), -1, -1, -1)
         size = options.setdefault("size", tuple(first.shape[-2:]))
         if tuple(first.shape[-3:]) != (3, *size):
-            raise InputError(f"the first frame has shape {tuple(first.shape)}, but the video asked for is {size}.")
+            raise InputError(
+                f"the first frame has shape {tuple(first.shape)}, but the video asked for is {size}."
+            )
         known = torch.zeros(len(prompts), 3, frames, *size)
         known[:, :, 0] = first
         mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
@@ -166,15 +177,20 @@ class Sora(nn.Module):
         first frame given   `known b 3 f h w` holds it, `known_mask b f` is True there; so for any other frames
         video to video      `known` whole, `known_mask` all False, `start` < 1: begin at its corruption to that time
 
-        `pace` is the time between frames: 2 shows the same motion in half the frames. Item i has the seed `seed + i`, so a batch equals its items drawn alone. Raises InputError for sizes that are
-        no multiple of the patch, unknown samplers, and an empty list of prompts.
+        `pace` is the time between frames: 2 shows the same motion in half the frames. Item i has the seed `seed + i`,
+        so a batch equals its items drawn alone. Raises InputError for sizes that are no multiple of the patch, unknown
+        samplers, and an empty list of prompts.
         """
-        frames, size, seeds, known_mask = self._check(prompts, frames, size, seed, known, known_mask, sampler, start)
+        frames, size, seeds, known_mask = self._check(
+            prompts, frames, size, seed, known, known_mask, sampler, start
+        )
         device = self.backbone.null_context.device
         if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
             known, known_mask = self._fill(known, 2, frames), self._fill(known_mask, 1, frames)
         shape = self.latent_shape(frames, size)
-        noise = torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(device)
+        noise = torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(
+            device
+        )
         given = torch.zeros_like(noise) if known is None else self.encode(known.to(device))
         mask = self._latent_mask(known_mask.to(device), shape[1])
         wide = rearrange(mask, "b f -> b 1 f 1 1")
@@ -220,16 +236,24 @@ class Sora(nn.Module):
         if isinstance(prompts, str) or not prompts:
             raise InputError(f"prompts must be a list of one string or more, but is {prompts!r}.")
         if any(side < stride or side % stride for side in size):
-            raise InputError(f"size {size[0]}x{size[1]} cannot be drawn: both sides must be multiples of {stride}.")
+            raise InputError(
+                f"size {size[0]}x{size[1]} cannot be drawn: both sides must be multiples of {stride}."
+            )
         if frames < 1 or (self.codec is None and frames % self.config.backbone.patch[0]):
-            raise InputError(f"{frames} frames cannot be drawn: give a multiple of {self.config.backbone.patch[0]}.")
+            raise InputError(
+                f"{frames} frames cannot be drawn: give a multiple of {self.config.backbone.patch[0]}."
+            )
         if sampler not in SAMPLERS:
             raise InputError(f"there is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
         if not 0 < start <= 1 or (start < 1 and known is None):
-            raise InputError(f"start {start} must be above 0 and at most 1, and below 1 it needs a known video.")
+            raise InputError(
+                f"start {start} must be above 0 and at most 1, and below 1 it needs a known video."
+            )
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
-            raise InputError(f"{len(seeds)} seeds were given for {len(prompts)} prompts: give one seed, or one each.")
+            raise InputError(
+                f"{len(seeds)} seeds were given for {len(prompts)} prompts: give one seed, or one each."
+            )
         if known_mask is None:
             known_mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
         for name, tensor, shape in (

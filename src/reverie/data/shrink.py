@@ -1,0 +1,67 @@
+"""A small copy of a dataset: every picture and clip at one size, to carry to another machine or to ship."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from reverie.data.index import Index
+from reverie.data.progress import track
+from reverie.errors import InputError
+from reverie.media import decode_array, probe
+
+
+def shrink(
+    index: Index, out: str | Path, *, size: int = 64, frames: int = 16, quality: int = 90, quiet: bool = False
+) -> Index:
+    """Write the items of `index` as WebP of `size` pixels a side (fitted, transparent around), captions and all.
+
+    Clips keep at most `frames` frames, evenly spaced, and their duration. `quality` is WebP's, 100 loses nothing for
+    stills. Names keep their folders. Raises InputError where `out` already holds an index.
+    """
+    out = Path(out)
+    if (out / "metadata.parquet").exists():
+        raise InputError(f"{out} already holds an index: name a new folder for the small copy.")
+    items = []
+    for item in track(index, total=len(index), label="shrinking", quiet=quiet):
+        pixels = decode_array(index.path(item), size=size, frames=frames, fit="pad")
+        data = encode(pixels, fps=item.fps * len(pixels) / item.frames, quality=quality)
+        path = (out / item.file_name).with_suffix(".webp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        found = probe(path)
+        items.append(
+            replace(
+                item,
+                file_name=path.relative_to(out).as_posix(),
+                hash=hashlib.sha256(data).hexdigest(),
+                bytes=len(data),
+                width=found.width,
+                height=found.height,
+                frames=found.frames,
+                fps=found.fps,
+            )
+        )
+    small = Index(out, items)
+    small.write()
+    return small
+
+
+def encode(pixels: np.ndarray, *, fps: float = 0.0, quality: int = 90) -> bytes:
+    """WebP with alpha from uint8 `f h w 4`: a still, or with `f` > 1 a clip that loops at `fps` frames a second."""
+    from PIL import Image
+
+    shots = [Image.fromarray(frame) for frame in pixels]
+    out = io.BytesIO()
+    if len(shots) == 1:
+        shots[0].save(out, "WEBP", quality=quality, method=6)
+    else:
+        pace = round(1000 / fps)  # milliseconds a frame
+        shots[0].save(
+            out, "WEBP", save_all=True, append_images=shots[1:], duration=pace, loop=0, quality=quality
+        )
+    return out.getvalue()
