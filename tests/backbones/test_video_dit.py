@@ -81,7 +81,9 @@ def test_an_item_s_output_does_not_depend_on_the_batch(model, inputs):
 def test_hidden_words_change_nothing(model, inputs):
     x, t, pooled, context, mask = inputs
     out = model(*inputs)
-    torch.testing.assert_close(model(x, t, pooled, context.masked_fill(~mask[..., None], 9.0), mask), out, **close)
+    torch.testing.assert_close(
+        model(x, t, pooled, context.masked_fill(~mask[..., None], 9.0), mask), out, **close
+    )
     torch.testing.assert_close(
         model(x[:1], t[:1], pooled[:1], context[:1, :3], mask[:1, :3])[0], out[0], **close
     )

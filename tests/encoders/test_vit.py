@@ -43,7 +43,9 @@ def test_where_a_patch_stands_matters():
     vit = tower(pool="mean")
     image = torch.randn(1, 3, 32, 32)
     swapped = image.flip(-1)
-    swapped = torch.cat([swapped[..., :16].flip(-1), swapped[..., 16:].flip(-1)], -1)  # left and right patch swapped
+    swapped = torch.cat(
+        [swapped[..., :16].flip(-1), swapped[..., 16:].flip(-1)], -1
+    )  # left and right patch swapped
     assert swapped[..., :16].equal(image[..., 16:])
     assert not torch.allclose(vit.pool(vit(image)), vit.pool(vit(swapped)), atol=1e-3)
     torch.nn.init.zeros_(vit.positions)  # and only the positions tell

@@ -46,7 +46,9 @@ def test_pairs_that_are_right_as_well_share_the_weight():
 
 def test_the_diagonal_alone_is_the_plain_loss():
     a, b = unit()
-    torch.testing.assert_close(info_nce(a, b, SCALE, same=torch.eye(6, dtype=torch.bool)), info_nce(a, b, SCALE))
+    torch.testing.assert_close(
+        info_nce(a, b, SCALE, same=torch.eye(6, dtype=torch.bool)), info_nce(a, b, SCALE)
+    )
 
 
 def test_symmetric_and_blind_to_the_order():

@@ -35,7 +35,8 @@ def view(rgba: Tensor, u: Tensor, *, strength: float = 1.0) -> Tensor:
     """uint8 `b 4 h w` and `u b DRAWS` -> float `b 3 h w` in [-1, 1].
 
     Turned, scaled, sheared and moved; laid on white or on a random colour; hue turned a little, saturation, contrast,
-    brightness and gamma changed, sometimes grey; blurred or coarsened; a rectangle wiped out. `strength` 0 is `on_white`.
+    brightness and gamma changed, sometimes grey; blurred or coarsened; a rectangle wiped out. `strength` 0 is
+    `on_white`.
     """
     if strength == 0:
         return on_white(rgba)
@@ -91,7 +92,7 @@ def soften(x: Tensor, u: Tensor) -> Tensor:
 
 def wipe(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Half the samples lose a rectangle of up to a third of each side to a flat colour."""
-    b, _, h, w = x.shape
+    h, w = x.shape[-2:]
     side = (u[:, 17] * 0.35 * strength).clamp(min=1e-3) * (u[:, 18] < 0.5)
     rows, columns = torch.arange(h) / h, torch.arange(w) / w
     inside = (

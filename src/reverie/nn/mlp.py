@@ -15,7 +15,11 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "quick_gelu": QuickGELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+}
 
 
 class Mlp(nn.Module):

@@ -7,6 +7,7 @@ all randomness is in `start`. `begin` < 1 starts from a signal that was corrupte
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def euler(
 ) -> Tensor:
     """First order, one evaluation a step; exact where the velocity is constant."""
     x, line = start, times(steps, factor=factor, begin=begin)
-    for number, (now, after) in enumerate(zip(line, line[1:], strict=False), 1):
+    for number, (now, after) in enumerate(pairwise(line), 1):
         x = x + (after - now) * predict(x, now)
         if progress is not None:
             progress(number, steps)
@@ -51,7 +52,7 @@ def heun(
 ) -> Tensor:
     """Second order (EDM, 2206.00364, algorithm 1): two evaluations a step, the last step Euler's."""
     x, line = start, times(steps, factor=factor, begin=begin)
-    for number, (now, after) in enumerate(zip(line, line[1:], strict=False), 1):
+    for number, (now, after) in enumerate(pairwise(line), 1):
         slope = predict(x, now)
         euler_x = x + (after - now) * slope
         if after > 0:
