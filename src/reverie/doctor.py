@@ -161,7 +161,8 @@ def shipped(folder: Path = SHIPPED) -> Iterator[Finding]:
     except OSError:
         yield Finding(state="!!", what=f"shipped weights: {folder / SUMS} is missing", remedy=remedy)
         return
-    bad, sizes = [], {}
+    bad: list[str] = []
+    sizes: dict[str, int] = {}
     for line in lines:
         expected, name = line.split(maxsplit=1)
         path = folder / name.lstrip("*")
