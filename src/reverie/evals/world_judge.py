@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,13 +99,14 @@ def judge(pixels: torch.Tensor | np.ndarray) -> Reading:
     noise *= 1.0 if noise < 0.02 else 0.38 if noise < 0.06 else 0.27
     regions = _regions(frames, ground, noise, short)
     background = min(BACKGROUNDS, key=lambda name: math.dist(ground, np.divide(BACKGROUNDS[name], 255)))
+    blur = _blur([region for row in regions for region in row])
     if len(frames) == 1:
-        things = [_see([region], short) for region in regions[0]]
+        things = [_see([region], blur, short) for region in regions[0]]
         return Reading(background=background, things=_insides(things, regions[0], short), frames=1)
     seen, firsts = [], []
     for track, motion_kind in _tracks(regions, short):
         clear = track[:: max(1, (len(track) - 1) // 2)][:3]
-        thing = _see(clear, short)
+        thing = _see(clear, blur, short)
         seen.append(replace(thing, motion=_motion(track, thing, motion_kind, len(frames), short)))
         firsts.append(track[0])
     return Reading(background=background, things=_insides(seen, firsts, short), frames=len(frames))
@@ -144,6 +146,7 @@ class Region:
     alpha: np.ndarray  # h w
     pixels: np.ndarray  # h w 3
     colour: np.ndarray  # mean over the inner pixels
+    plain: bool  # of one colour
     host: Region | None = None  # the region that it was found in
 
 
@@ -268,25 +271,50 @@ def _regions(frames: np.ndarray, ground: np.ndarray, noise: float, short: int) -
 def _region(
     frame: int, left: int, top: int, mask: np.ndarray, pixels: np.ndarray, far: np.ndarray, ground: np.ndarray
 ) -> Region:
-    core = _erode(mask)
-    core = core if core.sum() > 4 else mask
-    colours = pixels[core]
+    colours = pixels[_core(mask)]
     mean = np.median(colours, axis=0)
-    if np.abs(colours - mean).mean() < 0.06:  # one colour: coverage is the share of it in the mixture
+    plain = bool(np.abs(colours - mean).mean() < 0.06)
+    if plain:  # coverage is the share of its colour in the mixture
         axis = mean - ground
-        share = (pixels - ground) @ axis / (axis @ axis)
-    else:  # several: against the strongest neighbour
+        alpha = np.clip((pixels - ground) @ axis / (axis @ axis), 0.0, 1.0) * _dilate(_dilate(mask))
+    else:  # the share of the strongest neighbour's contrast
         padded = np.pad(far, 1)
         across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
         share = far / np.maximum(np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:]), 1e-6)
-    alpha = np.where(_erode(mask), 1.0, np.clip(share, 0.0, 1.0)) * _dilate(mask)
+        alpha = np.where(_erode(mask), 1.0, np.clip(share, 0.0, 1.0)) * _dilate(mask)
     weight = alpha.sum()
     y = (alpha.sum(1) @ (np.arange(mask.shape[0]) + 0.5)) / weight
     x = (alpha.sum(0) @ (np.arange(mask.shape[1]) + 0.5)) / weight
     return Region(
         frame=frame, x=left + x, y=top + y, weight=float(weight), left=left, top=top, mask=mask, alpha=alpha,
-        pixels=pixels, colour=colours.mean(0),
+        pixels=pixels, colour=colours.mean(0), plain=plain,
     )  # fmt: skip
+
+
+def _core(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask that are free of its edge: two pixels in, or one, or none where it is thin."""
+    once = _erode(mask)
+    twice = _erode(once)
+    return twice if twice.sum() > 8 else once if once.sum() > 4 else mask
+
+
+def _blur(regions: Sequence[Region]) -> int:
+    """How soft the edges are, as an index of BLURS.
+
+    Across a Gaussian edge a (1 - a) integrates to sigma / sqrt(pi); small shapes overstate it, so that the next
+    sharper templates may win by fit.
+    """
+    plain = [region for region in regions if region.plain]
+    soft, steep = 0.0, 1e-6
+    for region in plain:
+        alpha = region.alpha
+        soft += float((alpha * (1 - alpha)).sum())
+        steep += float(np.hypot(alpha[1:, 1:] - alpha[:-1, 1:], alpha[1:, 1:] - alpha[1:, :-1]).sum())
+    guess = int(np.abs(np.subtract(BLURS, math.sqrt(math.pi) * soft / steep)).argmin())
+    some = plain[:: len(plain) // 4 + 1]
+    return min(
+        (guess, max(guess - 1, 0)), key=lambda blur: sum(_shape(region, blur)[0].min() for region in some)
+    )
 
 
 def _inner(host: Region, ground: np.ndarray, least: float, short: int) -> Region | None:
@@ -317,6 +345,7 @@ def _inner(host: Region, ground: np.ndarray, least: float, short: int) -> Region
 
 GRID = 24
 REACH = 1.9  # of the grid, in units of the radius of a circle of equal area
+BLURS = (0.3, 0.7, 1.1, 1.6)  # pixels; the first is what antialiasing does
 
 
 def _normal(alpha: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
@@ -337,13 +366,17 @@ def _normal(alpha: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _templates(level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _templates(level: int, blur: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All shapes at all angles at the resolution 2 * 1.2 ** level: `n GRID*GRID`, their shape numbers, energies."""
     radius = 2.0 * 1.2**level
+    sigma = math.sqrt(max(BLURS[blur] ** 2 - BLURS[0] ** 2, 1e-6))
+    reach = round(3 * sigma)
+    line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    line /= line.sum()
     rows, numbers = [], []
     for number, shape in enumerate(SHAPES):
         r = radius * math.sqrt(math.pi / area(shape))
-        half = math.ceil(1.1 * r) + 2
+        half = math.ceil(1.1 * r) + 2 + reach
         axis = np.arange(-half, half + 1, dtype=np.float32) / r
         x, y = np.meshgrid(axis, axis)
         period = 360 / SYMMETRY[shape] if SYMMETRY[shape] else 0
@@ -352,17 +385,19 @@ def _templates(level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             angle = math.radians(step * period / steps)
             cos, sin = math.cos(angle), math.sin(angle)
             alpha = np.clip(0.5 - distance(shape, x * cos + y * sin, y * cos - x * sin) * r, 0, 1)
+            for _ in range(2 if reach else 0):
+                alpha = np.apply_along_axis(np.convolve, 0, alpha, line, "same").T
             rows.append(_normal(alpha, half + 0.5, half + 0.5, math.sqrt(alpha.sum() / math.pi)))
             numbers.append(number)
     bank = np.stack(rows).astype(np.float32)
     return bank, np.array(numbers), (bank**2).sum(1)
 
 
-def _shape(region: Region) -> tuple[np.ndarray, float]:
+def _shape(region: Region, blur: int) -> tuple[np.ndarray, float]:
     """Squared distance to each shape of SHAPES (least over angles), and the overlap with the best."""
     radius = math.sqrt(region.weight / math.pi)
     level = min(max(round(math.log(radius / 2.0) / math.log(1.2)), 0), 15)
-    bank, numbers, energy = _templates(level)
+    bank, numbers, energy = _templates(level, blur)
     view = _normal(region.alpha, region.x - region.left, region.y - region.top, radius).astype(np.float32)
     far = energy - 2 * (bank @ view) + view @ view
     costs = np.full(len(SHAPES), np.inf)
@@ -378,13 +413,14 @@ _TONES = np.stack([0.45 * _WEAVE, 0.4 * _WEAVE + 0.6])  # dark and light seconds
 
 def _paint(region: Region) -> tuple[str, str]:
     """(colour, texture): the nearest plain colour, or the nearest line from a colour to its second tone."""
-    core = _erode(region.mask)
-    core = core if core.sum() > 4 else region.mask
-    colours = region.pixels[core]
+    colours = region.pixels[_core(region.mask)]
     plain = np.sqrt(((colours[:, None] - _BASE) ** 2).sum(-1)).mean(0)
     name = list(COLOURS)[plain.argmin()]
+    core = _erode(region.mask)
+    colours = region.pixels[core]
     if len(colours) < 20 or plain.min() < 0.06:
         return name, "solid"
+    plain = np.sqrt(((colours[:, None] - _BASE) ** 2).sum(-1)).mean(0)
     axis = _TONES - _WEAVE  # 2 k 3
     share = np.clip(((colours[:, None, None] - _WEAVE) * axis).sum(-1) / (axis**2).sum(-1), 0, 1)
     off = np.sqrt(((colours[:, None, None] - _WEAVE - share[..., None] * axis) ** 2).sum(-1)).mean(0)
@@ -405,16 +441,16 @@ def _paint(region: Region) -> tuple[str, str]:
     return TEXTURED_COLOURS[which[1]], texture
 
 
-def _see(regions: Sequence[Region], short: int) -> Seen:
+def _see(regions: Sequence[Region], blur: int, short: int) -> Seen:
     """One thing from its regions in one or several frames: shapes by summed distance, paint by vote."""
-    fits = [_shape(region) for region in regions]
+    fits = [_shape(region, blur) for region in regions]
     shape = SHAPES[int(sum(costs for costs, _ in fits).argmin())]
     paints = [_paint(region) for region in regions]
     colour, texture = max(paints, key=paints.count)
     weight = float(np.median([region.weight for region in regions]))
     r = math.sqrt(weight / area(shape)) / short
     names, radii = list(SIZES), list(SIZES.values())
-    size = names[sum(r > math.sqrt(a * b) for a, b in zip(radii, radii[1:], strict=False))]
+    size = names[sum(r > math.sqrt(a * b) for a, b in pairwise(radii))]
     if shape not in TEXTURED_SHAPES or size == "small":
         texture = "solid"  # the world has no other, and few pixels here would tell
     known = max(overlap for _, overlap in fits) >= LEAST_OVERLAP
@@ -432,7 +468,10 @@ def _insides(things: Sequence[Seen], regions: Sequence[Region], short: int) -> t
             k
             for k, (other, around) in enumerate(zip(things, regions, strict=True))
             if region.host is around
-            or (other.shape == "ring" and math.dist((thing.x, thing.y), (other.x, other.y)) + thing.r < other.r)
+            or (
+                other.shape == "ring"
+                and math.dist((thing.x, thing.y), (other.x, other.y)) + thing.r < other.r
+            )
         ]
         out.append(replace(thing, inside=hosts[0] if hosts else None))
     return tuple(out)
@@ -534,7 +573,16 @@ def _approach(a: list[Region], b: list[Region]) -> bool:
     return len(gaps) > 1 and gaps[-1] < gaps[0] - 1.0
 
 
-_ORDER = {"square": 4, "triangle": 3, "diamond": 2, "hexagon": 6, "star": 5, "heart": 3, "cross": 4, "moon": 2}
+_ORDER = {
+    "square": 4,
+    "triangle": 3,
+    "diamond": 2,
+    "hexagon": 6,
+    "star": 5,
+    "heart": 3,
+    "cross": 4,
+    "moon": 2,
+}
 
 
 def _turn(track: list[Region], shape: str | None) -> float:
@@ -571,7 +619,9 @@ def _motion(track: list[Region], thing: Seen, kind: str | None, frames: int, sho
             heading, mark = math.copysign(1.0, value - mark), value
     if turns and extent[axis] > 0.1:
         return Motion(
-            kind="bounce", direction="up and down" if axis else "side to side", speed="fast" if turns > 1 else "slow"
+            kind="bounce",
+            direction="up and down" if axis else "side to side",
+            speed="fast" if turns > 1 else "slow",
         )
     net = path[-1] - path[0]
     far = float(np.hypot(*net))

@@ -1,0 +1,95 @@
+"""How well the exact judge reads the procedural world: clean at several sizes, then under noise and blur.
+
+    python benchmarks/world_judge.py [SCENES] [--seed 0]
+
+Prints the tables of docs/world.md: percent of scenes read right, one attribute a column; half the scenes are images,
+half are clips of 8 frames. Noise is Gaussian of the given standard deviation, blur Gaussian of the given radius in
+pixels, pixels being in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+
+import torch
+from torch.nn import functional
+
+from reverie import rng
+from reverie.data.world import render, world
+from reverie.evals.world_judge import ATTRIBUTES, judge, score
+from reverie.scene import Scene
+
+
+def noisy(video: torch.Tensor, sigma: float, *, key: int) -> torch.Tensor:
+    """`c f h w` with Gaussian noise."""
+    return video + sigma * torch.randn(video.shape, generator=rng.generator(0, "world_judge noise", key))
+
+
+def blurred(video: torch.Tensor, sigma: float) -> torch.Tensor:
+    """`c f h w` convolved with a Gaussian of `sigma` pixels."""
+    reach = max(1, round(3 * sigma))
+    line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    line = (line / line.sum()).expand(video.shape[0], 1, -1)
+    frames = video.transpose(0, 1)
+    frames = functional.pad(frames, (reach,) * 4, mode="replicate")
+    frames = functional.conv2d(frames, line[..., None, :], groups=video.shape[0])
+    frames = functional.conv2d(frames, line[..., None], groups=video.shape[0])
+    return frames.transpose(0, 1)
+
+
+def measure(
+    scenes: list[Scene], *, size: tuple[int, int], frames: int = 8, noise: float = 0.0, blur: float = 0.0
+) -> dict[str, float]:
+    """Percent right for each attribute, and "seconds" a picture or clip."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    seconds = 0.0
+    for i, scene in enumerate(scenes):
+        video = render(scene, size=size, frames=frames if scene.video else 1).permute(3, 0, 1, 2) / 127.5 - 1
+        if blur:
+            video = blurred(video, blur)
+        if noise:
+            video = noisy(video, noise, key=i).clamp(-1, 1)
+        begin = time.process_time()
+        reading = judge(video)
+        seconds += time.process_time() - begin
+        for name, holds in score(reading, scene).items():
+            if holds is not None:
+                asked[name] += 1
+                right[name] += holds
+    return {name: 100 * right[name] / asked[name] for name in asked} | {"seconds": seconds / len(scenes)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenes", type=int, nargs="?", default=400, help="scenes a row, half of them clips")
+    parser.add_argument("--seed", type=int, default=1000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    def row(name: str, size: tuple[int, int], **change: float) -> None:
+        scenes = [
+            world(i, seed=options.seed, kind=kind, aspect=size[1] / size[0])
+            for kind in ("image", "video")
+            for i in range(options.scenes // 2)
+        ]
+        found = measure(scenes, size=size, **change)
+        cells = " | ".join(f"{found[key]:.1f}" for key in ATTRIBUTES)
+        print(f"| {name} | {cells} | {1000 * found['seconds']:.0f} |", flush=True)
+
+    heads = f"{' | '.join(ATTRIBUTES)} | ms |\n|---|{'---:|' * (len(ATTRIBUTES) + 1)}"
+    print(f"| size (h x w) | {heads}")
+    for size in ((128, 128), (96, 96), (64, 64), (64, 112), (112, 64), (48, 48), (40, 40), (32, 32)):
+        row(f"{size[0]} x {size[1]}", size)
+    print(f"\n| at 64 x 64 | {heads}")
+    for sigma in (0.05, 0.1, 0.2, 0.3, 0.4):
+        row(f"noise {sigma}", (64, 64), noise=sigma)
+    for sigma in (0.5, 0.75, 1.0, 1.5, 2.0):
+        row(f"blur {sigma}", (64, 64), blur=sigma)
+    row("noise 0.1, blur 0.75", (64, 64), noise=0.1, blur=0.75)
+
+
+if __name__ == "__main__":
+    main()
