@@ -94,7 +94,7 @@ def wipe(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Half the samples lose a rectangle of up to a third of each side to a flat colour."""
     h, w = x.shape[-2:]
     side = (u[:, 17] * 0.35 * strength).clamp(min=1e-3) * (u[:, 18] < 0.5)
-    rows, columns = torch.arange(h) / h, torch.arange(w) / w
+    rows, columns = torch.arange(h, device=x.device) / h, torch.arange(w, device=x.device) / w
     inside = (
         rearrange((rows[None] - u[:, 19:20]).abs() < side[:, None] / 2, "b h -> b 1 h 1")
         & rearrange((columns[None] - u[:, 20:21]).abs() < side[:, None] / 2, "b w -> b 1 1 w")

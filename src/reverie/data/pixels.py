@@ -225,6 +225,11 @@ class Pixels:
         return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
 
 
+def cache_of(index: Index) -> Path | None:
+    """Where a dataset's pixels are kept: `.reverie` in its folder, or nowhere if the folder cannot be written to."""
+    return index.folder / ".reverie" if os.access(index.folder, os.W_OK) else None
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -19,13 +19,15 @@ import reverie
 from reverie import rng
 from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
-from reverie.data.index import Index
+from reverie.data.index import Index, Item
 from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels
+from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
+from reverie.evals.retrieval import retrieval
+from reverie.evals.zero_shot import zero_shot
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run
@@ -106,6 +108,8 @@ def stickers(
     batch: int = 128,
     lr: float = 1e-3,
     strength: float = 0.5,
+    width: int = 192,
+    depth: int = 5,
     sources: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Clip:
@@ -118,7 +122,7 @@ def stickers(
     train_set = plain_stickers(index).select(split="train", video=False, sources=sources or None)
     tokenizer = Bpe.train(_texts(train_set), vocab=4096)
     config = ClipRun(
-        model=shape(tokenizer.vocab, tokenizer.end), steps=steps, batch=batch, lr=lr,
+        model=shape(tokenizer.vocab, tokenizer.end, width=width, depth=depth), steps=steps, batch=batch, lr=lr,
         strength=strength, languages={"en": 0.85, "zh": 0.15}, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
@@ -149,17 +153,19 @@ Measure = Callable[[Clip], dict[str, float]]
 
 def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: dict[str, Measure]) -> Clip:
     """Train from random weights, measure eight times on the way, save the averaged weights to `out/model`."""
-    pixels = Pixels(index, size=config.model.image.size, cache=index.folder / ".reverie")
+    pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = Clip(config.model, tokenizer)
+    model = Clip(config.model, tokenizer).to(home())
     player = Player(
         model,
-        optimizer=adamw(model, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2), eps=config.eps),
+        optimizer=adamw(
+            model, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2), eps=config.eps
+        ),
         schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.01),
         ema=Ema(model, decay=config.ema) if config.ema else None,
         clip=1.0,
@@ -180,12 +186,18 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: d
             for epoch, i in keys
         ]
         return {
-            "image": view(rgba, draws(config.seed, keys), strength=config.strength),
+            "rgba": rgba,
+            "draws": draws(config.seed, keys),
             "tokens": tokenizer.encode(texts, length=config.model.text.length),
             "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
             "ids": [index[i].file_name for _, i in keys],
         }
 
+    def loss(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The views are made on the model's device."""
+        return model.loss(batch | {"image": view(batch["rgba"], batch["draws"], strength=config.strength)})
+
+    player.loss = loss
     run = Run(out, config)
     best_every = max(config.steps // 8, 1)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=config.accumulate,
@@ -201,6 +213,11 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: d
     with averaged(player):
         reverie.save(model, out / "model")
     return reverie.load(out / "model")
+
+
+def home() -> torch.device:
+    """Where to train: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def averaged(player: Player):
@@ -227,25 +244,28 @@ def _texts(index: Index) -> list[str]:
     return [caption.text for item in index for caption in item.captions]
 
 
-def _batched(embed: Callable, things, size: int = 256) -> Tensor:
-    return torch.cat([embed(things[at : at + size]) for at in range(0, len(things), size)])
+def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
+    """The pictures of an index on white, and the items they belong to."""
+    pixels = Pixels(index, size=size, cache=cache_of(index), quiet=True)
+    return on_white(torch.stack([pixels[i][0] for i in pixels.good])), [index[i] for i in pixels.good]
 
 
-def _signals(index: Index, size: int) -> Tensor:
-    pixels = Pixels(index, size=size, cache=index.folder / ".reverie", quiet=True)
-    return on_white(torch.stack([pixels[i][0] for i in pixels.good]))
-
-
-@torch.no_grad()
 def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
-    """Top-1 and top-5 over all labels of `val`, each item having its own."""
-    image = _batched(model.embed_image, _signals(val, model.config.image.size))
-    text = _batched(model.embed_text, [item.label for item in val])
-    scores = image @ text.T
-    rank = (scores > scores.diagonal()[:, None]).sum(1)
-    return {"top1": (rank < 1).float().mean().item(), "top5": (rank < 5).float().mean().item()}
+    """Top-1 and top-5 among all labels of `val`."""
+    names = sorted({item.label for item in val})
+    images, items = _signals(val, model.config.image.size)
+    labels = [names.index(item.label) for item in items]
+    found = zero_shot(model.embed_image, model.embed_text, images, labels, names)
+    return {key: found[key] for key in ("top1", "top5")}
 
 
-@torch.no_grad()
 def _retrieval(model: Clip, *, val: Index) -> dict[str, float]:
-    raise NotImplementedError
+    """Recall at 1 and 5, pictures to captions and back."""
+    images, items = _signals(val, model.config.image.size)
+    captions = [[caption.text for caption in item.captions] for item in items]
+    found = retrieval(model.embed_image, model.embed_text, images, captions, ks=(1, 5))
+    return {
+        f"{way}_recall@{k}": found[way][f"recall@{k}"]
+        for way in ("image_to_text", "text_to_image")
+        for k in (1, 5)
+    }

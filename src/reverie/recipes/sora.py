@@ -10,7 +10,6 @@ Every step has one batch of pictures and, where the data has clips, one of clips
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +23,11 @@ from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import on_white
 from reverie.data.index import Index
 from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels
+from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
 from reverie.errors import InputError
 from reverie.pictures import grid
-from reverie.recipes.clip import averaged, open_index, plain_stickers
+from reverie.recipes.clip import averaged, home, open_index, plain_stickers
 from reverie.systems.clip import Clip
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.ema import Ema
@@ -39,7 +38,7 @@ from reverie.train.schedule import cosine
 
 # DiT's sizes (2212.09748, table 1): depth, width, heads.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-TINY = (8, 256, 4)
+TINY = (6, 256, 4)
 CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
 PROMPTS = (
@@ -82,7 +81,7 @@ def tiny(
 
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
-    lr: float = 1e-3, codec: str = "", seed: int = 0,
+    lr: float = 1e-3, codec: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
 
@@ -91,7 +90,8 @@ def stickers(
     reader = reverie.load(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     config = SoraRun(
-        model=shape(reader, codec=codec), steps=steps, batch=batch, clips=clips, lr=lr,
+        model=shape(reader, codec=codec, sizes=(depth, width, width // 64)),
+        steps=steps, batch=batch, clips=clips, lr=lr,
         clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, codec=codec)
@@ -149,6 +149,7 @@ def fit(
     model.text.load_state_dict(reader.text.state_dict())
     if model.codec is not None:
         model.codec.load_state_dict(reverie.load(codec).state_dict())
+    model.to(home())
     player = Player(
         model,
         optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
@@ -191,7 +192,7 @@ class Source:
 
     def __init__(self, index: Index, config: SoraRun, model: Sora, *, frames: int):
         self.index, self.config, self.model, self.frames = index, config, model, frames
-        self.pixels = Pixels(index, size=config.model.size, frames=frames, cache=index.folder / ".reverie")
+        self.pixels = Pixels(index, size=config.model.size, frames=frames, cache=cache_of(index))
         self.good = [i for i in self.pixels.good if index[i].captions]
         if not self.good:
             raise InputError(

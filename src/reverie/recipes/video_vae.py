@@ -21,7 +21,7 @@ from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.augment import on_white
 from reverie.data.index import Index
 from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels
+from reverie.data.pixels import Pixels, cache_of
 from reverie.pictures import grid
 from reverie.recipes.clip import averaged, open_index, plain_stickers
 from reverie.recipes.sora import CLIP_FRAMES, to_bytes
@@ -65,7 +65,7 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
         ema=Ema(model, decay=config.ema),
         clip=1.0,
     )
-    cache = index.folder / ".reverie"
+    cache = cache_of(index)
     pictures = Pixels(index.select(split="train", video=False), size=config.size, cache=cache)
     moving = Pixels(
         index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES, cache=cache

@@ -62,9 +62,14 @@ class Clip(nn.Module):
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
         if not isinstance(images, Tensor):
             images = self.prepare(images)
+        images = images.to(self.log_scale.device)
         size = self.config.image.size
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"images must be `b 3 h w`, but have shape {tuple(images.shape)}.")
+        if not images.is_floating_point():
+            raise InputError(
+                f"images must be float in [-1, 1], but are {images.dtype}: divide bytes by 127.5, less 1."
+            )
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
@@ -84,21 +89,38 @@ class Clip(nn.Module):
         return features, position <= rearrange(self.text.end_position(tokens), "b -> b 1")
 
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
-        """Strings -> tokens `b n`, cut to the longest text."""
+        """Strings, or tokens -> tokens `b n`, cut to the longest text."""
         if not isinstance(texts, Tensor):
-            if isinstance(texts, str):
-                raise InputError(
-                    f"texts must be a list of strings, but is the string {texts!r}: write [{texts!r}]."
-                )
+            texts = _strings("texts", texts)
             if self.tokenizer is None:
                 raise InputError(
                     "this model has no tokenizer: give token ids `b n`, or load it from a folder."
                 )
-            texts = self.tokenizer.encode(list(texts), length=self.config.text.length)
+            texts = self.tokenizer.encode(texts, length=self.config.text.length)
+        length, vocab, end = self.config.text.length, self.config.text.vocab, self.config.text.end
+        if texts.ndim != 2 or not texts.numel() or texts.shape[1] > length:
+            raise InputError(
+                f"tokens must be `b n`, n at most {length}, but have shape {tuple(texts.shape)}."
+            )
+        if not (texts == end).any(dim=1).all():
+            raise InputError(
+                f"a row of the tokens has no end token, {end}: encode texts with this model's tokenizer."
+            )
+        if texts.min() < 0 or texts.max() >= vocab:
+            raise InputError(f"tokens must be from 0 to {vocab - 1}, but reach {int(texts.max())}.")
         return self.text.trim(texts.to(self.log_scale.device))
 
     def prepare(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
         """Pictures or their paths -> `b 3 size size`: short side resized (bicubic), centre cropped, laid on white."""
+        if isinstance(images, str | Path | Image.Image):
+            raise InputError("images must be a list, but is one picture or path: write [image].")
+        if not len(images):
+            raise InputError("there is no image: give a list of one or more.")
+        for image in images:
+            if not isinstance(image, str | Path | Image.Image):
+                raise InputError(
+                    f"an image is a path or a PIL picture, not {type(image).__name__}: stack to `b 3 h w`."
+                )
         pictures = [to_signal(image, size=self.config.image.size) for image in images]
         return torch.stack([torch.from_numpy(picture) for picture in pictures]).to(self.log_scale.device)
 
@@ -112,7 +134,11 @@ class Clip(nn.Module):
         self, images: Tensor | Sequence, names: Sequence[str], *, templates: Sequence[str] = ("{}",)
     ) -> Tensor:
         """Probabilities `images names`; a name's vector is the mean over the templates (section 3.1.4)."""
-        texts = [template.format(name) for name in names for template in templates]
+        names, templates = _strings("names", names), _strings("templates", templates)
+        for template in templates:
+            if template.count("{}") != 1:
+                raise InputError(f"the template {template!r} must hold {{}} once, where the name goes.")
+        texts = [template.replace("{}", name) for name in names for template in templates]
         vectors = rearrange(self.embed_text(texts), "(k t) d -> k t d", t=len(templates)).mean(1)
         return (self.scale() * self.embed_image(images) @ F.normalize(vectors, dim=-1).T).softmax(-1)
 
@@ -132,3 +158,15 @@ class Clip(nn.Module):
                 ((image @ text.T).argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
             )
         return {"loss": loss, "accuracy": accuracy, "scale": self.scale().detach().squeeze()}
+
+
+def _strings(what: str, strings: Sequence[str]) -> list[str]:
+    """A list of one string or more, which one string alone is not."""
+    if isinstance(strings, str):
+        raise InputError(
+            f"{what} must be a list of strings, but is the string {strings!r}: write [{strings!r}]."
+        )
+    strings = list(strings)
+    if not strings or not all(isinstance(string, str) for string in strings):
+        raise InputError(f"{what} must be a list of one string or more, but is {strings!r:.60}.")
+    return strings
