@@ -1,0 +1,117 @@
+"""Training a judge of generated stickers (systems/classifier.py) on drawings that no generator may see.
+
+    stickers  the two held-out vendors, without skin tones            reverie train judge-stickers DIR
+
+What it reaches on a style that it never saw, which bounds what it can say of a generator: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import reverie
+from reverie import rng
+from reverie.data.augment import draws, on_white, view
+from reverie.data.index import Index
+from reverie.data.order import batch_ids
+from reverie.data.pixels import Pixels
+from reverie.data.stickers import TEST
+from reverie.errors import InputError
+from reverie.evals.generation import pick
+from reverie.recipes.clip import averaged, open_index, plain_stickers
+from reverie.systems.classifier import Classifier, ClassifierConfig
+from reverie.train.ema import Ema
+from reverie.train.log import Run
+from reverie.train.loop import Player, train
+from reverie.train.optimizers import adamw
+from reverie.train.schedule import cosine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeRun:
+    """What a run depends on; it stands in the run folder's config.json."""
+
+    model: ClassifierConfig
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float = 0.05
+    warmup: int = 50
+    ema: float = 0.998
+    strength: float = 1.0  # of the views
+    seed: int = 0
+
+
+def stickers(
+    data: Path, out: Path, *, size: int = 32, steps: int = 2500, batch: int = 64, lr: float = 3e-3, seed: int = 0
+) -> Classifier:
+    """Names the things of Twemoji and OpenMoji; measured on Fluent's 3-D stickers, which it never learns from.
+
+    At 32 pixels, since minutes of one core are better spent on more views than on finer ones.
+    """
+    index = plain_stickers(open_index(data))
+    seen = index.select(sources=TEST, video=False)
+    names = tuple(sorted({item.label for item in seen if item.label}))
+    if not names:
+        raise InputError(
+            f"{data} has no labelled picture by {' or '.join(TEST)}: run `reverie data stickers {data}`."
+        )
+    config = JudgeRun(model=ClassifierConfig(names=names, size=size), steps=steps, batch=batch, lr=lr, seed=seed)
+    return fit(config, seen, index.select(sources=("fluent-3d",)), out)
+
+
+def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
+    """Train on every picture of `seen` from random weights, measure on `unseen`, save the averaged weights."""
+    place = {name: i for i, name in enumerate(config.model.names)}
+    pixels = Pixels(seen, size=config.model.size, cache=seen.folder / ".reverie")
+    good = [i for i in pixels.good if seen[i].label in place]
+    torch.manual_seed(rng.integer(config.seed, "weights"))
+    model = Classifier(config.model)
+    player = Player(
+        model,
+        optimizer=adamw(model, lr=config.lr, weight_decay=config.weight_decay),
+        schedule=partial(cosine, steps=config.steps, warmup=config.warmup),
+        ema=Ema(model, decay=config.ema),
+        clip=1.0,
+    )
+
+    def batches(step: int, micro: int) -> dict[str, Tensor | list]:
+        keys = [(epoch, good[i]) for epoch, i in batch_ids(step, config.batch, len(good), config.seed)]
+        rgba = torch.stack([pixels[i][0] for _, i in keys])
+        return {
+            "image": view(rgba, draws(config.seed, keys), strength=config.strength),
+            "label": torch.tensor([place[seen[i].label] for _, i in keys]),
+            "ids": [seen[i].file_name for _, i in keys],
+        }
+
+    run = Run(out, config)
+    for step in train([player], batches, run=run, steps=config.steps, seed=config.seed,
+                      save_every=max(config.steps // 6, 1), keep=2):  # fmt: skip
+        if step.every(10):
+            run.log(step.number, step.metrics)
+        if step.every(max(config.steps // 4, 1)) and len(unseen):
+            with averaged(player):
+                measured = measure(model, unseen, count=None if step.last else 256)
+            scores = {name: measured[name] for name in ("top1", "top5")}
+            run.log(step.number, {f"unseen_{name}": value for name, value in scores.items()})
+            run.say(
+                f"step {step.number}: in an unseen style {scores['top1']:.1%} of {measured['samples']} right, "
+                f"{scores['top5']:.1%} among the first five of {measured['ways']} names"
+            )
+    with averaged(player):
+        reverie.save(model, out / "model", dtype=torch.float16)
+    return reverie.load(out / "model")
+
+
+def measure(model: Classifier, index: Index, *, count: int | None = None) -> dict:
+    """How often the right name comes first, among all that the model knows, for real pictures evenly out of `index`."""
+    pixels = Pixels(index, size=model.config.size, cache=index.folder / ".reverie", quiet=True)
+    chosen = [i for i in pixels.good if index[i].label in model.config.names]
+    chosen = chosen[:: max(len(chosen) // count, 1)] if count else chosen
+    images = on_white(torch.stack([pixels[i][0] for i in chosen]))
+    return pick(images, [index[i].label for i in chosen], model.classify, names=model.config.names)

@@ -1,0 +1,503 @@
+"""What trained systems reach: the measurements behind `reverie eval`, each a table, its numbers and its pictures.
+
+    zero_shot  a CLIP names pictures among all labels                  reverie eval zero-shot DIR
+    pictures   a generator draws, judges name, nothing is copied       reverie eval pictures DIR
+    clips      the same on clips, and how much they move               reverie eval clips DIR
+    world      the exact judge reads a generator's scenes back         reverie eval world
+
+Every number stands beside what real pictures reach and what guessing gives. Seeds and prompts are in the numbers, so
+each sample can be drawn again with `reverie sample`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import reverie
+from reverie.data.augment import on_white
+from reverie.data.index import Index
+from reverie.data.pixels import Pixels
+from reverie.data.stickers import TEST
+from reverie.data.world import World
+from reverie.errors import InputError
+from reverie.evals import generation
+from reverie.evals import zero_shot as naming
+from reverie.evals.world_captions import read_caption
+from reverie.pictures import grid
+from reverie.recipes.clip import plain_stickers
+from reverie.recipes.sora import to_bytes
+
+JUDGES = ("clip-stickers", "judge-stickers")
+UNSEEN = 1_000_000  # the first scene of the world that is measured; recipes train on the first thousands
+
+Row = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One measurement: a table to read and all the numbers behind it, JSON-ready."""
+
+    title: str
+    columns: Row
+    rows: list[Row]
+    numbers: dict[str, Any]
+
+    def __str__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        lines.insert(1, tuple("-" * width for width in widths))
+        cells = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+        return "\n".join([self.title, "", *("  ".join(row).rstrip() for row in cells)])
+
+    def write(self, folder: Path) -> Measured:
+        """numbers.json and table.txt into the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        record = json.dumps({"title": self.title, "numbers": self.numbers}, indent=1, ensure_ascii=False)
+        (folder / "numbers.json").write_text(f"{record}\n", encoding="utf-8")
+        (folder / "table.txt").write_text(f"{self}\n", encoding="utf-8")
+        return self
+
+
+# ---------------------------------------------------------------- naming
+
+
+def zero_shot(
+    data: Path,
+    out: Path,
+    *,
+    model: str = "clip-stickers",
+    sources: tuple[str, ...] = TEST,
+    split: str | None = None,
+    without: tuple[str, ...] = ("skin_tone",),
+    templates: tuple[str, ...] = ("{}",),
+) -> Measured:
+    """How often `model` names a picture right among all labels of its source, each source by itself.
+
+    No sources: every labelled picture of the folder together. `without`: scores of the index, above zero for
+    pictures that are left out.
+    """
+    clip = _capable(model, "embed_text")
+    whole = Index.read(data).select(split=split, video=False)
+    rows, numbers = [], {}
+    for source in sources or ("all",):
+        index = whole.select(sources=(source,) if sources else None)
+        items = [
+            item for item in index if item.label and not any(item.scores.get(name, 0) > 0 for name in without)
+        ]
+        if not items:
+            there = ", ".join(sorted({item.source or "-" for item in whole}))
+            raise InputError(
+                f"no picture by {source!r} in {data} has a label and is wanted; pictures are by: {there}."
+            )
+        real = Real(Index(index.folder, items), (clip.config.image.size,) * 2, 1)
+        names = sorted(real.by_label)
+        labels = [names.index(item.label) for item in real.items]
+        result = naming.zero_shot(clip.embed_image, clip.embed_text, real, labels, names, templates)
+        result["predicted"] = [names[i] for i in result["predicted"]]
+        wrong = [i for i, item in enumerate(real.items) if item.label != result["predicted"][i]]
+        if shown := wrong[:: max(len(wrong) // 48, 1)][:48]:
+            titles = [f"{real.items[i].label}: {result['predicted'][i]}" for i in shown]
+            _save(grid(to_bytes(real[shown]), titles), out / f"wrong-{source}.png")
+        bad = [list(entry) for entry in real.pixels.bad]
+        numbers[source] = result | {"files": [item.file_name for item in real.items], "bad": bad}
+        rows.append((
+            source, f"{result['images']:,}", f"{result['ways']:,}", _share(result["top1"], result["top1_interval"]),
+            _share(result["top5"], result["top5_interval"]), _share(1 / result["ways"]),
+        ))  # fmt: skip
+    columns = ("pictures by", "pictures", "names", "right", "among the first five", "guessing")
+    return Measured(title=f"{model} names pictures", columns=columns, rows=rows, numbers=numbers).write(out)
+
+
+class Real:
+    """Real items as signals: `real[i]` is `3 h w`, or `3 f h w` with frames evenly out of the whole clip.
+
+    A slice or a list of indices gives a batch.
+    """
+
+    def __init__(self, index: Index, size: tuple[int, int], frames: int):
+        self.frames = frames
+        cache = index.folder / ".reverie"
+        writable = os.access(cache if cache.exists() else index.folder, os.W_OK)
+        self.pixels = Pixels(index, size=size, frames=frames, cache=cache if writable else None)
+        self.items = [index[i] for i in self.pixels.good]
+        self.by_label = {item.label: i for i, item in enumerate(self.items) if item.label}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, which: int | slice | Sequence[int]) -> Tensor:
+        if isinstance(which, slice):
+            which = range(len(self))[which]
+        if not isinstance(which, int):
+            return torch.stack([self[i] for i in which])
+        video = self.pixels[self.pixels.good[which]]
+        places = torch.linspace(0, len(video) - 1, self.frames).round().long()
+        signal = rearrange(on_white(video[places]), "f c h w -> c f h w")
+        return signal[:, 0] if self.frames == 1 else signal
+
+    def vectors(self, space: generation.Space, *, batch: int = 64) -> Tensor:
+        """All items in a space, `n d`."""
+        return torch.cat([space(self[at : at + batch]) for at in range(0, len(self), batch)])
+
+
+# ---------------------------------------------------------------- generation of stickers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask:
+    """How a generator is asked; a setting that is None is the model's own."""
+
+    count: int = 200  # labels, or scenes
+    varied: int = 16  # labels of which are drawn with several seeds
+    seeds: int = 4
+    batch: int = 16
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+
+
+def pictures(
+    data: Path, out: Path, *, model: str = "sora-stickers", judges: Sequence[str] = JUDGES, source: str = "fluent-3d",
+    split: str = "train", ask: Ask | None = None,
+) -> Measured:  # fmt: skip
+    """Draw labels of `source` in `split`; judges pick each out of all drawn; variety; nearest training pictures."""
+    return _generation(data, out, model, judges, source, split, ask or Ask(), 1)
+
+
+def clips(
+    data: Path, out: Path, *, model: str = "sora-stickers", judges: Sequence[str] = JUDGES, source: str = "fluent-anim",
+    split: str = "train", frames: int | None = None, ask: Ask | None = None,
+) -> Measured:  # fmt: skip
+    """The same on clips of `frames`: judges see every frame, their scores are averaged; and how much clips move."""
+    if frames is not None and frames < 2:
+        raise InputError(
+            f"a clip of {frames} frames does not move: ask for two or more, or measure pictures."
+        )
+    return _generation(data, out, model, judges, source, split, ask or Ask(batch=4), frames)
+
+
+def _generation(
+    data: Path,
+    out: Path,
+    model: str,
+    judges: Sequence[str],
+    source: str,
+    split: str,
+    ask: Ask,
+    frames: int | None,
+) -> Measured:
+    draw = Drawing(model, frames, ask)
+    panel = {Path(name).name: _capable(name, "classify") for name in judges}
+    if len(panel) < len(judges) or not panel:
+        raise InputError(f"the judges {', '.join(judges)} need names that differ: rename a folder.")
+    size, frames = draw.size, draw.frames
+    thing = "picture" if frames == 1 else "clip"
+    corpus = plain_stickers(Index.read(data)).select(video=frames > 1, sources=(source,))
+    part = corpus.select(split=split)
+    names = generation.choose([item.label for item in part if item.label], ask.count, seed=ask.seed)
+    if len(names) < 2:
+        raise InputError(
+            f"{data} has {len(names)} labelled {thing}s by {source!r} in {split!r}: two are the least."
+        )
+    with torch.no_grad():
+        for judge in panel.values():  # a name that a judge does not know must not show after the drawing
+            judge.classify(torch.zeros(1, 3, *size), names)
+
+    samples, drawn = draw(names, [ask.seed + i for i in range(len(names))])
+    real = Real(part, size, frames)
+    names = [name for name in names if name in real.by_label]  # but those whose file is bad
+    samples = samples[[drawn["prompts"].index(name) for name in names]]
+    truth = real[[real.by_label[name] for name in names]]
+    spaces = {"pixels": generation.pixels}
+    spaces |= {name: generation.features(judge.embed_image) for name, judge in panel.items()}
+
+    numbers: dict[str, Any] = {"drawn": drawn, "names": names}
+    rows: list[Row] = []
+    numbers["pick"] = _pick(panel, names, samples, truth, rows)
+    numbers["diversity"] = _variety(draw, names, samples, truth, spaces, rows, out) if ask.seeds > 1 else {}
+    training, held = Real(corpus.select(split="train"), size, frames), corpus.select(split="val")
+    numbers["nearest"] = _nearest(
+        names, samples, training, Real(held, size, frames) if len(held) else None, spaces, rows, out
+    )
+    if frames > 1:
+        ours, theirs = generation.motion(samples), generation.motion(truth)
+        numbers["motion"] = {"generator": ours.tolist(), "real": theirs.tolist()}
+        means = (f"{some.mean():.4f}" for some in (ours, theirs))
+        rows.append(("motion: difference of neighbouring frames", *means, "0: still"))
+        _animation(samples[:24], names[:24], out / "samples.webp", fps=draw.fps)
+        _animation(truth[:24], names[:24], out / "real.webp", fps=draw.fps)
+    rows += [(what, value, "", "") for what, value in draw.cost(drawn)]
+    picked = [
+        [found["generator"]["picked"][i] for found in numbers["pick"].values()] for i in range(len(names))
+    ]
+    titles = [f"{name}: {', '.join(guesses)}" for name, guesses in zip(names, picked, strict=True)]
+    _save(grid(to_bytes(_middle(samples[:96], frames)), titles[:96]), out / "samples.png")
+    _save(grid(to_bytes(_middle(truth[:96], frames)), names[:96]), out / "real.png")
+    title = f"{model} draws {len(names)} {thing}s: labels of {source}, {split}"
+    columns = ("", "generator", "real", "for comparison")
+    return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
+
+
+class Drawing:
+    """A loaded generator, asked as `ask` says: `drawing(prompts, seeds)` gives samples and how they were made."""
+
+    def __init__(self, model: str, frames: int | None, ask: Ask):
+        self.sora = _capable(model, "generate_image" if frames == 1 else "generate_video")
+        self.frames = frames or self.sora.config.frames
+        self.size, self.fps, self.ask = self.sora.config.size, self.sora.config.fps, ask
+
+    def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Any]]:
+        samples, seconds = generation.draw(
+            self.generate, prompts, seeds, batch=self.ask.batch, progress=_tell()
+        )
+        config = self.sora.config
+        return samples, {
+            "prompts": prompts, "seeds": seeds, "seconds": seconds, "batch": self.ask.batch,
+            "threads": torch.get_num_threads(), "peak_memory_bytes": peak_memory(), "frames": self.frames,
+            "size": list(self.size), "steps": self.ask.steps or config.steps,
+            "guidance": config.guidance if self.ask.guidance is None else self.ask.guidance,
+        }  # fmt: skip
+
+    def generate(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        options = {"seed": seeds, "size": self.size, "steps": self.ask.steps, "guidance": self.ask.guidance}
+        if self.frames == 1:
+            return self.sora.generate_image(prompts, **options)
+        return self.sora.generate_video(prompts, frames=self.frames, **options)
+
+    def cost(self, drawn: dict[str, Any]) -> list[Row]:
+        """The rows of a table that say what a sample cost."""
+        thing = "picture" if self.frames == 1 else f"clip of {self.frames} frames"
+        memory = drawn["peak_memory_bytes"]
+        return [
+            (
+                f"seconds a {thing}, {drawn['batch']} at a time, {drawn['threads']} threads",
+                f"{drawn['seconds']:.2f}",
+            ),
+            ("peak memory of the process", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+        ]
+
+
+def _pick(
+    panel: dict[str, Any], names: list[str], samples: Tensor, truth: Tensor, rows: list[Row]
+) -> dict[str, Any]:
+    """Each judge on the samples and on real pictures of the same names."""
+    numbers = {}
+    for name, judge in panel.items():
+        ours, theirs = (generation.pick(some, names, judge.classify) for some in (samples, truth))
+        numbers[name] = {"generator": ours, "real": theirs}
+        for k, text in (("1", "picked out"), ("5", "among the first five")):
+            rows.append((
+                f"{text} of {ours['ways']}, by {name}", _share(ours[f"top{k}"], ours[f"top{k}_interval"]),
+                _share(theirs[f"top{k}"], theirs[f"top{k}_interval"]), f"{_share(ours[f'chance{k}'])} by guessing",
+            ))  # fmt: skip
+    return numbers
+
+
+def _variety(
+    draw: Drawing, names: list[str], samples: Tensor, truth: Tensor, spaces: dict[str, generation.Space],
+    rows: list[Row], out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Some of the names again with other seeds: `variety.png` has a row for each."""
+    places = range(0, len(names), max(len(names) // draw.ask.varied, 1))[: draw.ask.varied]
+    asked = [
+        (names[i], draw.ask.seed + turn * len(names) + i) for i in places for turn in range(1, draw.ask.seeds)
+    ]
+    again, drawn = draw([name for name, _ in asked], [seed for _, seed in asked])
+    again = rearrange(again, "(p s) ... -> p s ...", p=len(places))
+    several = torch.cat([samples[list(places)][:, None], again], dim=1)
+    numbers: dict[str, Any] = {"drawn": drawn}
+    for name, space in spaces.items():
+        found = generation.diversity(several, space) | {"between_real": generation.spread(truth, space)}
+        numbers[name] = found
+        ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f}"
+        rows += [
+            (
+                f"variety within a prompt / between prompts, {name}",
+                ratio,
+                "",
+                "0: one picture each, 1: prompt ignored",
+            ),
+            (
+                f"distance between prompts, {name}",
+                f"{found['between']:.3f}",
+                f"{found['between_real']:.3f}",
+                "",
+            ),
+        ]
+    pictures = rearrange(_middle(several, draw.frames), "p s ... -> (p s) ...")
+    titles = [names[i] for i in places for _ in range(draw.ask.seeds)]
+    _save(grid(to_bytes(pictures), titles, columns=draw.ask.seeds), out / "variety.png")
+    return numbers
+
+
+def _nearest(
+    names: list[str], samples: Tensor, training: Real, held: Real | None, spaces: dict[str, generation.Space],
+    rows: list[Row], out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """How far the training items are, beside held-out ones; `nearest.png` and `distances.png` show it."""
+    numbers, found = {}, {}
+    for name, space in spaces.items():
+        known = training.vectors(space)
+        far, where = found[name] = generation.nearest(space(samples), known)
+        files = [[training.items[j].file_name for j in row] for row in where.tolist()]
+        numbers[name] = {"distance": far.tolist(), "file": files}
+        theirs, compared = "-", "0: copies"
+        if held is not None:
+            other = generation.nearest(held.vectors(space), known)[0][:, 0]
+            numbers[name] |= generation.copied(far[:, 0], other) | {"held_out_distance": other.tolist()}
+            theirs = f"{other.median():.3f} held out"
+            compared += f"; {numbers[name]['nearer']:.0%} nearer than held out (50%: as new, 100%: copies)"
+        rows.append(
+            (f"distance to the nearest training item, {name}", f"{far[:, 0].median():.3f}", theirs, compared)
+        )
+    order = found["pixels"][0][:, 0].argsort().tolist()
+    pictures, titles = [], []
+    for i in order[:12] + order[12 :: max((len(order) - 12) // 12, 1)][:12]:
+        pictures.append(_middle(samples[i], training.frames))
+        titles.append(f"drawn: {names[i]}")
+        for name, (far, where) in found.items():
+            for distance, j in zip(far[i].tolist(), where[i].tolist(), strict=True):
+                pictures.append(_middle(training[j], training.frames))
+                titles.append(f"{name} {distance:.3f}: {training.items[j].label}")
+    columns = 1 + sum(far.shape[1] for far, _ in found.values())
+    _save(grid(to_bytes(torch.stack(pictures)), titles, columns=columns), out / "nearest.png")
+    _histograms(numbers, out / "distances.png")
+    return numbers
+
+
+# ---------------------------------------------------------------- generation of the world
+
+
+def world(
+    out: Path, *, model: str, frames: int = 1, kind: str | None = None, language: str = "en", world_seed: int = 0,
+    ask: Ask | None = None,
+) -> Measured:  # fmt: skip
+    """Draw captions of unseen scenes; the exact judge says for each attribute how often the picture keeps its word.
+
+    Renders of the same scenes are the ceiling; renders of other scenes are what one gets without reading the text.
+    """
+    ask = ask or Ask()
+    draw = Drawing(model, frames, ask)
+    examples = World(ask.count, seed=world_seed, size=draw.size, frames=frames, kind=kind, first=UNSEEN)
+    prompts, truth = [], []
+    for i in range(ask.count):
+        example = examples[i]
+        texts = [caption.text for caption in example.captions if caption.language == language]
+        if not texts:
+            raise InputError(f"the world has no captions in {language!r}: choose en or zh.")
+        prompts.append(texts[0])
+        truth.append(rearrange(on_white(example.pixels), "f c h w -> c f h w"))
+    real = torch.stack(truth)
+    real = real[:, :, 0] if frames == 1 else real
+    samples, drawn = draw(prompts, [ask.seed + i for i in range(ask.count)])
+    said = [read_caption(prompt) for prompt in prompts]
+    ours, ceiling, other = (generation.scenes(some, said) for some in (samples, real, real.roll(1, dims=0)))
+    rows: list[Row] = [
+        (name, f"{ours[name]['asked']}", _share(ours[name]["right"], ours[name]["interval"]),
+         _share(ceiling[name]["right"]), _share(other[name]["right"]))
+        for name in ours
+    ]  # fmt: skip
+    rows += [(what, "", value, "", "") for what, value in draw.cost(drawn)]
+    pairs = torch.stack([_middle(samples[:32], frames), _middle(real[:32], frames)], dim=1)
+    titles = [text for prompt in prompts[:32] for text in (prompt, "as the world has it")]
+    _save(grid(to_bytes(rearrange(pairs, "n two ... -> (n two) ...")), titles), out / "samples.png")
+    if frames > 1:
+        _animation(samples[:24], prompts[:24], out / "samples.webp", fps=draw.fps)
+    numbers = {
+        "drawn": drawn, "generator": ours, "real": ceiling, "other_scenes": other, "first_scene": UNSEEN,
+        "world_seed": world_seed, "kind": kind, "language": language,
+    }  # fmt: skip
+    title = f"{model} draws {ask.count} unseen scenes of the world, which the exact judge reads back"
+    columns = ("said in the text", "asked", "generator", "real", "other scenes")
+    return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
+
+
+# ---------------------------------------------------------------- what they share
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held so far, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _capable(name_or_folder: str, capability: str) -> Any:
+    system = reverie.load(name_or_folder)
+    if not hasattr(system, capability):
+        raise InputError(
+            f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
+        )
+    return system
+
+
+def _middle(samples: Tensor, frames: int) -> Tensor:
+    """Of clips `... 3 f h w` the middle frame; pictures as they are."""
+    return samples if frames == 1 else samples[..., frames // 2, :, :]
+
+
+def _histograms(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """The distances of samples and of held-out items to the nearest training item."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(found), 3), layout="constrained")
+    for axes, (name, numbers) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
+    ):
+        series = {
+            "samples": [row[0] for row in numbers["distance"]],
+            "held out": numbers.get("held_out_distance", []),
+        }
+        top = max(value for values in series.values() for value in values) or 1.0
+        for label, values in series.items():
+            if values:
+                axes.hist(values, bins=30, range=(0, top), density=True, histtype="step", label=label)
+        axes.set_title(f"to the nearest training item, {name}", fontsize=9)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _animation(clips: Tensor, titles: Sequence[str], path: Path, *, fps: float) -> None:
+    """One moving sheet of clips, WebP."""
+    frames = [grid(to_bytes(clips[:, :, f]), list(titles)) for f in range(clips.shape[2])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    duration = round(1000 / fps)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0, quality=80)
+
+
+def _save(sheet: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG")
+
+
+def _share(value: float, interval: tuple[float, float] | None = None) -> str:
+    return f"{value:.1%}" if interval is None else f"{value:.1%}  [{interval[0]:.1%}, {interval[1]:.1%}]"
+
+
+def _tell() -> Callable[[int, int], None]:
+    """How far the drawing is, on standard error every few seconds."""
+    begin = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 5 and done < total:
+            last = now
+            left = (now - begin) / done * (total - done)
+            print(f"drawing: {done:,} of {total:,}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return tell
