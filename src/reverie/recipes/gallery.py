@@ -278,8 +278,8 @@ def _named(part: dict[str, Any]) -> str:
         )
     low, high = part["top1_interval"]
     return (
-        f"<p>{len(cards)} of {part['images']} {_text(part['style'].title())} pictures, drawn by lot; no model was "
-        f"trained on this style. CLIP chooses among {part['ways']} labels. Over all {part['images']} it is right at once "
+        f"<p>{len(cards)} of {part['images']} {_text(part['style'].title())} pictures, drawn by lot; no model "
+        f"saw this style. CLIP chooses among {part['ways']} labels. Over all {part['images']} it is right at once "
         f"in {part['top1']:.0%} (95&nbsp;% interval {low:.0%} to {high:.0%}) and has the right name among its first "
         f'five in {part["top5"]:.0%}.</p><div class="cards">{"".join(cards)}</div>'
     )
