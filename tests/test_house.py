@@ -79,6 +79,24 @@ def test_base_dependencies_are_few_and_above_their_cves():
     assert all(floor for name, floor in base), "every base dependency has a floor"
 
 
+def test_every_import_is_declared():
+    """What the package imports is among its own dependencies, not merely there because something else needs it."""
+    own = {"PIL": "pillow", "resvg_py": "resvg-py", "reverie": "reverie"}
+    groups = PROJECT["project"]["optional-dependencies"]
+    declared = {name_and_floor(line)[0] for line in PROJECT["project"]["dependencies"]}
+    extras = {name_and_floor(line)[0] for name in ("video", "track", "stickers") for line in groups[name]}
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").partition(".")[0])
+    foreign = {own.get(name, name) for name in found - sys.stdlib_module_names} - {"reverie"}
+    assert foreign <= declared | extras
+    assert declared <= foreign, "a dependency that nothing imports"
+
+
 @pytest.mark.parametrize("file", ["lock.txt", "lock-dev.txt"])
 def test_lock_is_hashed_hostless_and_above_the_floors(file):
     text = (ROOT / "requirements" / file).read_text()
