@@ -89,6 +89,36 @@ def data_show(
     print(contact_sheet(Index.read(folder), out, count=count, size=size, columns=columns, seed=seed))
 
 
+def data_shrink(
+    folder: Path,
+    out: Path,
+    /,
+    *,
+    size: int = 64,
+    frames: int = 16,
+    quality: int = 90,
+    sources: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+) -> None:
+    """Write a small copy of a dataset: every picture and clip at one size, captions and all.
+
+    Args:
+        folder: A folder that was imported.
+        out: A new folder for the copy.
+        size: Pixels a side.
+        frames: At most so many frames of a clip.
+        quality: WebP's, 1 to 100.
+        sources: Only items of these sources; all if not given.
+        without: Leave out the items for which one of these scores of the index is above zero.
+    """
+    from reverie.data.index import Index
+    from reverie.data.shrink import shrink
+
+    index = Index.read(folder).select(sources=sources or None)
+    items = [item for item in index if not any(item.scores.get(name, 0) > 0 for name in without)]
+    print(shrink(Index(index.folder, items), out, size=size, frames=frames, quality=quality))
+
+
 def data_stickers(
     folder: Path, /, *, sources: tuple[str, ...] = (), size: int = 256, jobs: int | None = None
 ) -> None:
@@ -513,6 +543,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data import": data_import,
     "data check": data_check,
     "data show": data_show,
+    "data shrink": data_shrink,
     "data stickers": data_stickers,
     "data world": data_world,
     "train": train,
