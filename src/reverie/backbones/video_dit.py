@@ -27,6 +27,16 @@ class VideoDitConfig:
     depth: int = 12
     heads: int = 6
     context_width: int = 512
+    head: int = 0  # channels of convolutions that smooth the seams between patches (U-ViT, 2209.12152, 3.1)
+
+
+def smoothing(channels: int, width: int) -> nn.Sequential:
+    """Three 3 x 3 convolutions on pictures, whose output starts at zero."""
+    last = nn.Conv2d(width, channels, 3, padding=1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    first, second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
 
 
 class VideoDit(nn.Module):
@@ -57,6 +67,7 @@ class VideoDit(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
         self.out = nn.Linear(config.width, contents)
+        self.head = smoothing(config.channels, config.head) if config.head else None
         for zero in (self.modulation[1], self.out):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
@@ -89,7 +100,11 @@ class VideoDit(nn.Module):
             self.modulation(vector), "b f (two d) -> two b f d", two=2
         ).repeat_interleave(h * w, dim=2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
-        return unpatchify(tokens, self.config.patch, tuple(x.shape[-3:]))
+        out = unpatchify(tokens, self.config.patch, tuple(x.shape[-3:]))
+        if self.head is None:
+            return out
+        flat = rearrange(out, "b c f h w -> (b f) c h w")
+        return out + rearrange(self.head(flat), "(b f) c h w -> b c f h w", b=len(out))
 
     def without_text(
         self, pooled: Tensor, context: Tensor, context_mask: Tensor, drop: Tensor

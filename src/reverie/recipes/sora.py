@@ -81,11 +81,12 @@ def tiny(
 
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
-    lr: float = 1e-3, codec: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
+    lr: float = 1e-3, codec: str = "", start: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
 
     `codec` is the folder of a video autoencoder (recipes/video_vae.py); without it the patches are of pixels.
+    `start` is the folder of a Sora whose weights to begin from.
     """
     reader = reverie.load(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
@@ -94,7 +95,7 @@ def stickers(
         steps=steps, batch=batch, clips=clips, lr=lr,
         clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, reader, index, out, prompts=PROMPTS, codec=codec)
+    return fit(config, reader, index, out, prompts=PROMPTS, codec=codec, start=start)
 
 
 def world(
@@ -134,6 +135,7 @@ def shape(
             channels=3 if stored is None else stored.channels,
             patch=(1, patch) if stored is None else (1, 2),
             bottleneck=128 if stored is None else 0,
+            head=16 if stored is None else 0,
             width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
         ),
         text=reader.config.text, codec=stored, size=(size, size), t_mean=0.4, prediction="x0",
@@ -141,7 +143,14 @@ def shape(
 
 
 def fit(
-    config: SoraRun, reader: Clip, index: Index, out: Path, *, prompts: tuple[str, ...], codec: str = ""
+    config: SoraRun,
+    reader: Clip,
+    index: Index,
+    out: Path,
+    *,
+    prompts: tuple[str, ...],
+    codec: str = "",
+    start: str = "",
 ) -> Sora:
     """Train from random weights, measure and draw on the way, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
@@ -149,6 +158,8 @@ def fit(
     model.text.load_state_dict(reader.text.state_dict())
     if model.codec is not None:
         model.codec.load_state_dict(reverie.load(codec).state_dict())
+    if start:
+        begin_from(model, start)
     model.to(home())
     player = Player(
         model,
@@ -185,6 +196,17 @@ def fit(
     with averaged(player):
         reverie.save(model, out / "model")
     return reverie.load(out / "model")
+
+
+def begin_from(model: Sora, folder: str) -> None:
+    """Take over the weights of a saved Sora; parts that it lacks (such as a new head) stay as they are."""
+    own, theirs = model.state_dict(), reverie.load(folder).state_dict()
+    strange = [name for name, value in theirs.items() if name not in own or own[name].shape != value.shape]
+    if strange:
+        raise InputError(
+            f"{folder} cannot be begun from: {strange[0]} (of {len(strange)}) does not fit this model."
+        )
+    model.load_state_dict(own | theirs)
 
 
 class Source:
