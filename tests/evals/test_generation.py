@@ -11,17 +11,23 @@ from reverie.evals import generation
 from reverie.evals.world_captions import read_caption
 
 NAMES = [f"thing {i:03d}" for i in range(200)]
-TABLE = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1  # what each thing looks like
+TABLE = (
+    torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+)  # what each thing looks like
 
 
 def truth(prompts, seeds):
     """The right picture, a little different for each seed."""
-    noise = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.stack(
+        [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     return TABLE[[NAMES.index(prompt) for prompt in prompts]] + 0.05 * noise
 
 
 def noise(prompts, seeds):
-    return torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack(
+        [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def score(pictures, names):
@@ -65,7 +71,9 @@ def test_the_fifth_place_counts_and_the_sixth_does_not():
 
 
 def test_a_judge_who_cannot_tell_earns_nothing():
-    found = generation.pick(TABLE[:9], NAMES[:9], lambda pictures, names: torch.ones(len(pictures), len(names)))
+    found = generation.pick(
+        TABLE[:9], NAMES[:9], lambda pictures, names: torch.ones(len(pictures), len(names))
+    )
     assert found["top1"] == found["top5"] == 0
 
 
@@ -128,7 +136,9 @@ def test_diversity_in_closed_form():
 def test_pixel_distance_is_the_root_mean_square_and_feature_distance_the_chord():
     a, b = torch.ones(1, 3, 4, 4), -torch.ones(1, 3, 4, 4)
     for some in (a, a[:, :, None].expand(-1, -1, 5, -1, -1)):
-        assert generation.distances(generation.pixels(some), generation.pixels(-some)).item() == pytest.approx(2)
+        assert generation.distances(
+            generation.pixels(some), generation.pixels(-some)
+        ).item() == pytest.approx(2)
     chord = generation.features(embed)
     assert generation.distances(chord(a), chord(b)).item() == pytest.approx(2)
     half = torch.cat([a[:, :, :2], b[:, :, 2:]], dim=2)
@@ -155,7 +165,9 @@ def test_new_samples_are_as_far_as_held_out_ones():
     known = space(TABLE[:100])
     one, other = (generation.nearest(space(TABLE[at : at + 50]), known)[0][:, 0] for at in (100, 150))
     found = generation.copied(one, other)
-    assert found["nearer"] == pytest.approx(0.5, abs=0.12)  # three standard errors of Mann-Whitney's U at 50 x 50
+    assert found["nearer"] == pytest.approx(
+        0.5, abs=0.12
+    )  # three standard errors of Mann-Whitney's U at 50 x 50
     assert generation.copied(one, one)["nearer"] == 0.5  # ties count half
 
 

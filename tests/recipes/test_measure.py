@@ -80,6 +80,9 @@ class Fake:
     def __init__(self, draws):
         self.draws = draws
 
+    def to(self, device):
+        return self
+
     def generate_video(self, prompts, *, frames, seed, **options):
         return torch.stack([self.draws(name, frames, s) for name, s in zip(prompts, seed, strict=True)])
 
@@ -89,6 +92,9 @@ class Fake:
 
 class Knows:
     """A judge that knows every thing by heart."""
+
+    def to(self, device):
+        return self
 
     def classify(self, images, names):
         return -torch.cdist(images.flatten(1), torch.stack([signal(name, 1) for name in names]).flatten(1))
@@ -128,7 +134,12 @@ def test_copies_are_right_and_shown_to_be_copies(corpus, tmp_path, serve):
     assert numbers["pick"]["knows"]["real"]["top1"] == 1
     assert numbers["diversity"]["pixels"]["ratio"] == 0
     assert numbers["nearest"]["pixels"]["nearer"] == 1
-    assert numbers["nearest"]["pixels"]["samples"]["95%"] < 1e-6 < 0.1 < numbers["nearest"]["pixels"]["held_out"]["5%"]
+    assert (
+        numbers["nearest"]["pixels"]["samples"]["95%"]
+        < 1e-6
+        < 0.1
+        < numbers["nearest"]["pixels"]["held_out"]["5%"]
+    )
     assert numbers["nearest"]["pixels"]["file"][0][0] == "fluent-3d/0.png"
     assert numbers["drawn"]["seconds"] > 0
     assert numbers["drawn"]["prompts"] == NAMES[:10]
@@ -218,9 +229,13 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
     text = TextConfig(vocab=tokenizer.vocab, length=8, width=32, depth=1, heads=1, end=tokenizer.end)
     image = VitConfig(size=SIDE, patch=16, width=32, depth=1, heads=1)
     reverie.save(Clip(ClipConfig(image=image, text=text, width=16), tokenizer), tmp_path / "clip")
-    backbone = VideoDitConfig(channels=3, patch=(1, 16), bottleneck=16, width=32, depth=1, heads=1, context_width=32)
+    backbone = VideoDitConfig(
+        channels=3, patch=(1, 16), bottleneck=16, width=32, depth=1, heads=1, context_width=32
+    )
     size = (SIDE, SIDE)
-    reverie.save(Sora(SoraConfig(backbone=backbone, text=text, size=size, steps=1), tokenizer), tmp_path / "sora")
+    reverie.save(
+        Sora(SoraConfig(backbone=backbone, text=text, size=size, steps=1), tokenizer), tmp_path / "sora"
+    )
     small = ClassifierConfig(names=tuple(NAMES), size=SIDE, image=ResnetConfig(widths=(8, 16), depths=(0,)))
     reverie.save(Classifier(small), tmp_path / "judge")
     judges = (str(tmp_path / "clip"), str(tmp_path / "judge"))

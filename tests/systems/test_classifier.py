@@ -58,7 +58,10 @@ def test_saved_and_loaded_it_says_the_same(classifier, tmp_path):
     torch.testing.assert_close(again.classify(pictures(3)), classifier.classify(pictures(3)), rtol=0, atol=0)
     reverie.save(classifier, tmp_path / "half", dtype=torch.float16)
     torch.testing.assert_close(
-        reverie.load(tmp_path / "half").classify(pictures(3)), classifier.classify(pictures(3)), rtol=0.02, atol=0.002
+        reverie.load(tmp_path / "half").classify(pictures(3)),
+        classifier.classify(pictures(3)),
+        rtol=0.02,
+        atol=0.002,
     )
 
 

@@ -71,7 +71,12 @@ def draw(
 
 @torch.no_grad()
 def pick(
-    samples: Tensor, wanted: Sequence[str], score: Score, *, names: Sequence[str] | None = None, batch: int = 64
+    samples: Tensor,
+    wanted: Sequence[str],
+    score: Score,
+    *,
+    names: Sequence[str] | None = None,
+    batch: int = 64,
 ) -> dict[str, Any]:
     """How often the judge `score` picks the name `wanted[i]` of sample i out of `names` (the names wanted).
 
@@ -82,7 +87,9 @@ def pick(
     """
     names = sorted(set(wanted)) if names is None else list(names)
     if len(wanted) != len(samples) or not len(samples):
-        raise InputError(f"{len(samples)} samples and {len(wanted)} names: give each sample the name it should have.")
+        raise InputError(
+            f"{len(samples)} samples and {len(wanted)} names: give each sample the name it should have."
+        )
     number = {name: i for i, name in enumerate(names)}
     if len(number) < len(names):
         raise InputError("a name occurs twice among the names to pick from: nothing tells the two apart.")
@@ -114,7 +121,9 @@ def by_frame(samples: Tensor, function: Space, *, batch: int = 64) -> Tensor:
     """`function` of pictures, `n d`; of a clip the mean over its frames."""
     video = samples if samples.ndim == 5 else samples[:, :, None]
     pictures = rearrange(video, "n c f h w -> (n f) c h w")
-    rows = torch.cat([function(pictures[at : at + batch]).float().cpu() for at in range(0, len(pictures), batch)])
+    rows = torch.cat(
+        [function(pictures[at : at + batch]).float().cpu() for at in range(0, len(pictures), batch)]
+    )
     return rearrange(rows, "(n f) d -> n f d", f=video.shape[2]).mean(dim=1)
 
 
@@ -205,7 +214,9 @@ def copied(samples: Tensor, held: Tensor) -> dict[str, Any]:
     return {
         "nearer": sign.mean().item(),
         "below": (samples < held.quantile(0.05)).double().mean().item(),
-        "samples": dict(zip(("5%", "25%", "50%", "75%", "95%"), samples.quantile(marks).tolist(), strict=True)),
+        "samples": dict(
+            zip(("5%", "25%", "50%", "75%", "95%"), samples.quantile(marks).tolist(), strict=True)
+        ),
         "held_out": dict(zip(("5%", "25%", "50%", "75%", "95%"), held.quantile(marks).tolist(), strict=True)),
     }
 

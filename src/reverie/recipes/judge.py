@@ -19,11 +19,11 @@ from reverie import rng
 from reverie.data.augment import draws, on_white, view
 from reverie.data.index import Index
 from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels
+from reverie.data.pixels import Pixels, cache_of
 from reverie.data.stickers import TEST
 from reverie.errors import InputError
 from reverie.evals.generation import pick
-from reverie.recipes.clip import averaged, open_index, plain_stickers
+from reverie.recipes.clip import averaged, home, open_index, plain_stickers
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run
@@ -48,7 +48,14 @@ class JudgeRun:
 
 
 def stickers(
-    data: Path, out: Path, *, size: int = 32, steps: int = 2500, batch: int = 64, lr: float = 3e-3, seed: int = 0
+    data: Path,
+    out: Path,
+    *,
+    size: int = 32,
+    steps: int = 2500,
+    batch: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
 ) -> Classifier:
     """Names the things of Twemoji and OpenMoji; measured on Fluent's 3-D stickers, which it never learns from.
 
@@ -61,19 +68,27 @@ def stickers(
         raise InputError(
             f"{data} has no labelled picture by {' or '.join(TEST)}: run `reverie data stickers {data}`."
         )
-    config = JudgeRun(model=ClassifierConfig(names=names, size=size), steps=steps, batch=batch, lr=lr, seed=seed)
+    config = JudgeRun(
+        model=ClassifierConfig(names=names, size=size), steps=steps, batch=batch, lr=lr, seed=seed
+    )
     return fit(config, seen, index.select(sources=("fluent-3d",)), out)
 
 
 def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
     """Train on every picture of `seen` from random weights, measure on `unseen`, save the averaged weights."""
     place = {name: i for i, name in enumerate(config.model.names)}
-    pixels = Pixels(seen, size=config.model.size, cache=seen.folder / ".reverie")
+    pixels = Pixels(seen, size=config.model.size, cache=cache_of(seen))
     good = [i for i in pixels.good if seen[i].label in place]
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = Classifier(config.model)
+    model = Classifier(config.model).to(home())
+
+    def loss(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The views are made on the model's device."""
+        return model.loss(batch | {"image": view(batch["rgba"], batch["draws"], strength=config.strength)})
+
     player = Player(
         model,
+        loss=loss,
         optimizer=adamw(model, lr=config.lr, weight_decay=config.weight_decay),
         schedule=partial(cosine, steps=config.steps, warmup=config.warmup),
         ema=Ema(model, decay=config.ema),
@@ -82,9 +97,9 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
 
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
         keys = [(epoch, good[i]) for epoch, i in batch_ids(step, config.batch, len(good), config.seed)]
-        rgba = torch.stack([pixels[i][0] for _, i in keys])
         return {
-            "image": view(rgba, draws(config.seed, keys), strength=config.strength),
+            "rgba": torch.stack([pixels[i][0] for _, i in keys]),
+            "draws": draws(config.seed, keys),
             "label": torch.tensor([place[seen[i].label] for _, i in keys]),
             "ids": [seen[i].file_name for _, i in keys],
         }
@@ -110,7 +125,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
 
 def measure(model: Classifier, index: Index, *, count: int | None = None) -> dict:
     """How often the right name comes first, among all that the model knows, for real pictures evenly out of `index`."""
-    pixels = Pixels(index, size=model.config.size, cache=index.folder / ".reverie", quiet=True)
+    pixels = Pixels(index, size=model.config.size, cache=cache_of(index), quiet=True)
     chosen = [i for i in pixels.good if index[i].label in model.config.names]
     chosen = chosen[:: max(len(chosen) // count, 1)] if count else chosen
     images = on_white(torch.stack([pixels[i][0] for i in chosen]))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 import reverie
 from reverie.data.augment import on_white
 from reverie.data.index import Index
-from reverie.data.pixels import Pixels
+from reverie.data.pixels import Pixels, cache_of
 from reverie.data.stickers import TEST
 from reverie.data.world import World
 from reverie.errors import InputError
@@ -35,7 +34,7 @@ from reverie.evals import generation
 from reverie.evals import zero_shot as naming
 from reverie.evals.world_captions import read_caption
 from reverie.pictures import grid
-from reverie.recipes.clip import plain_stickers
+from reverie.recipes.clip import home, plain_stickers
 from reverie.recipes.sora import to_bytes
 
 JUDGES = ("clip-stickers", "judge-stickers")
@@ -127,9 +126,7 @@ class Real:
 
     def __init__(self, index: Index, size: tuple[int, int], frames: int):
         self.frames = frames
-        cache = index.folder / ".reverie"
-        writable = os.access(cache if cache.exists() else index.folder, os.W_OK)
-        self.pixels = Pixels(index, size=size, frames=frames, cache=cache if writable else None)
+        self.pixels = Pixels(index, size=size, frames=frames, cache=cache_of(index))
         self.items = [index[i] for i in self.pixels.good]
         self.by_label = {item.label: i for i, item in enumerate(self.items) if item.label}
 
@@ -264,7 +261,7 @@ class Drawing:
         config = self.sora.config
         return samples, {
             "prompts": prompts, "seeds": seeds, "seconds": seconds, "batch": self.ask.batch,
-            "threads": torch.get_num_threads(), "peak_memory_bytes": peak_memory(), "frames": self.frames,
+            "device": str(home()), "threads": torch.get_num_threads(), "peak_memory_bytes": peak_memory(), "frames": self.frames,
             "size": list(self.size), "steps": self.ask.steps or config.steps,
             "guidance": config.guidance if self.ask.guidance is None else self.ask.guidance,
         }  # fmt: skip
@@ -281,7 +278,7 @@ class Drawing:
         memory = drawn["peak_memory_bytes"]
         return [
             (
-                f"seconds a {thing}, {drawn['batch']} at a time, {drawn['threads']} threads",
+                f"seconds a {thing}, {drawn['batch']} at a time, {drawn['device']}, {drawn['threads']} threads",
                 f"{drawn['seconds']:.2f}",
             ),
             ("peak memory of the process", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"),
@@ -427,7 +424,9 @@ def world(
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process has held so far, in bytes; None where the system does not say."""
+    """The most memory that this process has held so far, in bytes, on a GPU there; None: the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     try:
         import resource
     except ImportError:  # Windows
@@ -442,7 +441,7 @@ def _capable(name_or_folder: str, capability: str) -> Any:
         raise InputError(
             f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
         )
-    return system
+    return system.to(home())
 
 
 def _middle(samples: Tensor, frames: int) -> Tensor:
