@@ -138,17 +138,17 @@ class Sora(nn.Module):
         **options,
     ) -> Tensor:
         """Prompts -> videos `b 3 f h w` in [-1, 1]; `first_frame` (`b 3 h w` or `3 h w`) is continued if given."""
-        frames = frames or self.config.frames
-        if first_frame is None:
+        frames = self.config.frames if frames is None else frames
+        if first_frame is None or frames < 1:
             return self.generate(prompts, frames=frames, **options)
-        first = first_frame if first_frame.ndim == 4 else rearrange(first_frame, "c h w -> 1 c h w")
-        first = first.expand(len(prompts), -1, -1, -1)
-        size = options.setdefault("size", tuple(first.shape[-2:]))
-        if tuple(first.shape[-3:]) != (3, *size):
+        first = first_frame[None] if first_frame.ndim == 3 else first_frame
+        size = options["size"] = tuple(options.get("size") or first.shape[-2:])
+        if tuple(first.shape) not in ((1, 3, *size), (len(prompts), 3, *size)):
             raise InputError(
-                f"the first frame has shape {tuple(first.shape)}, but the video asked for is {size}."
+                f"the first frame has shape {tuple(first_frame.shape)}, but the videos asked for are "
+                f"{len(prompts)} of size {size}: give `3 h w` or `b 3 h w` of that size."
             )
-        known = torch.zeros(len(prompts), 3, frames, *size)
+        known = first.new_zeros(len(prompts), 3, frames, *size)
         known[:, :, 0] = first
         mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
         mask[:, 0] = True
@@ -157,7 +157,7 @@ class Sora(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Tensor,
         *,
         frames: int = 1,
         seed: int | Sequence[int] = 0,
@@ -182,7 +182,7 @@ class Sora(nn.Module):
         samplers, and an empty list of prompts.
         """
         frames, size, seeds, known_mask = self._check(
-            prompts, frames, size, seed, known, known_mask, sampler, start
+            prompts, frames, size, seed, known, known_mask, sampler, start, steps
         )
         device = self.backbone.null_context.device
         if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
@@ -191,7 +191,7 @@ class Sora(nn.Module):
         noise = torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(
             device
         )
-        given = torch.zeros_like(noise) if known is None else self.encode(known.to(device))
+        given = torch.zeros_like(noise) if known is None else self.encode(known.to(noise))
         mask = self._latent_mask(known_mask.to(device), shape[1])
         wide = rearrange(mask, "b f -> b 1 f 1 1")
         text = self.read(prompts)
@@ -210,7 +210,7 @@ class Sora(nn.Module):
         x = SAMPLERS[sampler](
             guided(predict, self.config.guidance if guidance is None else guidance),
             torch.where(wide, given, x),
-            steps=steps or self.config.steps,
+            steps=self.config.steps if steps is None else steps,
             factor=self.config.shift,
             begin=start,
             progress=progress,
@@ -230,15 +230,14 @@ class Sora(nn.Module):
             return mask
         return self.codec.latent_mask(mask, frames)
 
-    def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start):
+    def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps):
         size = tuple(size or self.config.size)
         stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
-        if isinstance(prompts, str) or not prompts:
-            raise InputError(f"prompts must be a list of one string or more, but is {prompts!r}.")
-        if any(side < stride or side % stride for side in size):
-            raise InputError(
-                f"size {size[0]}x{size[1]} cannot be drawn: both sides must be multiples of {stride}."
-            )
+        words = isinstance(prompts, Tensor) or all(isinstance(prompt, str) for prompt in prompts)
+        if isinstance(prompts, str) or not len(prompts) or not words:
+            raise InputError(f"prompts must be a list of one string or more, but is {prompts!r:.60}.")
+        if len(size) != 2 or any(side < stride or side % stride for side in size):
+            raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
         if frames < 1 or (self.codec is None and frames % self.config.backbone.patch[0]):
             raise InputError(
                 f"{frames} frames cannot be drawn: give a multiple of {self.config.backbone.patch[0]}."
@@ -249,11 +248,17 @@ class Sora(nn.Module):
             raise InputError(
                 f"start {start} must be above 0 and at most 1, and below 1 it needs a known video."
             )
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if steps is not None and steps < 1:
+            raise InputError(f"{steps} steps cannot be taken: give 1 or more.")
+        seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + i for i in range(len(prompts))]
         if len(seeds) != len(prompts):
             raise InputError(
                 f"{len(seeds)} seeds were given for {len(prompts)} prompts: give one seed, or one each."
             )
+        if known is None and known_mask is not None:
+            raise InputError("known_mask was given without known: give the frames as well.")
+        if known is not None and known_mask is None and start == 1:
+            raise InputError("known would change nothing: give known_mask, or a start below 1.")
         if known_mask is None:
             known_mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
         for name, tensor, shape in (
@@ -262,4 +267,10 @@ class Sora(nn.Module):
         ):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}, but must have {shape}.")
+        if known is not None and not known.is_floating_point():
+            raise InputError(f"known must be float in [-1, 1], but is {known.dtype}.")
+        if known_mask.dtype != torch.bool:
+            raise InputError(
+                f"known_mask must be bool, True where a frame is known, but is {known_mask.dtype}."
+            )
         return frames, size, seeds, known_mask
