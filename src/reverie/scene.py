@@ -267,7 +267,8 @@ def tone(colour: str, background: str) -> tuple[int, int, int]:
 def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Signed distance to the edge of an upright unit shape (negative inside) at u, v.
 
-    Its centre of mass is the origin and its bounding radius at most 1, so that a turn keeps both. Exact near straight edges and nowhere an overestimate; after Inigo Quilez's 2D distance functions.
+    Its centre of mass is the origin and its bounding radius at most 1, so that a turn keeps both. Exact near straight
+    edges and nowhere an overestimate; after Inigo Quilez's 2D distance functions.
     """
     match shape:
         case "circle":
