@@ -52,7 +52,7 @@ ANIMATE: tuple[Pair, ...] = (("rocket", ""), ("grinning face", ""), ("ghost", ""
 CONTINUE = ("cat face", "butterfly")  # labels of clips that were kept from training
 FIND: tuple[Pair, ...] = (("fruit", ""), ("rainy weather", ""), ("音乐", "music"), ("昆虫", "insect"))
 FIND_LIKE = ("penguin", "sailboat")  # labels of Twemoji
-SEVERAL, FOUND, NAMED, GUESSES = 4, 6, 12, 3
+SEVERAL, FOUND, NAMED, GUESSES = 4, 8, 12, 3
 FOLDERS = ("drawn", "moving", "sample")
 OURS = {*FOLDERS, "preview.png", "results.json", "index.html"}
 STYLE = "twemoji"  # never trained on
@@ -73,6 +73,8 @@ def demo(
     something that is no gallery, or a model cannot do what is asked of it.
     """
     begun = time.perf_counter()
+    if steps is not None and steps < 1:
+        raise InputError(f"steps is {steps}: give at least 1, or leave it out.")
     _own(out)
     with _stage("loading") as stage:
         reader, painter = _load(clip, "embed_image"), _load(sora, "generate_video")
@@ -99,7 +101,7 @@ def demo(
             ("named", _name),
         ):
             results[name] = part(run)
-    gallery.preview(run.rows).save(out / "preview.png", optimize=True)
+    (out / "preview.png").write_bytes(gallery.preview(run.rows))
     results |= {
         "seconds": time.perf_counter() - begun,
         "peak_memory": _peak_memory(),
@@ -247,7 +249,8 @@ def _animate(run: _Run) -> dict[str, Any]:
                     "seconds": time.perf_counter() - begun,
                 }
             )
-            _film(run, video, gallery.title(words, meaning))
+            if number < 2:
+                _film(run, video, gallery.title(words, meaning))
     return {"clips": clips, "seconds": stage.seconds}
 
 

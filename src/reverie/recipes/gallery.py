@@ -53,8 +53,8 @@ def title(words: str, meaning: str = "") -> str:
     return words if words.isascii() else f"zh: {meaning}"
 
 
-def preview(rows: Sequence[Row]) -> Image.Image:
-    """A contact sheet whose PNG is no larger than `PREVIEW_BYTES`; fewer colours if it must be."""
+def preview(rows: Sequence[Row]) -> bytes:
+    """A contact sheet as a PNG of at most `PREVIEW_BYTES`, in fewer colours if it must be."""
     columns = max(len(row.tiles) for row in rows)
     size = (_GAP + columns * (_TILE + _GAP), _GAP + len(rows) * (_TILE + _LINE + _GAP))
     sheet = Image.new("RGB", size, "white")
@@ -71,12 +71,12 @@ def preview(rows: Sequence[Row]) -> Image.Image:
             while text and font.getlength(text) > room:
                 text = text[:-1]
             draw.text((_GAP + column * (_TILE + _GAP), y + _TILE + 2), text, fill=(60, 60, 60), font=font)
-    for colours in (0, 256, 128, 64, 32, 16, 8, 4, 2):
+    for colours in (0, 256, 64, 16, 4):
         small = sheet.quantize(colours, dither=Image.Dither.NONE) if colours else sheet
         small.save(file := io.BytesIO(), format="PNG", optimize=True)
         if file.tell() <= PREVIEW_BYTES:
             break
-    return small
+    return file.getvalue()
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -98,7 +98,6 @@ header { padding-top: 3.5rem; }
 h1 { font-size: clamp(2.2rem, 6vw, 3.4rem); line-height: 1; letter-spacing: -.03em; margin: 0 0 1rem; }
 h2 { font-size: 1.6rem; letter-spacing: -.015em; margin: 0; }
 h3 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
-img + h3, picture + h3 { margin-top: .7rem; }
 h3 .soft { font-weight: 400; }
 p { margin: .3rem 0 0; max-width: 46rem; }
 nav { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; margin-top: 1.2rem; }
@@ -107,7 +106,7 @@ section { margin-top: 3.5rem; }
 .soft, figcaption, dt { color: var(--soft); }
 .small, figcaption { font-size: .82rem; }
 figcaption, dd, .small { font-variant-numeric: tabular-nums; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17.5rem), 1fr)); gap: 1rem;
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem;
   margin-top: 1.3rem; }
 .broad { grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1rem; min-width: 0; }
@@ -120,6 +119,8 @@ img { display: block; border-radius: 8px; background: #fff; image-rendering: pix
 .row { display: flex; flex-wrap: wrap; gap: .7rem; margin-top: .7rem; align-items: flex-start; }
 .row > figure { min-width: 0; }
 .row figcaption { max-width: 128px; overflow-wrap: anywhere; line-height: 1.3; margin-top: .25rem; }
+.top { display: flex; flex-wrap: wrap; gap: .7rem 1rem; }
+.top > div { flex: 1 1 7rem; }
 .four { display: grid; grid-template-columns: repeat(4, 64px); gap: .35rem; margin-top: .8rem; }
 .best img { outline: 2px solid var(--accent); outline-offset: 2px; }
 .four figcaption { line-height: 1.25; margin-top: .35rem; }
@@ -181,7 +182,7 @@ def _drawn(part: dict[str, Any]) -> str:
             for drawing in prompt["drawings"]
         )
         cards.append(
-            f'<article class="card">{_image(best["file"], _said(prompt), "large")}{_heading(prompt)}{_opinion(best)}'
+            f'<article class="card">{_top(_image(best["file"], _said(prompt), "large"), prompt, best)}'
             f'<div class="four">{four}</div>{_note(_time(prompt["seconds"]) + " for all of them")}</article>'
         )
     count = sum(len(prompt["drawings"]) for prompt in part["prompts"])
@@ -194,7 +195,7 @@ def _drawn(part: dict[str, Any]) -> str:
 
 def _animated(part: dict[str, Any]) -> str:
     cards = "".join(
-        f'<article class="card">{_moving(clip, "large")}{_heading(clip)}{_opinion(clip)}{_strip(clip)}'
+        f'<article class="card">{_top(_moving(clip, "large"), clip, clip)}{_strip(clip)}'
         f"{_note(_clip_facts(clip))}</article>"
         for clip in part["clips"]
     )
@@ -215,10 +216,10 @@ def _continued(part: dict[str, Any]) -> str:
                 _still(original, given, f"{words}, the artist's clip", "middle"), "the artist&rsquo;s own"
             )
         )
+        kept = "; the artist&rsquo;s clip was trained on" if clip["split"] == "train" else ""
         cards.append(
             f'<article class="card">{_heading(clip)}{_opinion(clip)}<div class="row">{trio}</div>{_strip(clip)}'
-            f"{_note(_clip_facts(clip) + '. The artist&rsquo;s clip is of the split ' + _text(clip['split']) + '.')}"
-            "</article>"
+            f"{_note(_clip_facts(clip) + kept)}</article>"
         )
     return (
         f"<p>The first frame is given and the rest imagined, {len(cards)} times in {_time(part['seconds'])}. Beside "
@@ -366,11 +367,15 @@ def _heading(prompt: dict[str, Any]) -> str:
     )
 
 
-def _opinion(drawing: dict[str, Any]) -> str:
-    return (
-        f'<p class="small">score <b>{drawing["score"]:.3f}</b>, rank <b>{drawing["rank"]}</b> of {drawing["of"]}, '
-        f"seed {drawing['seed']}</p>"
-    )
+def _opinion(drawing: dict[str, Any], between: str = ", ") -> str:
+    facts = (f"score <b>{drawing['score']:.3f}</b>", f"rank <b>{drawing['rank']}</b> of {drawing['of']}")
+    seed = f"seed {drawing['seed']}"
+    return f'<p class="small">{between.join((*facts, seed))}</p>'
+
+
+def _top(image: str, prompt: dict[str, Any], drawing: dict[str, Any]) -> str:
+    """A large picture (HTML already) with what is said of it at its side."""
+    return f'<div class="top">{image}<div>{_heading(prompt)}{_opinion(drawing, "<br>")}</div></div>'
 
 
 def _clip_facts(clip: dict[str, Any]) -> str:
