@@ -83,6 +83,7 @@ def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(tmp_path, capsys)
     ("raised", "code"),
     [
         (InputError("no"), 2),
+        (FileExistsError(17, "File exists", "samples"), 2),
         (KeyboardInterrupt(), 130),
         (SystemExit(85), 85),
         (SystemExit(), 0),

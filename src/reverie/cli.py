@@ -122,7 +122,7 @@ def data_shrink(
 def data_stickers(
     folder: Path, /, *, sources: tuple[str, ...] = (), size: int = 256, jobs: int | None = None
 ) -> None:
-    """Fetch the sticker corpus: 20,000 pictures and 2,000 animations with words in English and Chinese.
+    """Fetch the sticker corpus: 24,000 pictures and 2,000 animations with words in English and Chinese.
 
     Uses the npm and pip of this machine. Resumable: run it again after an interruption.
 
@@ -669,12 +669,20 @@ def main(args: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"reverie: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("reverie: stopped.", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"reverie: {error.filename}: {error.strerror}; name another place or mend this one.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("reverie: stopped.", file=sys.stderr)
+        return 130
     except SystemExit as stop:  # of tyro (help or a bad flag) or of a training run that was told to stop
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
