@@ -1,8 +1,8 @@
-"""Training CLIP (2103.00020): `reverie train clip FOLDER`, and the run that made the shipped weights.
+"""Training CLIP (2103.00020) on your own pictures, and the run that made the shipped weights.
 
-tiny      any captioned folder, on a CPU                         reverie train clip-tiny FOLDER
-stickers  the sticker corpus, as shipped (docs/systems/clip.md)  reverie train clip-stickers DIR
-paper     ViT-B/32 as the paper has it                           reverie train clip-b32 FOLDER
+tiny       any captioned folder, on a CPU                         reverie train clip-tiny FOLDER
+stickers   the sticker corpus, as shipped (docs/systems/clip.md)  reverie train clip-stickers DIR
+paper_b32  ViT-B/32 as the paper has it                           reverie train clip-paper-b32 FOLDER
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import reverie
 from reverie import rng
 from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
-from reverie.data.index import Index, Item
+from reverie.data.index import FILE, Index, Item
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
@@ -57,7 +57,7 @@ class ClipRun:
 
 def shape(vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int = 5) -> ClipConfig:
     """A small CLIP for a CPU: 16 patches of 16 pixels behind a conv stem; 4 million parameters by default."""
-    heads = width // 64
+    heads = heads_of(width)
     return ClipConfig(
         image=VitConfig(
             size=size,
@@ -126,7 +126,8 @@ def stickers(
         strength=strength, languages={"en": 0.85, "zh": 0.15}, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
-    return fit(config, tokenizer, train_set, out, measures={"twemoji": partial(_zero_shot, val=held)})
+    measures = {"twemoji": partial(_zero_shot, val=held)} if any(item.label for item in held) else {}
+    return fit(config, tokenizer, train_set, out, measures=measures)
 
 
 def paper_b32(
@@ -202,6 +203,8 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: d
     best_every = max(config.steps // 8, 1)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=config.accumulate,
                       seed=config.seed, save_every=max(config.steps // 12, 1), keep=2, prefetch=2):  # fmt: skip
+        if step.number == 1:
+            name_bad(run, pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(best_every):
@@ -213,6 +216,23 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: d
     with averaged(player):
         reverie.save(model, out / "model")
     return reverie.load(out / "model")
+
+
+def heads_of(width: int) -> int:
+    """Heads of 64 channels. InputError: a width that has none."""
+    if width < 64:
+        raise InputError(f"width {width} has no head of 64 channels: give a multiple of 64.")
+    return width // 64
+
+
+def name_bad(run: Run, *sources: Pixels) -> None:
+    """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
+    bad = [entry for pixels in sources for entry in pixels.bad]
+    run.bad(0, bad)
+    if bad:
+        run.say(
+            f"{len(bad)} files cannot be used and are left out: {run.folder / 'bad_samples.jsonl'} says why"
+        )
 
 
 def home() -> torch.device:
@@ -233,7 +253,7 @@ def averaged(player: Player):
 
 def open_index(data: Path) -> Index:
     data = Path(data)
-    if (data / "metadata.parquet").exists():
+    if (data / FILE).exists():
         return Index.read(data)
     from reverie.data.importers import import_folder
 
@@ -252,6 +272,7 @@ def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
 
 def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
     """Top-1 and top-5 among all labels of `val`."""
+    val = Index(val.folder, [item for item in val if item.label])
     names = sorted({item.label for item in val})
     images, items = _signals(val, model.config.image.size)
     labels = [names.index(item.label) for item in items]

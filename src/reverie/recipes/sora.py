@@ -2,7 +2,7 @@
 
     tiny      any captioned folder, on a CPU                          reverie train sora-tiny FOLDER
     stickers  the shipped weights (docs/systems/sora.md)              reverie train sora-stickers DIR
-    world     the procedural world, scored by its exact judge         reverie train sora-world FOLDER
+    world     the procedural world, scored by its exact judge         reverie train sora-world FOLDER CLIP
 
 Every step has one batch of pictures and, where the data has clips, one of clips; their losses count equally.
 """
@@ -21,13 +21,13 @@ import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import on_white
-from reverie.data.index import Index
+from reverie.data.index import FILE, Index
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
 from reverie.errors import InputError
 from reverie.pictures import grid
-from reverie.recipes.clip import averaged, home, open_index, plain_stickers
+from reverie.recipes.clip import averaged, heads_of, home, name_bad, open_index, plain_stickers
 from reverie.systems.clip import Clip
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.ema import Ema
@@ -91,7 +91,7 @@ def stickers(
     reader = reverie.load(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     config = SoraRun(
-        model=shape(reader, codec=codec, sizes=(depth, width, width // 64)),
+        model=shape(reader, codec=codec, sizes=(depth, width, heads_of(width))),
         steps=steps, batch=batch, clips=clips, lr=lr,
         clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def world(
 
     parts = []
     for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
-        there = (data / name / "metadata.parquet").exists()
+        there = (data / name / FILE).exists()
         part = Index.read(data / name) if there else write(data / name, number, frames=frames, seed=seed)
         parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
     reader = reverie.load(clip)
@@ -172,7 +172,7 @@ def fit(
     moving = index.select(split="train", video=True)
     clips = Source(moving, config, model, frames=CLIP_FRAMES) if config.clips and len(moving) else None
     val = index.select(split="val", video=False)
-    fixed = Source(val, config, model, frames=1).fixed(min(len(val), 64)) if len(val) else None
+    fixed = Source(val, config, model, frames=1).fixed(64) if len(val) else None
 
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
         return clips.clips(step) if micro else pictures.pictures(step)
@@ -180,6 +180,8 @@ def fit(
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=1 if clips is None else 2,
                       seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2):  # fmt: skip
+        if step.number == 1:
+            name_bad(run, *(source.pixels for source in (pictures, clips) if source is not None))
         if step.every(20):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 12, 1)):
@@ -238,14 +240,12 @@ class Source:
         batch["known"][:, 0] = give
         return batch | {"pace": float(pace), "begin": float(begin)}
 
-    def fixed(self, count: int) -> dict[str, Tensor | list]:
-        """The same items, noise and words every time, text never dropped."""
-        batch = self._batch(
-            [(0, i) for i in self.good[:count]],
-            [self._video(i, slice(0, 1)) for i in self.good[:count]],
-            "fixed",
-        )
-        return batch | {"drop": torch.zeros(count, dtype=torch.bool)}
+    def fixed(self, count: int) -> dict[str, Tensor]:
+        """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""
+        some = self.good[:count]
+        batch = self._batch([(0, i) for i in some], [self._video(i, slice(0, 1)) for i in some], "fixed")
+        batch["drop"] = torch.zeros(len(some), dtype=torch.bool)
+        return {name: part.to(home()) for name, part in batch.items() if isinstance(part, Tensor)}
 
     def _keys(self, step: int, batch: int) -> list[tuple[int, int]]:
         return [
@@ -265,7 +265,7 @@ class Source:
     def _batch(
         self, keys: list[tuple[int, int]], videos: list[Tensor], kind: str
     ) -> dict[str, Tensor | list]:
-        latents = self.model.encode(torch.stack(videos))
+        latents = self.model.encode(torch.stack(videos).to(home()))
         texts = [
             draw_caption(
                 self.index[i],
@@ -294,7 +294,8 @@ class Source:
 
 def to_bytes(images: Tensor):
     """Float `b 3 h w` in [-1, 1] -> a list of uint8 `h w 3` arrays."""
-    return list(rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "b c h w -> b h w c").numpy())
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    return list(rearrange(levels, "b c h w -> b h w c").numpy())
 
 
 def _some_captions(index: Index, count: int = 8) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from reverie.data.index import Index
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.pictures import grid
-from reverie.recipes.clip import averaged, open_index, plain_stickers
+from reverie.recipes.clip import averaged, name_bad, open_index, plain_stickers
 from reverie.recipes.sora import CLIP_FRAMES, to_bytes
 from reverie.train.ema import Ema
 from reverie.train.log import Run
@@ -93,6 +93,8 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=2, seed=config.seed,
                       save_every=max(config.steps // 4, 1), keep=1, prefetch=2):  # fmt: skip
+        if step.number == 1:
+            name_bad(run, pictures, moving)
         if step.every(20):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 8, 1)):

@@ -1,0 +1,66 @@
+"""What the training recipes do besides training: name what they leave out, and refuse what has no shape."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from reverie.data.importers import import_folder
+from reverie.data.index import Index
+from reverie.data.pixels import Bad
+from reverie.encoders.text import TextConfig
+from reverie.encoders.vit import VitConfig
+from reverie.errors import InputError
+from reverie.recipes import clip, sora
+from reverie.systems.clip import Clip, ClipConfig
+from reverie.systems.sora import Sora
+from reverie.train.log import Run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures with captions, the last of which is damaged after the import."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(6):
+        Image.new("RGB", (16, 16), (40 * i, 0, 90)).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"picture {i}")
+    import_folder(place, val=0, quiet=True)
+    (place / "5.png").write_bytes(b"")
+    return place
+
+
+def test_files_that_cannot_be_used_are_named_once(tmp_path, capsys):
+    class Source:
+        bad = (Bad("a.png", "the file is empty"),)
+
+    run = Run(tmp_path / "run", progress=True)
+    for _ in range(2):  # a run that goes on says it again
+        clip.name_bad(run, Source())
+    run.rewind(3)
+    run.close()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 0, "path": "a.png", "reason": "the file is empty"}]
+    assert "1 files cannot be used" in capsys.readouterr().err
+
+
+def test_widths_without_a_head_are_refused():
+    assert clip.heads_of(192) == 3
+    with pytest.raises(InputError, match="width 32"):
+        clip.heads_of(32)
+
+
+def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
+    """A bad file in the validation split must not cost the run: the loss takes whatever is left."""
+    from reverie.codecs.bpe import Bpe
+
+    tokenizer = Bpe.train([f"picture {i}" for i in range(6)], vocab=600)
+    text = TextConfig(vocab=tokenizer.vocab, length=8, width=32, depth=1, heads=1, end=tokenizer.end)
+    image = VitConfig(size=16, patch=16, width=32, depth=1, heads=1)
+    reader = Clip(ClipConfig(image=image, text=text, width=16), tokenizer)
+    config = sora.SoraRun(model=sora.shape(reader, size=16, sizes=(1, 32, 1)), steps=1, batch=2, clips=0)
+    model = Sora(config.model, tokenizer).to(clip.home())
+    fixed = sora.Source(Index.read(folder), config, model, frames=1).fixed(64)
+    assert len(fixed["latents"]) == 5
+    assert torch.isfinite(model.loss(fixed)["loss"])
