@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -129,9 +128,6 @@ def test_bad_files_are_listed_and_left_out(index, tmp_path):
     assert "changed since the import" in pixels.bad[1].reason
     with pytest.raises(InputError, match=r"3\.png has no pixels \(the file is empty\)"):
         pixels[3]
-    pixels.write_bad(tmp_path / "bad_samples.jsonl")
-    lines = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [bad._asdict() for bad in pixels.bad]
     again = make_pixels(index, cache=tmp_path / "cache")
     assert (again.good, again.bad) == (pixels.good, pixels.bad)
     assert all(again[i].equal(decode(index.path(index[i]), size=16, frames=4, fit="pad")) for i in again.good)

@@ -101,11 +101,6 @@ class Pixels:
             )
         return torch.from_numpy(np.array(self._data[self._starts[i] : self._starts[i + 1]]))
 
-    def write_bad(self, path: str | Path) -> None:
-        """Writes `bad` as JSON lines: {"path", "reason"}."""
-        lines = [json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in self.bad]
-        Path(path).write_text("".join(lines), encoding="utf-8")
-
     def _refuse_too_many(self, bad: list[Bad]) -> None:
         if len(bad) <= self._max_bad * len(self.index) and len(bad) < len(self.index):
             return

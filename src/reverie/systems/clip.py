@@ -81,13 +81,6 @@ class Clip(nn.Module):
         tokens = self.tokens(texts)
         return F.normalize(self.text_projection(self.text.pool(self.text(tokens), tokens)), dim=-1)
 
-    def text_features(self, texts: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
-        """What a generator reads: features `b n d` of every token, and the mask `b n` of the real ones."""
-        tokens = self.tokens(texts)
-        features = self.text(tokens)
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        return features, position <= rearrange(self.text.end_position(tokens), "b -> b 1")
-
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens -> tokens `b n`, cut to the longest text."""
         if not isinstance(texts, Tensor):
