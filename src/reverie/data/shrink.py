@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reverie.data.index import Index
+from reverie.data.index import FILE, Index
 from reverie.data.progress import track
 from reverie.errors import InputError
 from reverie.media import decode_array, probe
@@ -24,7 +24,7 @@ def shrink(
     stills. Names keep their folders. Raises InputError where `out` already holds an index.
     """
     out = Path(out)
-    if (out / "metadata.parquet").exists():
+    if (out / FILE).exists():
         raise InputError(f"{out} already holds an index: name a new folder for the small copy.")
     items = []
     for item in track(index, total=len(index), label="shrinking", quiet=quiet):

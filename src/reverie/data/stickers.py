@@ -1,4 +1,4 @@
-"""The sticker corpus: some 20,000 real pictures and 2,000 real animations, each with words in English and Chinese.
+"""The sticker corpus: some 24,000 real pictures and 2,000 real animations, each with words in English and Chinese.
 
 Emoji are the one large set of pictures that several studios drew for the same list of things, under free licences,
 with a transparent ground and human captions in many languages. So a model can be trained on some hands and asked
@@ -33,7 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from reverie import rng
-from reverie.data.index import Caption, Index, Item
+from reverie.data.index import FILE, Caption, Index, Item
 from reverie.data.media import decode_array, probe
 from reverie.data.progress import track
 from reverie.data.shrink import encode, shrink
@@ -504,12 +504,14 @@ def stickers(
         raise InputError(
             f"size is {size}: stickers of fewer than 16 pixels a side show nothing; take 64 or more."
         )
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs is {jobs}: rasterise at least one drawing at a time.")
     chosen = [SOURCES[name] for name in names]
     if any(re.search("svg|icons", source.member) for source in chosen) and not find_spec("resvg_py"):
         raise InputError(
             "Drawings are rasterised with resvg-py, which is missing: pip install 'reverie[stickers]'."
         )
-    old = Index.read(folder) if (folder / "metadata.parquet").exists() else None
+    old = Index.read(folder) if (folder / FILE).exists() else None
 
     packages = [WORDS, *(package for source in chosen for package in source.packages)]
     items: list[Item] = []
