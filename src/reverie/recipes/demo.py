@@ -45,12 +45,12 @@ Pair = tuple[str, str]  # words and, for those who do not read Chinese, what the
 
 DRAW: tuple[Pair, ...] = (
     ("red apple", ""), ("rocket", ""), ("octopus", ""), ("pizza", ""), ("dog face", ""), ("rainbow", ""),
-    ("soccer ball", ""), ("blue heart", ""), ("青蛙", "frog"), ("草莓", "strawberry"), ("幽灵", "ghost"),
+    ("soccer ball", ""), ("blue heart", ""), ("青蛙", "frog"), ("草莓", "strawberry"), ("企鹅", "penguin"),
     ("仙人掌", "cactus"),
 )  # fmt: skip
-ANIMATE: tuple[Pair, ...] = (("rocket", ""), ("grinning face", ""), ("ghost", ""), ("红心", "red heart"))
+ANIMATE: tuple[Pair, ...] = (("rocket", ""), ("grinning face", ""), ("红心", "red heart"))
 CONTINUE = ("cat face", "butterfly")  # labels of clips that were kept from training
-FIND: tuple[Pair, ...] = (("fruit", ""), ("rainy weather", ""), ("音乐", "music"), ("昆虫", "insect"))
+FIND: tuple[Pair, ...] = (("fruit", ""), ("weather", ""), ("音乐", "music"), ("昆虫", "insect"))
 FIND_LIKE = ("penguin", "sailboat")  # labels of Twemoji
 SEVERAL, FOUND, NAMED, GUESSES = 4, 8, 12, 3
 FOLDERS = ("drawn", "moving", "sample")

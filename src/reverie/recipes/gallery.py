@@ -124,8 +124,8 @@ img { display: block; border-radius: 8px; background: #fff; image-rendering: pix
 .four { display: grid; grid-template-columns: repeat(4, 64px); gap: .35rem; margin-top: .8rem; }
 .best img { outline: 2px solid var(--accent); outline-offset: 2px; }
 .four figcaption { line-height: 1.25; margin-top: .35rem; }
-.tag { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 0 .55em; font-size: .78rem;
-  font-weight: 400; color: var(--soft); }
+.tag { display: inline-block; white-space: nowrap; border: 1px solid var(--line); border-radius: 99px;
+  padding: 0 .55em; font-size: .78rem; font-weight: 400; color: var(--soft); }
 .query { margin-top: 1rem; }
 .asked { display: flex; gap: 1rem; align-items: center; }
 .good { color: var(--good); }
@@ -162,9 +162,10 @@ def page(results: dict[str, Any]) -> str:
         f"<title>Reverie: a gallery</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<header><h1>Reverie</h1><p>All that you see here was drawn, moved, found and named on this machine in "
         f"{_time(results['seconds'])}, without a network, by two small models trained from random weights.</p>"
-        f'<p class="soft">Nothing is chosen by hand. A score is the cosine between a picture and its words in '
-        "CLIP&rsquo;s space; a rank says where the words come among all the labels of the sample folder, 1 being the "
-        f"best. What goes wrong is shown as well.</p><nav>{links}</nav></header>\n"
+        '<p class="soft">The prompts were written down beforehand, and no picture is chosen by hand. A score is the '
+        "cosine between a picture and its words in CLIP&rsquo;s space; a rank says where the words come among all the "
+        f"labels of the sample folder, 1 being the best. What goes wrong is shown as well.</p>"
+        f"<nav>{links}</nav></header>\n"
         f"<main>{body}</main>\n{_foot(results)}\n</body>\n</html>\n"
     )
 
@@ -361,7 +362,7 @@ def _said(prompt: dict[str, Any], more: str = "") -> str:
 
 def _heading(prompt: dict[str, Any]) -> str:
     meaning = f' <span class="soft">{_text(prompt["meaning"])}</span>' if prompt["meaning"] else ""
-    held = ' <span class="tag">words kept from training</span>' if prompt["held_out"] else ""
+    held = ' <span class="tag">never trained on</span>' if prompt["held_out"] else ""
     return (
         f'<h3><span lang="{_text(prompt["language"])}">{_text(prompt["prompt"])}</span>{meaning}{held}</h3>'
     )
