@@ -258,10 +258,9 @@ def relate(a: tuple[float, float], b: tuple[float, float]) -> str:
 
 def tone(colour: str, background: str) -> tuple[int, int, int]:
     """The second colour of a textured thing: a dark shade, or a light tint where the background is dark."""
-    rgb = COLOURS[colour]
-    if background in ("black", "navy"):
-        return tuple(round(0.4 * value + 0.6 * 255) for value in rgb)
-    return tuple(round(0.45 * value) for value in rgb)
+    red, green, blue = COLOURS[colour]
+    share, white = (0.4, 153) if background in ("black", "navy") else (0.45, 0)
+    return round(share * red) + white, round(share * green) + white, round(share * blue) + white
 
 
 def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ def world(index: int, *, seed: int = 0, kind: str = "image", aspect: float = 1.0
         aspect=aspect,
         background=background,
         things=things,
-        relation=predicate and Relation(subject=subject, predicate=predicate, object=1 - subject),
+        relation=Relation(subject=subject, predicate=predicate, object=1 - subject) if predicate else None,
     )
     return replace(scene, things=_place(scene, where))
 
@@ -192,10 +192,10 @@ def _mover(
         far = draw.uniform(0.26, 0.45) * draw.choice((-1, 1))
         upright = direction == "up and down"
         track = Track(dx=0.0 if upright else far, dy=far if upright else 0.0, bounces=2 if fast else 1)
-    elif kind == "appear":
-        direction, speed, track = None, None, Track(start=draw.uniform(0.25, 0.68))
     else:
-        direction, speed, track = None, None, Track(end=draw.uniform(0.32, 0.75))
+        appears = kind == "appear"
+        track = Track(start=draw.uniform(0.25, 0.68)) if appears else Track(end=draw.uniform(0.32, 0.75))
+        return replace(thing, motion=Motion(kind=kind), track=track)
     return replace(thing, motion=Motion(kind=kind, direction=direction, speed=speed), track=track)
 
 
@@ -228,7 +228,8 @@ def _spots(thing: Thing, placed: Sequence[Thing], draw: Draw, extent: tuple[floa
     edge = thing.r + MARGIN
     low_x, high_x = edge + max(0.0, -thing.track.dx), extent[0] - edge - max(0.0, thing.track.dx)
     low_y, high_y = edge + max(0.0, -thing.track.dy), extent[1] - edge - max(0.0, thing.track.dy)
-    assert low_x < high_x and low_y < high_y, thing
+    assert low_x < high_x, thing
+    assert low_y < high_y, thing
     for _ in range(40):
         spot = replace(thing, x=draw.uniform(low_x, high_x), y=draw.uniform(low_y, high_y))
         if all(_apart(spot, other) for other in placed):
@@ -312,7 +313,7 @@ class World:
             kind,
             first,
         )
-        self.scene(0)
+        render(self.scene(0), size=size)  # refuses a kind or size that cannot be
 
     def __len__(self) -> int:
         return self.count
@@ -346,6 +347,8 @@ def write(
     90 % of the items are "train", 5 % "val", 5 % "test", by index. `scenes.jsonl` holds each scene's exact
     truth, one line an item. Raises InputError where the folder already holds something else.
     """
+    if not 1 <= fps <= 1000:
+        raise InputError(f"fps is {fps:g}: a clip shows from 1 to 1000 frames a second.")
     folder, examples = Path(folder), World(count, seed=seed, size=size, frames=frames, kind=kind)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty: name a new folder for the world.")

@@ -50,7 +50,8 @@ def captions(scene: Scene, *, each: int = 3) -> list[Caption]:
     """
     out: list[Caption] = []
     for language, say in (("en", _english), ("zh", _chinese)):
-        draw, texts = Draw(scene.seed, scene.topic, scene.index, language), []
+        draw = Draw(scene.seed, scene.topic, scene.index, language)
+        texts: list[str] = []
         while len(texts) < each:
             text = say(select(scene, draw), draw)
             if text not in texts:
@@ -177,6 +178,8 @@ def _english(said: Description, draw: Draw) -> str:
 
 
 def _chinese_noun(mention: Mention, draw: Draw) -> str:
+    assert mention.colour
+    assert mention.shape
     measure = "颗" if mention.shape in ("star", "heart") and draw.chance(0.5) else "个"
     number = str(mention.count) if draw.chance(0.2) else CHINESE["number"][str(mention.count)][0]
     text = number + measure

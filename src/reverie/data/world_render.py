@@ -39,7 +39,7 @@ def render(
     out = np.empty((frames, height, width, 3), np.float32)
     out[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
-        pose, patch = None, None
+        pose: tuple[float, float, float] | None = None
         for frame, t in zip(out, times, strict=True):
             dx, dy, turn, visible = thing.track.at(t)
             if not visible:

@@ -30,7 +30,7 @@ from reverie.scene import (
 )
 
 # Words beyond those of `reverie.scene`, by what they mean: kind -> value -> phrases.
-_MORE_ENGLISH = {
+_MORE_ENGLISH: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
         "circle": ("disk", "ball"), "square": ("box",), "moon": ("crescent moon",), "cross": ("plus",),
         "ring": ("donut", "doughnut"), "star": ("five-pointed star",),
@@ -85,7 +85,7 @@ _MORE_ENGLISH = {
     "ground": {"": ("background", "backdrop")},
     "in": {"": ("in",)},
 }  # fmt: skip
-_MORE_CHINESE = {
+_MORE_CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
         "circle": ("圆盘",), "square": ("方形", "正方块"), "diamond": ("钻石形",), "hexagon": ("六角形",),
         "star": ("五角形星星", "星形", "星"), "heart": ("心",), "cross": ("加号", "十字架"), "ring": ("环", "环形"),
@@ -157,8 +157,7 @@ class _Open:
 def _lexicon(chinese: bool) -> tuple[re.Pattern[str], dict[str, tuple[str, str]]]:
     """The pattern of all known phrases, longest first, and what each means."""
     meanings: dict[str, tuple[str, str]] = {}
-    base, more = (CHINESE, _MORE_CHINESE) if chinese else (ENGLISH, _MORE_ENGLISH)
-    for table in (base, more):
+    for table in (CHINESE, _MORE_CHINESE) if chinese else (ENGLISH, _MORE_ENGLISH):
         for kind, values in table.items():
             for value, phrases in values.items():
                 for phrase in phrases:
@@ -171,10 +170,10 @@ def _lexicon(chinese: bool) -> tuple[re.Pattern[str], dict[str, tuple[str, str]]
                             phrase + ("es" if phrase.endswith(("s", "x")) else "s"), ("shapes", value)
                         )
     ordered = sorted(meanings, key=len, reverse=True)
-    phrases = "|".join(re.escape(phrase) for phrase in ordered)
+    known = "|".join(re.escape(phrase) for phrase in ordered)
     if chinese:
-        return re.compile(rf"(?P<number>[一二两三四五六七八九十]|\d+)[个颗枚只块]|{phrases}"), meanings
-    return re.compile(rf"\b(?:(?P<number>\d+)|{phrases})\b"), meanings
+        return re.compile(rf"(?P<number>[一二两三四五六七八九十]|\d+)[个颗枚只块]|{known}"), meanings
+    return re.compile(rf"\b(?:(?P<number>\d+)|{known})\b"), meanings
 
 
 _DIGITS = {"一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9, "十": 10}
@@ -306,17 +305,16 @@ def agree(said: Description | str, scene: Scene) -> dict[str, bool | None]:
         firsts = [sum(mention.count for mention in said.mentions[:k]) for k in range(len(said.mentions))]
         a, b = pairs.get(firsts[said.relation.subject]), pairs.get(firsts[said.relation.object])
         out["relation"] = a is not None and b is not None and _holds(scene, a, said.relation.predicate, b)
-    moving = [j for j, claim in enumerate(claims) if claim.motion is not None]
-    if moving:
-        out["motion"] = all(j in pairs and _same(claims[j].motion, truth[pairs[j]].motion) for j in moving)
-    hasty = [j for j in moving if claims[j].motion.speed is not None]
-    if hasty:
-        out["speed"] = all(
-            j in pairs
-            and truth[pairs[j]].motion is not None
-            and truth[pairs[j]].motion.speed == claims[j].motion.speed
-            for j in hasty
-        )
+    moves = [
+        (claim.motion, truth[pairs[j]].motion if j in pairs else None)
+        for j, claim in enumerate(claims)
+        if claim.motion is not None
+    ]
+    if moves:
+        out["motion"] = all(_same(claim, shown) for claim, shown in moves)
+    paces = [(claim, shown) for claim, shown in moves if claim.speed is not None]
+    if paces:
+        out["speed"] = all(shown is not None and shown.speed == claim.speed for claim, shown in paces)
     return out
 
 

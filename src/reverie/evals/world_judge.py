@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reverie.errors import InputError
+from reverie.evals.world_regions import Region, erode, find, heart, smooth
 from reverie.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -41,10 +42,7 @@ from reverie.scene import (
 if TYPE_CHECKING:
     import torch
 
-LEAST_AREA = 0.0035  # a smaller region is dirt; the world's smallest thing has 0.010 square short sides
-LEAST_HOST = 0.08  # a thing that another lies on is larger
 LEAST_OVERLAP = 0.72  # intersection over union with the best template below which a region has no shape
-MOST_REGIONS = 10  # per frame, the largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +93,9 @@ def judge(pixels: torch.Tensor | np.ndarray) -> Reading:
     ground = np.median(border, axis=0)
     noise = float(1.4826 * np.median(np.abs(border - ground)))
     for _ in range(0 if noise < 0.02 else 1 if noise < 0.06 else 2):
-        frames = _smooth(frames)
+        frames = smooth(frames)
     noise *= 1.0 if noise < 0.02 else 0.38 if noise < 0.06 else 0.27
-    regions = _regions(frames, ground, noise, short)
+    regions = find(frames, ground, noise, short)
     background = min(BACKGROUNDS, key=lambda name: math.dist(ground, np.divide(BACKGROUNDS[name], 255)))
     blur = _blur([region for row in regions for region in row])
     if len(frames) == 1:
@@ -129,218 +127,6 @@ def _frames(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
     return frames[None] if frames.ndim == 3 else frames
 
 
-# ----------------------------------------------------------------------------------------------- regions
-
-
-@dataclass(kw_only=True, eq=False)
-class Region:
-    """One connected foreground region of one frame: a crop with its mask, soft coverage and colours."""
-
-    frame: int
-    x: float  # centroid, pixels
-    y: float
-    weight: float  # area, pixels
-    left: int
-    top: int
-    mask: np.ndarray  # h w
-    alpha: np.ndarray  # h w
-    pixels: np.ndarray  # h w 3
-    colour: np.ndarray  # mean over the inner pixels
-    plain: bool  # of one colour
-    host: Region | None = None  # the region that it was found in
-
-
-def _smooth(frames: np.ndarray) -> np.ndarray:
-    for axis in (1, 2):
-        padded = np.concatenate([frames.take([0], axis), frames, frames.take([-1], axis)], axis)
-        n = frames.shape[axis]
-        parts = [padded.take(range(i, i + n), axis) for i in range(3)]
-        frames = 0.25 * parts[0] + 0.5 * parts[1] + 0.25 * parts[2]
-    return frames
-
-
-def _erode(mask: np.ndarray) -> np.ndarray:
-    out = np.zeros_like(mask)
-    out[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
-    return out
-
-
-def _dilate(mask: np.ndarray) -> np.ndarray:
-    padded = np.pad(mask, 1)
-    across = padded[:, :-2] | padded[:, 1:-1] | padded[:, 2:]
-    return across[:-2] | across[1:-1] | across[2:]
-
-
-def _holes(mask: np.ndarray) -> np.ndarray:
-    """What the mask encloses; the mask keeps clear of the crop's border."""
-    labels, _ = label(~mask[None])
-    return (labels[0] != labels[0, 0, 0]) & ~mask
-
-
-def label(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """4-connected components of `f h w`, frame by frame: labels (0 = none, then 1...) and boxes `n 5`.
-
-    A box is (frame, top, left, bottom, right), the ends exclusive. Works on runs: the runs of touching rows that
-    overlap are joined by minimum propagation with pointer jumping, so no loop runs over pixels.
-    """
-    f, h, w = mask.shape
-    stride = w + 1
-    flat = np.zeros(f * (h + 1) * stride + 1, np.int8)  # an empty column and row keep lines and frames apart
-    flat[:-1].reshape(f, h + 1, stride)[:, :h, :w] = mask
-    edges = np.flatnonzero(np.diff(flat, prepend=np.int8(0)))
-    starts, ends = edges[::2], edges[1::2]
-    n = len(starts)
-    if n == 0:
-        return np.zeros(mask.shape, np.int32), np.zeros((0, 5), np.int64)
-    low = np.searchsorted(ends, starts + stride, "right")
-    high = np.searchsorted(starts, ends + stride, "left")
-    counts = np.maximum(high - low, 0)
-    above = np.repeat(np.arange(n), counts)
-    below = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(low, counts)
-    root = np.arange(n)
-    while True:
-        before = root.copy()
-        least = np.minimum(root[above], root[below])
-        np.minimum.at(root, root[above], least)
-        np.minimum.at(root, root[below], least)
-        root = root[root]
-        if (root == before).all():
-            break
-    _, number = np.unique(root, return_inverse=True)
-    k = int(number.max()) + 1
-    painted = np.zeros(f * (h + 1) * stride + 1, np.int32)
-    np.add.at(painted, starts, number + 1)
-    np.add.at(painted, ends, -(number + 1))
-    labels = painted.cumsum()[:-1].reshape(f, h + 1, stride)[:, :h, :w].astype(np.int32)
-    row, left = starts // stride, starts % stride
-    right = left + (ends - starts)
-    boxes = np.empty((k, 5), np.int64)
-    boxes[:, 1:3], boxes[:, 3:] = 1 << 40, -1
-    boxes[number, 0] = row // (h + 1)
-    np.minimum.at(boxes[:, 1], number, row % (h + 1))
-    np.minimum.at(boxes[:, 2], number, left)
-    np.maximum.at(boxes[:, 3], number, row % (h + 1) + 1)
-    np.maximum.at(boxes[:, 4], number, right)
-    return labels, boxes
-
-
-def _regions(frames: np.ndarray, ground: np.ndarray, noise: float, short: int) -> list[list[Region]]:
-    """The regions of each frame, the largest first."""
-    far = np.sqrt(((frames - ground) ** 2).sum(-1))
-    labels, boxes = label(far > max(0.12, 4.5 * noise))
-    least = LEAST_AREA * short * short
-    out: list[list[Region]] = [[] for _ in frames]
-    spans = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
-    gone: set[int] = set()
-    for number in np.argsort(-spans, kind="stable") + 1:
-        f, top, left, bottom, right = boxes[number - 1]
-        if spans[number - 1] < least or number in gone:
-            continue
-        view = labels[f, top:bottom, left:right]
-        rough = np.pad(view == number, 2)
-        if rough.sum() < least:
-            continue
-        if rough.sum() > LEAST_HOST * short * short:
-            hole = _holes(rough)
-            if hole.any() and not _erode(hole & (np.pad(view, 2) == 0)).any():
-                # the blend of a thing's edge with what it lies on can look like the background: no real hole
-                gone |= set(np.pad(view, 2)[hole].tolist())
-                rough |= hole
-        rows = np.clip(np.arange(top - 2, bottom + 2), 0, frames.shape[1] - 1)
-        columns = np.clip(np.arange(left - 2, right + 2), 0, frames.shape[2] - 1)
-        pixels, crop = frames[f][np.ix_(rows, columns)], far[f][np.ix_(rows, columns)]
-        core = _erode(rough)
-        contrast = np.percentile(crop[core], 20) if core.sum() > 4 else crop[rough].max()
-        # A blurred bridge between two things is thin and weak: cut it, but keep whatever lies deep inside.
-        cut = (rough & (crop > 0.5 * contrast)) | _erode(core)
-        parts, _ = label(cut[None])
-        for part in range(1, parts.max() + 1):
-            mask = parts[0] == part
-            if mask.sum() >= least:
-                region = _region(int(f), left - 2, top - 2, mask, pixels, crop, ground)
-                out[f].append(region)
-                inner = _inner(region, ground, least, short)
-                if inner is not None:
-                    out[f].append(inner)
-    for row in out:
-        row.sort(key=lambda region: -region.weight)
-        del row[MOST_REGIONS:]
-    return out
-
-
-def _region(
-    frame: int, left: int, top: int, mask: np.ndarray, pixels: np.ndarray, far: np.ndarray, ground: np.ndarray
-) -> Region:
-    colours = pixels[_core(mask)]
-    mean = np.median(colours, axis=0)
-    plain = bool(np.abs(colours - mean).mean() < 0.06)
-    if plain:  # coverage is the share of its colour in the mixture
-        axis = mean - ground
-        alpha = np.clip((pixels - ground) @ axis / (axis @ axis), 0.0, 1.0) * _dilate(_dilate(mask))
-    else:  # the share of the strongest neighbour's contrast
-        padded = np.pad(far, 1)
-        across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
-        share = far / np.maximum(np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:]), 1e-6)
-        alpha = np.where(_erode(mask), 1.0, np.clip(share, 0.0, 1.0)) * _dilate(mask)
-    weight = alpha.sum()
-    y = (alpha.sum(1) @ (np.arange(mask.shape[0]) + 0.5)) / weight
-    x = (alpha.sum(0) @ (np.arange(mask.shape[1]) + 0.5)) / weight
-    return Region(
-        frame=frame, x=left + x, y=top + y, weight=float(weight), left=left, top=top, mask=mask, alpha=alpha,
-        pixels=pixels, colour=colours.mean(0), plain=plain,
-    )  # fmt: skip
-
-
-def _core(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask that are free of its edge: two pixels in, or one, or none where it is thin."""
-    once = _erode(mask)
-    twice = _erode(once)
-    return twice if twice.sum() > 8 else once if once.sum() > 4 else mask
-
-
-def _blur(regions: Sequence[Region]) -> int:
-    """How soft the edges are, as an index of BLURS.
-
-    Across a Gaussian edge a (1 - a) integrates to sigma / sqrt(pi); small shapes overstate it, so that the next
-    sharper templates may win by fit.
-    """
-    plain = [region for region in regions if region.plain]
-    soft, steep = 0.0, 1e-6
-    for region in plain:
-        alpha = region.alpha
-        soft += float((alpha * (1 - alpha)).sum())
-        steep += float(np.hypot(alpha[1:, 1:] - alpha[:-1, 1:], alpha[1:, 1:] - alpha[1:, :-1]).sum())
-    guess = int(np.abs(np.subtract(BLURS, math.sqrt(math.pi) * soft / steep)).argmin())
-    some = plain[:: len(plain) // 4 + 1]
-    return min(
-        (guess, max(guess - 1, 0)), key=lambda blur: sum(_shape(region, blur)[0].min() for region in some)
-    )
-
-
-def _inner(host: Region, ground: np.ndarray, least: float, short: int) -> Region | None:
-    """The one thing that lies on another: a compact patch of another colour that nowhere reaches the rim."""
-    core = _erode(host.mask)
-    deep = _erode(_erode(core))
-    if host.weight < LEAST_HOST * short * short or not deep.any():
-        return None
-    rim = np.median(host.pixels[core & ~deep], axis=0)
-    far = np.sqrt(((host.pixels - rim) ** 2).sum(-1))
-    odd = (far > 0.15) & core
-    labels, _ = label(odd[None])
-    sizes = np.bincount(labels[0].ravel())[1:]
-    if not len(sizes) or sizes.max() < max(2 * least, 0.8 * odd.sum()):
-        return None
-    mask = labels[0] == sizes.argmax() + 1
-    if (mask & ~_erode(core)).any():
-        return None
-    inner = _region(host.frame, host.left, host.top, mask, host.pixels, far, rim)
-    host.pixels = np.where(_dilate(_dilate(mask))[..., None], rim, host.pixels)
-    host.alpha = np.where(_dilate(mask), 1.0, host.alpha)
-    host.colour = rim
-    inner.host = host
-    return inner
-
-
 # ----------------------------------------------------------------------------------------------- one thing
 
 GRID = 24
@@ -351,7 +137,8 @@ BLURS = (0.3, 0.7, 1.1, 1.6)  # pixels; the first is what antialiasing does
 def _normal(alpha: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
     """The coverage on a GRID x GRID lattice about (x, y), scaled by `radius`; bilinear, flat."""
     axis = (np.arange(GRID) + 0.5) / GRID * 2 - 1
-    padded = np.pad(alpha, 1)
+    padded = np.zeros((alpha.shape[0] + 2, alpha.shape[1] + 2), alpha.dtype)
+    padded[1:-1, 1:-1] = alpha
     sides = []
     for middle, limit in ((y, alpha.shape[0]), (x, alpha.shape[1])):
         at = np.clip(middle + axis * REACH * radius - 0.5, -1.0, limit) + 1.0
@@ -385,8 +172,9 @@ def _templates(level: int, blur: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
             angle = math.radians(step * period / steps)
             cos, sin = math.cos(angle), math.sin(angle)
             alpha = np.clip(0.5 - distance(shape, x * cos + y * sin, y * cos - x * sin) * r, 0, 1)
-            for _ in range(2 if reach else 0):
-                alpha = np.apply_along_axis(np.convolve, 0, alpha, line, "same").T
+            for _ in range(2 if reach else 0):  # along the rows, then along the columns
+                wide = np.pad(alpha, ((reach, reach), (0, 0)))
+                alpha = sum(weight * wide[i : i + len(alpha)] for i, weight in enumerate(line)).T
             rows.append(_normal(alpha, half + 0.5, half + 0.5, math.sqrt(alpha.sum() / math.pi)))
             numbers.append(number)
     bank = np.stack(rows).astype(np.float32)
@@ -406,6 +194,25 @@ def _shape(region: Region, blur: int) -> tuple[np.ndarray, float]:
     return costs / GRID**2, float(np.minimum(best, view).sum() / np.maximum(best, view).sum())
 
 
+def _blur(regions: Sequence[Region]) -> int:
+    """How soft the edges are, as an index of BLURS.
+
+    Across a Gaussian edge a (1 - a) integrates to sigma / sqrt(pi); small shapes overstate it, so that the next
+    sharper templates may win by fit.
+    """
+    plain = [region for region in regions if region.plain]
+    soft, steep = 0.0, 1e-6
+    for region in plain:
+        alpha = region.alpha
+        soft += float((alpha * (1 - alpha)).sum())
+        steep += float(np.hypot(alpha[1:, 1:] - alpha[:-1, 1:], alpha[1:, 1:] - alpha[1:, :-1]).sum())
+    guess = int(np.abs(np.subtract(BLURS, math.sqrt(math.pi) * soft / steep)).argmin())
+    some = plain[:: len(plain) // 4 + 1]
+    return min(
+        (guess, max(guess - 1, 0)), key=lambda blur: sum(_shape(region, blur)[0].min() for region in some)
+    )
+
+
 _BASE = np.array(list(COLOURS.values()), np.float32) / 255
 _WEAVE = np.array([COLOURS[name] for name in TEXTURED_COLOURS], np.float32) / 255
 _TONES = np.stack([0.45 * _WEAVE, 0.4 * _WEAVE + 0.6])  # dark and light seconds: 2 k 3, as `scene.tone`
@@ -413,10 +220,10 @@ _TONES = np.stack([0.45 * _WEAVE, 0.4 * _WEAVE + 0.6])  # dark and light seconds
 
 def _paint(region: Region) -> tuple[str, str]:
     """(colour, texture): the nearest plain colour, or the nearest line from a colour to its second tone."""
-    colours = region.pixels[_core(region.mask)]
+    colours = region.pixels[heart(region.mask)]
     plain = np.sqrt(((colours[:, None] - _BASE) ** 2).sum(-1)).mean(0)
     name = list(COLOURS)[plain.argmin()]
-    core = _erode(region.mask)
+    core = erode(region.mask)
     colours = region.pixels[core]
     if len(colours) < 20 or plain.min() < 0.06:
         return name, "solid"
@@ -430,7 +237,7 @@ def _paint(region: Region) -> tuple[str, str]:
         return name, "solid"
     weave = np.zeros(core.shape, np.float32)
     weave[core] = part
-    safe = _erode(core)
+    safe = erode(core)
     dy = ((weave[2:] - weave[:-2])[:, 1:-1])[safe[1:-1, 1:-1]]
     dx = ((weave[:, 2:] - weave[:, :-2])[1:-1])[safe[1:-1, 1:-1]]
     xx, yy, xy = (dx * dx).sum(), (dy * dy).sum(), (dx * dy).sum()
@@ -444,7 +251,7 @@ def _paint(region: Region) -> tuple[str, str]:
 def _see(regions: Sequence[Region], blur: int, short: int) -> Seen:
     """One thing from its regions in one or several frames: shapes by summed distance, paint by vote."""
     fits = [_shape(region, blur) for region in regions]
-    shape = SHAPES[int(sum(costs for costs, _ in fits).argmin())]
+    shape = SHAPES[int(np.sum([costs for costs, _ in fits], axis=0).argmin())]
     paints = [_paint(region) for region in regions]
     colour, texture = max(paints, key=paints.count)
     weight = float(np.median([region.weight for region in regions]))
@@ -456,7 +263,7 @@ def _see(regions: Sequence[Region], blur: int, short: int) -> Seen:
     known = max(overlap for _, overlap in fits) >= LEAST_OVERLAP
     return Seen(
         shape=shape if known else None, colour=colour, size=size, texture=texture,
-        x=regions[0].x / short, y=regions[0].y / short, r=r,
+        x=round(float(regions[0].x) / short, 4), y=round(float(regions[0].y) / short, 4), r=round(r, 4),
     )  # fmt: skip
 
 
@@ -684,19 +491,20 @@ def score(reading: Reading, truth: Scene | Description) -> dict[str, bool | None
         out["relation"] = (
             a is not None and b is not None and reading.relation(a, b) == said.relation.predicate
         )
-    for name in ("motion", "speed"):
-        holds = []
-        for i, mention in enumerate(mentions):
-            wanted = mention.motion
-            if wanted is None or (name == "speed" and wanted.speed is None):
-                continue
-            shown = reading.things[pairs[i]].motion if i in pairs else None
-            if i not in pairs and len(pairs):
-                continue
-            same = shown is not None and shown.kind == wanted.kind
-            if name == "motion":
-                same = same and wanted.direction in (None, shown.direction)
-            holds.append(same and (name == "motion" or shown.speed == wanted.speed))
-        if any(m.motion is not None and (name == "motion" or m.motion.speed is not None) for m in mentions):
-            out[name] = bool(holds) and all(holds)
+    shown = {i: reading.things[j].motion or Motion(kind="none") for i, j in pairs.items()}
+    moves = [(i, mention.motion) for i, mention in enumerate(mentions) if mention.motion is not None]
+    paces = [(i, motion) for i, motion in moves if motion.speed is not None]
+    same = {i for i, motion in moves if i in shown and shown[i].kind == motion.kind}
+    for name, asked in (("motion", moves), ("speed", paces)):
+        if asked:
+            there = [(i, motion) for i, motion in asked if i in shown]
+            out[name] = bool(there) and all(
+                i in same
+                and (
+                    motion.direction in (None, shown[i].direction)
+                    if name == "motion"
+                    else motion.speed == shown[i].speed
+                )
+                for i, motion in there
+            )
     return out
