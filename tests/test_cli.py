@@ -79,6 +79,16 @@ def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(tmp_path, capsys)
     assert err.count("\n") == 1
 
 
+def test_settings_that_no_file_can_have_are_one_sentence(tmp_path, capsys):
+    world = tmp_path / "world"
+    for fps in (0, 5000):
+        assert reverie("data", "world", world, "--count", "1", "--frames", "8", "--fps", fps) == 2
+    assert not world.exists()
+    assert reverie("data", "world", world, "--count", "1") == 0
+    assert reverie("data", "shrink", world, tmp_path / "small", "--quality", "1000") == 2
+    assert capsys.readouterr().err.count("\n") == 3
+
+
 @pytest.mark.parametrize(
     ("raised", "code"),
     [

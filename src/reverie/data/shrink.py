@@ -26,6 +26,8 @@ def shrink(
     out = Path(out)
     if (out / FILE).exists():
         raise InputError(f"{out} already holds an index: name a new folder for the small copy.")
+    if not 1 <= quality <= 100:
+        raise InputError(f"quality is {quality}: WebP's runs from 1 to 100.")
     items = []
     for item in track(index, total=len(index), label="shrinking", quiet=quiet):
         pixels = decode_array(index.path(item), size=size, frames=frames, fit="pad")
