@@ -19,10 +19,10 @@ def awake(model):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[0, 5], ids=["plain", "smoothed"])
+def model(request):
     torch.manual_seed(0)
-    return awake(VideoDit(CONFIG))
+    return awake(VideoDit(dataclasses.replace(CONFIG, head=request.param)))
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def inputs():
 close = {"atol": 1e-5, "rtol": 1e-4}
 
 
-@pytest.mark.parametrize("bottleneck", [0, 6])
-def test_the_output_is_zero_at_birth_and_every_parameter_learns(inputs, bottleneck):
+@pytest.mark.parametrize(("bottleneck", "head"), [(0, 0), (6, 0), (6, 5)])
+def test_the_output_is_zero_at_birth_and_every_parameter_learns(inputs, bottleneck, head):
     torch.manual_seed(0)
-    model = VideoDit(dataclasses.replace(CONFIG, bottleneck=bottleneck))
+    model = VideoDit(dataclasses.replace(CONFIG, bottleneck=bottleneck, head=head))
     assert not model(*inputs).any()
     awake(model)
     text = model.without_text(*inputs[2:], torch.tensor([True, False]))
@@ -48,6 +48,19 @@ def test_the_output_is_zero_at_birth_and_every_parameter_learns(inputs, bottlene
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+def test_smoothing_starts_as_nothing_and_reaches_over_the_seams(inputs):
+    torch.manual_seed(0)
+    plain = awake(VideoDit(CONFIG))
+    smoothed = VideoDit(dataclasses.replace(CONFIG, head=5))
+    smoothed.load_state_dict(plain.state_dict(), strict=False)  # so trained weights may go on with it
+    assert smoothed(*inputs).equal(plain(*inputs))
+    awake(smoothed)
+    x = torch.zeros(1, 3, 8, 8)
+    x[..., 3] = 1  # at a seam between patches of 4
+    assert ((smoothed.head(x) - smoothed.head(x * 0)).abs().amax((0, 1, 2))[4:7] > 0).all()
 
 
 @torch.no_grad()

@@ -261,7 +261,8 @@ class Drawing:
         config = self.sora.config
         return samples, {
             "prompts": prompts, "seeds": seeds, "seconds": seconds, "batch": self.ask.batch,
-            "device": str(home()), "threads": torch.get_num_threads(), "peak_memory_bytes": peak_memory(), "frames": self.frames,
+            "device": str(home()), "threads": torch.get_num_threads(), "peak_memory_bytes": peak_memory(),
+            "frames": self.frames,
             "size": list(self.size), "steps": self.ask.steps or config.steps,
             "guidance": config.guidance if self.ask.guidance is None else self.ask.guidance,
         }  # fmt: skip

@@ -70,7 +70,7 @@ def tiny(
     size: int = 64, lr: float = 1e-3, seed: int = 0,
 ) -> Sora:  # fmt: skip
     """A small model from random weights on any captioned folder; its text tower is that of `clip`."""
-    reader = reverie.load(clip)
+    reader = reader_of(clip)
     index = open_index(data)
     config = SoraRun(
         model=shape(reader, size=size), steps=steps, batch=batch, clips=clips if index.select(video=True) else 0,
@@ -88,7 +88,7 @@ def stickers(
     `codec` is the folder of a video autoencoder (recipes/video_vae.py); without it the patches are of pixels.
     `start` is the folder of a Sora whose weights to begin from.
     """
-    reader = reverie.load(clip)
+    reader = reader_of(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     config = SoraRun(
         model=shape(reader, codec=codec, sizes=(depth, width, heads_of(width))),
@@ -110,7 +110,7 @@ def world(
         there = (data / name / FILE).exists()
         part = Index.read(data / name) if there else write(data / name, number, frames=frames, seed=seed)
         parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
-    reader = reverie.load(clip)
+    reader = reader_of(clip)
     config = SoraRun(
         model=shape(reader),
         steps=steps,
@@ -198,6 +198,16 @@ def fit(
     with averaged(player):
         reverie.save(model, out / "model")
     return reverie.load(out / "model")
+
+
+def reader_of(clip: str) -> Clip:
+    """The CLIP whose text tower reads the prompts."""
+    reader = reverie.load(clip)
+    if not isinstance(reader, Clip) or reader.tokenizer is None:
+        raise InputError(
+            f"{clip} is no CLIP with a tokenizer: give one that reverie.save wrote, or clip-stickers."
+        )
+    return reader
 
 
 def begin_from(model: Sora, folder: str) -> None:

@@ -2,7 +2,7 @@
 
     stickers   pictures and 5-frame clips together               reverie train video-vae-stickers DIR
 
-It lost to pixels at equal training time on this data (docs/log.md), so the shipped weights do without.
+The shipped weights do without: docs/log.md says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reverie.data.index import Index
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.pictures import grid
-from reverie.recipes.clip import averaged, name_bad, open_index, plain_stickers
+from reverie.recipes.clip import averaged, home, name_bad, open_index, plain_stickers
 from reverie.recipes.sora import CLIP_FRAMES, to_bytes
 from reverie.train.ema import Ema
 from reverie.train.log import Run
@@ -57,7 +57,7 @@ def stickers(
 def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
     """Train from random weights, report PSNR on the held-out pictures, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = VideoVae(config.model)
+    model = VideoVae(config.model).to(home())
     player = Player(
         model,
         optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
@@ -71,7 +71,7 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
         index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES, cache=cache
     )
     held = Pixels(index.select(split="val", video=False), size=config.size, cache=cache)
-    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]])
+    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]]).to(home())
 
     def batches(step: int, micro: int) -> dict[str, Tensor]:
         source, count, frames = (
@@ -108,7 +108,9 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
                 )
             run.curves()
     with averaged(player):
-        _normalise(model, torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]]))
+        _normalise(
+            model, torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]]).to(home())
+        )
         reverie.save(model, out / "model")
     return reverie.load(out / "model")
 

@@ -110,7 +110,11 @@ class Sora(nn.Module):
         text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
         out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0), begin=batch.get("begin", 0.0))
         predicted = self._velocity(out, x_t, wide)
-        target = self._velocity(latents, x_t, wide) if self.config.prediction == "x0" else noise - latents
+        target = (
+            self._velocity(latents, x_t, wide)
+            if self.config.prediction == "x0"
+            else gaussian.velocity(latents, noise)
+        )
         return {
             "loss": velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())
         }
@@ -141,6 +145,8 @@ class Sora(nn.Module):
         frames = self.config.frames if frames is None else frames
         if first_frame is None or frames < 1:
             return self.generate(prompts, frames=frames, **options)
+        if not isinstance(first_frame, Tensor):
+            raise InputError(f"first_frame must be a tensor `3 h w` in [-1, 1], but is {first_frame!r}.")
         first = first_frame[None] if first_frame.ndim == 3 else first_frame
         size = options["size"] = tuple(options.get("size") or first.shape[-2:])
         if tuple(first.shape) not in ((1, 3, *size), (len(prompts), 3, *size)):
