@@ -1,6 +1,7 @@
 """How well the exact judge reads the procedural world: clean at several sizes, then under noise and blur.
 
-    python benchmarks/world_judge.py [SCENES] [--seed 0]
+    python benchmarks/world_judge.py [SCENES] [--seed 1000]
+    python benchmarks/world_judge.py --picture docs/images/world.png
 
 Prints the tables of docs/world.md: percent of scenes read right, one attribute a column; half the scenes are images,
 half are clips of 8 frames. Noise is Gaussian of the given standard deviation, blur Gaussian of the given radius in
@@ -10,14 +11,19 @@ pixels, pixels being in [-1, 1].
 from __future__ import annotations
 
 import argparse
+import textwrap
 import time
 from collections import Counter
+from pathlib import Path
 
+import matplotlib
 import torch
+from PIL import Image, ImageDraw
+from PIL.ImageFont import truetype
 from torch.nn import functional
 
 from reverie import rng
-from reverie.data.world import render, world
+from reverie.data.world import captions, render, world
 from reverie.evals.world_judge import ATTRIBUTES, judge, score
 from reverie.scene import Scene
 
@@ -62,12 +68,49 @@ def measure(
     return {name: 100 * right[name] / asked[name] for name in asked} | {"seconds": seconds / len(scenes)}
 
 
+def picture(path: Path) -> None:
+    """Scenes of every topic with a caption each, and clips as strips."""
+    font = truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 12)
+    cell, gap, line = 176, 14, 16
+    width = 6 * cell + 7 * gap
+    stills = [("single", 12), ("count", 2), ("relation", 10), ("group", 9), ("relation", 23), ("count", 38)]
+    stills += [("single", 7), ("relation", 34), ("group", 37), ("count", 10), ("relation", 30), ("group", 5)]
+    strips = [("motion", 0), ("duet", 1), ("chorus", 0), ("merge", 0), ("motion", 21), ("motion", 9)]
+    frame = (width - 3 * gap) // 2 // 6
+    tall = 2 * (cell + 4 * line + gap) + 3 * (frame + 2 * line + gap) + gap
+    sheet = Image.new("RGB", (width, tall), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def show(pixels: torch.Tensor, text: str, x: int, y: int, columns: int) -> None:
+        sheet.paste(Image.fromarray(pixels.numpy()), (x, y))
+        lines = "\n".join(textwrap.wrap(text, columns))
+        draw.text((x, y + pixels.shape[0] + 4), lines, fill=(50, 50, 50), font=font, spacing=3)
+
+    for k, (kind, i) in enumerate(stills):
+        scene = world(i, kind=kind)
+        x, y = gap + k % 6 * (cell + gap), gap + k // 6 * (cell + 4 * line + gap)
+        show(
+            render(scene, size=(cell, cell))[0], min((c.text for c in captions(scene)[:3]), key=len), x, y, 28
+        )
+    for k, (kind, i) in enumerate(strips):
+        scene = world(i, kind=kind)
+        frames = list(render(scene, size=(frame - 2, frame - 2), frames=6))
+        frames = [functional.pad(one, (0, 0, 0, 2), value=255) for one in frames]
+        x = gap + k % 2 * ((width - gap) // 2)
+        y = gap + 2 * (cell + 4 * line + gap) + k // 2 * (frame + 2 * line + gap)
+        show(torch.cat(frames, dim=1), captions(scene)[k % 3].text, x, y, 90)
+    sheet.quantize(128).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenes", type=int, nargs="?", default=400, help="scenes a row, half of them clips")
     parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--picture", type=Path, help="draw the page's picture there instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.picture:
+        return picture(options.picture)
 
     def row(name: str, size: tuple[int, int], **change: float) -> None:
         scenes = [

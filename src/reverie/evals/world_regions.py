@@ -157,10 +157,7 @@ def find(frames: np.ndarray, ground: np.ndarray, noise: float, short: int) -> li
             mask = parts[0] == part
             if mask.sum() >= least:
                 region = _region(int(f), left - 2, top - 2, mask, pixels, crop, ground)
-                out[f].append(region)
-                inner = _inner(region, ground, least, short)
-                if inner is not None:
-                    out[f].append(inner)
+                out[f] += _inner(region, ground, noise, least, short)
     for row in out:
         row.sort(key=lambda region: -region.weight)
         del row[MOST_REGIONS:]
@@ -195,25 +192,31 @@ def heart(mask: np.ndarray) -> np.ndarray:
     return twice if twice.sum() > 8 else once if once.sum() > 4 else mask
 
 
-def _inner(host: Region, ground: np.ndarray, least: float, short: int) -> Region | None:
-    """The one thing that lies on another: a compact patch of another colour that nowhere reaches the rim."""
+def _inner(host: Region, ground: np.ndarray, noise: float, least: float, short: int) -> tuple[Region, ...]:
+    """The region itself, or where one thing lies on another both: it with the other painted over, and the other.
+
+    The other is a compact patch of another colour that nowhere reaches the rim.
+    """
     core = erode(host.mask)
     deep = erode(erode(core))
     if host.weight < LEAST_HOST * short * short or not deep.any():
-        return None
+        return (host,)
     rim = np.median(host.pixels[core & ~deep], axis=0)
     far = np.sqrt(((host.pixels - rim) ** 2).sum(-1))
-    odd = (far > 0.15) & core
-    labels, _ = label(odd[None])
-    sizes = np.bincount(labels[0].ravel())[1:]
-    if not len(sizes) or sizes.max() < max(2 * least, 0.8 * odd.sum()):
-        return None
-    mask = labels[0] == sizes.argmax() + 1
-    if (mask & ~erode(core)).any():
-        return None
+    labels, patches = label(((far > max(0.15, 4 * noise)) & core)[None])
+    sizes = np.bincount(
+        labels[0][deep], minlength=len(patches) + 1
+    )  # edges that blur has softened do not reach so deep
+    total = sizes[1:].sum()
+    sizes[0] = 0
+    sizes[np.unique(labels[0][~erode(core)])] = 0  # stripes reach the rim; dots and checks are several
+    if sizes.max() < max(1.5 * least, 0.8 * total):
+        return (host,)
+    mask = labels[0] == sizes.argmax()
     inner = _region(host.frame, host.left, host.top, mask, host.pixels, far, rim)
-    host.pixels = np.where(dilate(dilate(mask))[..., None], rim, host.pixels)
-    host.alpha = np.where(dilate(mask), 1.0, host.alpha)
-    host.colour = rim
-    inner.host = host
-    return inner
+    if ((inner.colour - rim) ** 2).sum() < 0.2**2:
+        return (host,)
+    pixels = np.where(dilate(dilate(mask))[..., None], rim, host.pixels)
+    contrast = np.sqrt(((pixels - ground) ** 2).sum(-1))
+    inner.host = _region(host.frame, host.left, host.top, host.mask, pixels, contrast, ground)
+    return inner.host, inner
