@@ -27,6 +27,7 @@ class VideoDitConfig:
     depth: int = 12
     heads: int = 6
     context_width: int = 512
+    waves: int = 0  # per axis and picture, of the absolute places that are added to the patches; 0: rotary alone
     head: int = 0  # channels of convolutions that smooth the seams between patches (U-ViT, 2209.12152, 3.1)
 
 
@@ -37,6 +38,17 @@ def smoothing(channels: int, width: int) -> nn.Sequential:
     nn.init.zeros_(last.bias)
     first, second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
+
+
+def _whereabouts(f: int, h: int, w: int, waves: int) -> Tensor:
+    """`(f h w) (4 waves)`: sines and cosines of the row's and the column's place between the picture's edges, 0 to 1.
+
+    Rotary positions tell only how far apart two patches are; in pure noise nothing else says where the middle is.
+    Fractions of the side, so that every size and aspect has the same edges (NaViT, 2307.06304, section 2.1).
+    """
+    places = (grid(f, h, w)[:, 1:] + 0.5) / torch.tensor([h, w])
+    angles = rearrange(places[..., None] * torch.pi * torch.arange(1, waves + 1), "n axes k -> n (axes k)")
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class VideoDit(nn.Module):
@@ -54,6 +66,9 @@ class VideoDit(nn.Module):
             )
         else:
             self.embed = nn.Linear(contents, config.width)
+        self.place = nn.Linear(4 * config.waves, config.width, bias=False) if config.waves else None
+        if self.place is not None:
+            nn.init.zeros_(self.place.weight)
         self.time = nn.Sequential(
             nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
@@ -87,6 +102,8 @@ class VideoDit(nn.Module):
         frames, side = self.config.patch
         f, h, w = x.shape[-3] // frames, x.shape[-2] // side, x.shape[-1] // side
         tokens = self.embed(patchify(x, self.config.patch))
+        if self.place is not None:
+            tokens = tokens + self.place(_whereabouts(f, h, w, self.config.waves).to(tokens))
         head = self.config.width // self.config.heads
         places = grid(f, h, w, device=x.device).float()
         places[:, 0] = begin + pace * places[:, 0]

@@ -135,6 +135,7 @@ def shape(
             channels=3 if stored is None else stored.channels,
             patch=(1, patch) if stored is None else (1, 2),
             bottleneck=128 if stored is None else 0,
+            waves=8,
             head=16 if stored is None else 0,
             width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
         ),
