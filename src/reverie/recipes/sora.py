@@ -139,7 +139,7 @@ def shape(
             head=16 if stored is None else 0,
             width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
         ),
-        text=reader.config.text, codec=stored, size=(size, size), t_mean=0.4, prediction="x0",
+        text=reader.config.text, codec=stored, size=(size, size), t_mean=0.8, t_std=1.5, prediction="x0",
     )  # fmt: skip
 
 
