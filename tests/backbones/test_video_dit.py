@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from reverie.backbones.video_dit import VideoDit, VideoDitConfig
+from reverie.backbones.video_dit import VideoDit, VideoDitConfig, _whereabouts
 
 CONFIG = VideoDitConfig(channels=3, patch=(1, 4), bottleneck=6, width=24, depth=2, heads=2, context_width=10)
 
@@ -19,10 +19,10 @@ def awake(model):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[0, 5], ids=["plain", "smoothed"])
+@pytest.fixture(scope="module", params=[{}, {"waves": 2, "head": 5}], ids=["plain", "whole"])
 def model(request):
     torch.manual_seed(0)
-    return awake(VideoDit(dataclasses.replace(CONFIG, head=request.param)))
+    return awake(VideoDit(dataclasses.replace(CONFIG, **request.param)))
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def inputs():
 close = {"atol": 1e-5, "rtol": 1e-4}
 
 
-@pytest.mark.parametrize(("bottleneck", "head"), [(0, 0), (6, 0), (6, 5)])
-def test_the_output_is_zero_at_birth_and_every_parameter_learns(inputs, bottleneck, head):
+@pytest.mark.parametrize("parts", [{"bottleneck": 0}, {}, {"head": 5}, {"waves": 3}])
+def test_the_output_is_zero_at_birth_and_every_parameter_learns(inputs, parts):
     torch.manual_seed(0)
-    model = VideoDit(dataclasses.replace(CONFIG, bottleneck=bottleneck, head=head))
+    model = VideoDit(dataclasses.replace(CONFIG, **parts))
     assert not model(*inputs).any()
     awake(model)
     text = model.without_text(*inputs[2:], torch.tensor([True, False]))
@@ -51,16 +51,48 @@ def test_the_output_is_zero_at_birth_and_every_parameter_learns(inputs, bottlene
 
 
 @torch.no_grad()
-def test_smoothing_starts_as_nothing_and_reaches_over_the_seams(inputs):
+@pytest.mark.parametrize("parts", [{"head": 5}, {"waves": 3}])
+def test_a_new_part_starts_as_nothing(inputs, parts):
+    """So trained weights may go on with it."""
     torch.manual_seed(0)
     plain = awake(VideoDit(CONFIG))
-    smoothed = VideoDit(dataclasses.replace(CONFIG, head=5))
-    smoothed.load_state_dict(plain.state_dict(), strict=False)  # so trained weights may go on with it
-    assert smoothed(*inputs).equal(plain(*inputs))
-    awake(smoothed)
+    more = VideoDit(dataclasses.replace(CONFIG, **parts))
+    assert not more.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    assert more(*inputs).equal(plain(*inputs))
+    assert not torch.allclose(awake(more)(*inputs), plain(*inputs), atol=1e-3)
+
+
+@torch.no_grad()
+def test_smoothing_reaches_over_the_seams():
+    torch.manual_seed(0)
+    head = awake(VideoDit(dataclasses.replace(CONFIG, head=5))).head
     x = torch.zeros(1, 3, 8, 8)
-    x[..., 3] = 1  # at a seam between patches of 4
-    assert ((smoothed.head(x) - smoothed.head(x * 0)).abs().amax((0, 1, 2))[4:7] > 0).all()
+    x[..., 3] = 1  # the last column of a patch of 4
+    changed = (head(x) - head(x * 0)).abs().amax((0, 1, 2)) > 0
+    assert changed.tolist() == [True] * 7 + [False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("waves", [0, 3])
+def test_only_waves_tell_where_a_patch_of_a_flat_picture_is(inputs, waves):
+    """Where all patches are alike, attention to what stands around says nothing, however it turns."""
+    torch.manual_seed(0)
+    model = awake(VideoDit(dataclasses.replace(CONFIG, waves=waves)))
+    x = torch.full((2, 3, 1, 16, 12), 0.3)
+    patches = model(x, inputs[1][:, :1], *inputs[2:]).unfold(3, 4, 4).unfold(4, 4, 4)
+    apart = (patches - patches[:, :, :, :1, :1]).abs().amax((0, 1, 2, 5, 6)) > 1e-3
+    assert apart.sum() == (4 * 3 - 1 if waves else 0)
+
+
+def test_waves_know_the_edges_of_every_size():
+    small, large = _whereabouts(1, 2, 2, 3), _whereabouts(1, 6, 10, 3)
+    assert small.shape == (4, 12)
+    assert len(set(map(tuple, large.tolist()))) == 60
+    torch.testing.assert_close(_whereabouts(2, 6, 10, 3), large.repeat(2, 1))
+    inner = large.unflatten(0, (6, 10))[1::3][
+        :, 2::5
+    ]  # the patches whose middles are those of the small picture
+    torch.testing.assert_close(inner.flatten(0, 1), small)
 
 
 @torch.no_grad()

@@ -96,10 +96,12 @@ def pictures(b: int, frames: int = 1, size: int = 8) -> torch.Tensor:
 def test_it_draws_the_pictures_that_it_learnt(config, tokenizer):
     """End to end: a wrong sign, time or place, or text taken for no text, cannot pass."""
     torch.manual_seed(0)
-    model = Sora(config, tokenizer)
+    model = Sora(
+        dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, waves=4)), tokenizer
+    )
     assert not model.backbone.out.weight.any()
     wanted = pictures(2)
-    learn(model, wanted, PROMPTS[:2], steps=300)
+    learn(model, wanted, PROMPTS[:2], steps=200)
     for sampler in ("euler", "heun"):
         out = model.generate_image(PROMPTS[:2], steps=12, guidance=1.5, sampler=sampler, seed=3)
         error = (out[:, None] - wanted[None, :, :, 0]).abs().mean((2, 3, 4))
@@ -240,6 +242,33 @@ def test_the_prompt_and_the_guidance_matter(sora):
 
 def test_tokens_are_prompts_too(sora, tokenizer):
     assert sora.generate_image(tokenizer.encode(PROMPTS)).equal(sora.generate_image(PROMPTS))
+
+
+@pytest.mark.parametrize("changes", [{"shift": 3.0}, {"steps": 3}, {"guidance": 5.0}])
+def test_the_defaults_are_those_of_the_configuration(sora, config, tokenizer, changes):
+    model = Sora(dataclasses.replace(config, **changes), tokenizer).eval()
+    model.load_state_dict(sora.state_dict())
+    out = model.generate_image(PROMPTS)
+    assert not torch.allclose(out, sora.generate_image(PROMPTS), atol=1e-3)
+    if "shift" not in changes:
+        assert out.equal(sora.generate_image(PROMPTS, **changes))
+
+
+@torch.no_grad()
+def test_pace_and_begin_are_heard(sora, tokenizer):
+    assert not torch.allclose(sora.generate_video(PROMPTS, pace=2.0), sora.generate_video(PROMPTS), atol=1e-3)
+    seen = []
+    hook = sora.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    batch = {"latents": pictures(1, 2), "noise": pictures(1, 2), "tokens": tokenizer.encode(PROMPTS[:1])}
+    batch |= {"normal": torch.zeros(1), "drop": torch.tensor([False]), "known": torch.zeros(1, 2).bool()}
+    try:
+        sora.loss(batch)
+        sora.loss(batch | {"pace": 2.0, "begin": 3.0})
+    finally:
+        hook.remove()
+    assert seen == [{"pace": 1.0, "begin": 0.0}, {"pace": 2.0, "begin": 3.0}]
 
 
 def test_progress_and_steps(sora):
