@@ -47,8 +47,9 @@ def test_files_that_cannot_be_used_are_named_once(tmp_path, capsys):
 
 def test_widths_without_a_head_are_refused():
     assert clip.heads_of(192) == 3
-    with pytest.raises(InputError, match="width 32"):
-        clip.heads_of(32)
+    for width in (32, 100):
+        with pytest.raises(InputError, match=f"width {width}"):
+            clip.heads_of(width)
 
 
 def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
@@ -59,6 +60,9 @@ def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
     text = TextConfig(vocab=tokenizer.vocab, length=8, width=32, depth=1, heads=1, end=tokenizer.end)
     image = VitConfig(size=16, patch=16, width=32, depth=1, heads=1)
     reader = Clip(ClipConfig(image=image, text=text, width=16), tokenizer)
+    for size in (0, 8, 50):
+        with pytest.raises(InputError, match=f"size {size} .*16"):
+            sora.shape(reader, size=size)
     config = sora.SoraRun(model=sora.shape(reader, size=16, sizes=(1, 32, 1)), steps=1, batch=2, clips=0)
     model = Sora(config.model, tokenizer).to(clip.home())
     fixed = sora.Source(Index.read(folder), config, model, frames=1).fixed(64)

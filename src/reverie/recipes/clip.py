@@ -94,10 +94,9 @@ def tiny(
         model=shape(tokenizer.vocab, tokenizer.end, size=size),
         steps=steps, batch=min(batch, len(train_set)), lr=lr, seed=seed,
     )  # fmt: skip
-    val = index.select(split="val")
-    return fit(
-        config, tokenizer, train_set, out, measures={"val": partial(_retrieval, val=val)} if len(val) else {}
-    )
+    val = captioned(index.select(split="val"))
+    measures = {"val": partial(_retrieval, val=val)} if len(val) else {}
+    return fit(config, tokenizer, train_set, out, measures=measures)
 
 
 def stickers(
@@ -141,6 +140,11 @@ def paper_b32(
     )  # fmt: skip
     index = open_index(data)
     return fit(config, tokenizer, index.select(split="train"), out, measures={})
+
+
+def captioned(index: Index) -> Index:
+    """The items that have a caption."""
+    return Index(index.folder, [item for item in index if item.captions])
 
 
 def plain_stickers(index: Index) -> Index:
@@ -219,9 +223,9 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: d
 
 
 def heads_of(width: int) -> int:
-    """Heads of 64 channels. InputError: a width that has none."""
-    if width < 64:
-        raise InputError(f"width {width} has no head of 64 channels: give a multiple of 64.")
+    """Heads of 64 channels. InputError: a width that they do not fill."""
+    if width < 64 or width % 64:
+        raise InputError(f"width {width} is not made of heads of 64 channels: give a multiple of 64.")
     return width // 64
 
 

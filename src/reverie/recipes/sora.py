@@ -27,7 +27,7 @@ from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
 from reverie.errors import InputError
 from reverie.pictures import grid
-from reverie.recipes.clip import averaged, heads_of, home, name_bad, open_index, plain_stickers
+from reverie.recipes.clip import averaged, captioned, heads_of, home, name_bad, open_index, plain_stickers
 from reverie.systems.clip import Clip
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.ema import Ema
@@ -130,6 +130,9 @@ def shape(
     """Pixels in patches of 16 through a bottleneck, or latents of `codec` in patches of 2."""
     depth, width, heads = sizes
     stored = reverie.load(codec).config if codec else None
+    side = patch if stored is None else 2 * stored.stride[1]
+    if size < side or size % side:
+        raise InputError(f"size {size} cannot be trained: give a multiple of {side}.")
     return SoraConfig(
         backbone=VideoDitConfig(
             channels=3 if stored is None else stored.channels,
@@ -172,7 +175,7 @@ def fit(
     pictures = Source(index.select(split="train", video=False), config, model, frames=1)
     moving = index.select(split="train", video=True)
     clips = Source(moving, config, model, frames=CLIP_FRAMES) if config.clips and len(moving) else None
-    val = index.select(split="val", video=False)
+    val = captioned(index.select(split="val", video=False))
     fixed = Source(val, config, model, frames=1).fixed(64) if len(val) else None
 
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
