@@ -94,6 +94,8 @@ def test_settings_that_no_file_can_have_are_one_sentence(tmp_path, capsys):
     [
         (InputError("no"), 2),
         (FileExistsError(17, "File exists", "samples"), 2),
+        (MemoryError(), 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
         (KeyboardInterrupt(), 130),
         (SystemExit(85), 85),
         (SystemExit(), 0),
@@ -209,6 +211,8 @@ def test_search_leaves_unreadable_files_out(clip_folder, tmp_path, capsys):
         ["search", "EMPTY", "red"],
         ["sample", "a cat", "--model", "CLIP"],
         ["sample", "a cat", "--frames", "0"],
+        ["sample", "a cat", "--fps", "0"],
+        ["sample", "a cat", "--fps", "-3", "--frames", "4"],
         ["sample"],
         ["train", "no-such-recipe", "FOLDER"],
         ["train", "clip-tiny", "EMPTY"],
@@ -331,6 +335,20 @@ def test_sample_with_a_real_model(clip_folder, tmp_path, capsys):
     picture, moving = tmp_path / "000-a-red-circle.png", tmp_path / "000-a-red-circle.webp"
     assert reverie("sample", "a red circle", *flags, "--size", 32, 48) == 0
     assert reverie("sample", "a red circle", *flags, "--frames", 4, "--first-frame", picture) == 0
+    capsys.readouterr()
+    for flag, wrong, words in (("--guidance", "nan", "guidance"), ("--steps", 0, "0 steps")):
+        assert reverie("sample", "a red circle", *flags, flag, wrong) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert words in err
+        assert err.count("\n") == 1
+    for wrong, words in (
+        ({"size": 32}, r"\(32, 32\)"),
+        ({"steps": 1.5}, "whole"),
+        ({"prompts": None}, "list"),
+    ):
+        with pytest.raises(InputError, match=words):
+            sora.generate_image(**{"prompts": ["a circle"]} | wrong)
     with Image.open(picture) as image, Image.open(moving) as clip:
         assert image.size == (48, 32)
         assert clip.size == (32, 32)

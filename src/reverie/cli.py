@@ -230,6 +230,8 @@ def sample(
         raise InputError('Say what to draw, such as: reverie sample "a red rocket".')
     if best_of < 1 or frames < 1:
         raise InputError(f"best_of and frames must be at least 1, not {best_of} and {frames}.")
+    if fps is not None and not 1 <= fps <= 1000:
+        raise InputError(f"fps is {fps:g}: a clip shows from 1 to 1000 frames a second.")
     if first_frame is not None and frames == 1:
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
@@ -677,6 +679,15 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(
             f"reverie: {error.filename}: {error.strerror}; name another place or mend this one.",
+            file=sys.stderr,
+        )
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)  # torch has no class of its own for want of memory on the CPU
+        if not (isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text):
+            raise
+        print(
+            "reverie: this needs more memory than there is; ask for a smaller size, batch or number of frames.",
             file=sys.stderr,
         )
         return 2

@@ -143,6 +143,9 @@ def bad_calls(clip: Clip, tokenizer) -> dict[str, tuple]:
         "no image": (lambda: clip.embed_image([]), "no image"),
         "a list of tensors": (lambda: clip.embed_image([image[0]]), "Tensor"),
         "no such file": (lambda: clip.embed_image(["nowhere/cat.png"]), "cat.png"),
+        "no list of images": (lambda: clip.embed_image(5), "are 5"),
+        "no pixels": (lambda: clip.embed_image(image[..., :0]), "pixels"),
+        "no list of texts": (lambda: clip.embed_text(None), "is None"),
         "one name": (lambda: clip.classify(image, "cat"), r"\['cat'\]"),
         "no names": (lambda: clip.classify(image, []), "names"),
         "one template": (lambda: clip.classify(image, names, templates="a {}"), r"\['a \{\}'\]"),
@@ -159,6 +162,12 @@ def test_mistakes_are_told_in_a_sentence(clip, tokenizer):
         message = str(caught.value)
         assert "\n" not in message, what
         assert len(message) < 200, what
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_pictures_of_another_precision_are_read(clip, dtype):
+    image = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16).to(dtype)
+    assert torch.equal(clip.embed_image(image), clip.embed_image(image.float()))
 
 
 def test_without_a_tokenizer_tokens_still_work(small, tokenizer):

@@ -249,7 +249,9 @@ def test_shipped_names_resolve_to_their_folder(toy, monkeypatch):
         store.load("toys", systems=SYSTEMS)
 
 
-@pytest.mark.parametrize("name", ["", "no-such", "../../etc", "a\0b", "x" * 5000, "/proc/self", "~", "con:"])
+@pytest.mark.parametrize(
+    "name", ["", None, 5, "no-such", "../../etc", "a\0b", "x" * 5000, "/proc/self", "~", "con:"]
+)
 def test_unknown_names_say_what_is_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelFileError, match=r"config\.json and model\.safetensors"):
@@ -264,6 +266,13 @@ def test_pickles_are_explained(suffix, tmp_path):
     for path in (tmp_path / "old", tmp_path / "old" / f"pytorch_model{suffix}", f"model{suffix}"):
         with pytest.raises(ModelFileError, match="reverie convert"):
             reverie.load(path)
+
+
+def test_an_empty_name_is_not_the_current_folder(toy, monkeypatch):
+    monkeypatch.chdir(toy)
+    assert store.find(".") == Path(".")
+    with pytest.raises(ModelFileError, match="no shipped name"):
+        store.find("")
 
 
 def test_a_file_is_not_a_folder(toy):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -70,6 +70,10 @@ class Clip(nn.Module):
             raise InputError(
                 f"images must be float in [-1, 1], but are {images.dtype}: divide bytes by 127.5, less 1."
             )
+        if not all(images.shape[-2:]):
+            raise InputError(f"images must have pixels, but have shape {tuple(images.shape)}.")
+        if images.dtype in (torch.float16, torch.float64):  # as numpy and half-precision code make them
+            images = images.to(self.log_scale.dtype)
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
@@ -107,6 +111,8 @@ class Clip(nn.Module):
         """Pictures or their paths -> `b 3 size size`: short side resized (bicubic), centre cropped, laid on white."""
         if isinstance(images, str | Path | Image.Image):
             raise InputError("images must be a list, but is one picture or path: write [image].")
+        if not hasattr(images, "__len__"):
+            raise InputError(f"images must be a tensor or a list, but are {images!r:.60}.")
         if not len(images):
             raise InputError("there is no image: give a list of one or more.")
         for image in images:
@@ -159,6 +165,8 @@ def _strings(what: str, strings: Sequence[str]) -> list[str]:
         raise InputError(
             f"{what} must be a list of strings, but is the string {strings!r}: write [{strings!r}]."
         )
+    if not isinstance(strings, Iterable):
+        raise InputError(f"{what} must be a list of strings, but is {strings!r:.60}.")
     strings = list(strings)
     if not strings or not all(isinstance(string, str) for string in strings):
         raise InputError(f"{what} must be a list of one string or more, but is {strings!r:.60}.")

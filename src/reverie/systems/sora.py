@@ -14,6 +14,7 @@ times (SD3, 2403.03206); the network predicts the clean signal and is judged by 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -188,7 +189,7 @@ class Sora(nn.Module):
         samplers, and an empty list of prompts.
         """
         frames, size, seeds, known_mask = self._check(
-            prompts, frames, size, seed, known, known_mask, sampler, start, steps
+            prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance
         )
         device = self.backbone.null_context.device
         if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
@@ -216,7 +217,7 @@ class Sora(nn.Module):
         x = SAMPLERS[sampler](
             guided(predict, self.config.guidance if guidance is None else guidance),
             torch.where(wide, given, x),
-            steps=self.config.steps if steps is None else steps,
+            steps=self.config.steps if steps is None else int(steps),
             factor=self.config.shift,
             begin=start,
             progress=progress,
@@ -236,11 +237,13 @@ class Sora(nn.Module):
             return mask
         return self.codec.latent_mask(mask, frames)
 
-    def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps):
+    def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance):
+        if isinstance(size, int):
+            raise InputError(f"size must be (height, width), but is {size}: write ({size}, {size}).")
         size = tuple(size or self.config.size)
         stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
-        words = isinstance(prompts, Tensor) or all(isinstance(prompt, str) for prompt in prompts)
-        if isinstance(prompts, str) or not len(prompts) or not words:
+        some = hasattr(prompts, "__len__") and len(prompts) > 0 and not isinstance(prompts, str)
+        if not some or not (isinstance(prompts, Tensor) or all(isinstance(text, str) for text in prompts)):
             raise InputError(f"prompts must be a list of one string or more, but is {prompts!r:.60}.")
         if len(size) != 2 or any(side < stride or side % stride for side in size):
             raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
@@ -254,8 +257,10 @@ class Sora(nn.Module):
             raise InputError(
                 f"start {start} must be above 0 and at most 1, and below 1 it needs a known video."
             )
-        if steps is not None and steps < 1:
-            raise InputError(f"{steps} steps cannot be taken: give 1 or more.")
+        if steps is not None and (steps < 1 or steps % 1):
+            raise InputError(f"{steps} steps cannot be taken: give a whole number, 1 or more.")
+        if guidance is not None and not math.isfinite(guidance):
+            raise InputError(f"guidance {guidance} cannot be followed: give a finite number.")
         seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + i for i in range(len(prompts))]
         if len(seeds) != len(prompts):
             raise InputError(

@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -153,9 +154,11 @@ def find(name_or_folder: str | Path) -> Path:
     """The folder of a shipped name, or the folder itself if it holds a system. Raises `ModelFileError`."""
     if isinstance(name_or_folder, str) and name_or_folder in shipped():
         return SHIPPED / name_or_folder
+    holds = f"a folder must hold {CONFIG} and {MODEL}, as reverie.save writes them"
+    if not isinstance(name_or_folder, str | os.PathLike) or not str(name_or_folder):
+        raise ModelFileError(f"{name_or_folder!r:.60} is no folder and no shipped name; {holds}.")
     path = Path(name_or_folder)
     shown = shorten(str(path))
-    holds = f"a folder must hold {CONFIG} and {MODEL}, as reverie.save writes them"
     if path.suffix.lower() in files.PICKLES:
         raise ModelFileError(files.pickle_message(path.name))
     try:
