@@ -27,7 +27,7 @@ class VideoDitConfig:
     depth: int = 12
     heads: int = 6
     context_width: int = 512
-    waves: int = 0  # per axis and picture, of the absolute places that are added to the patches; 0: rotary alone
+    waves: int = 0  # per axis, of the absolute places that are added to the patches; 0: rotary alone
     head: int = 0  # channels of convolutions that smooth the seams between patches (U-ViT, 2209.12152, 3.1)
 
 
