@@ -236,7 +236,9 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
     reverie.save(
         Sora(SoraConfig(backbone=backbone, text=text, size=size, steps=1), tokenizer), tmp_path / "sora"
     )
-    small = ClassifierConfig(names=tuple(NAMES), size=SIDE, image=ResnetConfig(widths=(8, 16), depths=(0,)))
+    small = ClassifierConfig(
+        names=tuple(NAMES), size=SIDE, image=ResnetConfig(widths=(8, 16), depths=(0,)), width=8
+    )
     reverie.save(Classifier(small), tmp_path / "judge")
     judges = (str(tmp_path / "clip"), str(tmp_path / "judge"))
     model = str(tmp_path / "sora")
@@ -257,8 +259,10 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
 def test_the_judge_learns_from_two_hands_and_knows_a_third(corpus, tmp_path):
     index = Index.read(corpus)
     third = index.select(sources=("fluent-3d",))
-    small = ClassifierConfig(names=tuple(NAMES), size=SIDE, image=ResnetConfig(widths=(16, 32), depths=(1,)))
-    config = judge.JudgeRun(model=small, steps=40, batch=24, lr=5e-3, strength=0.3, ema=0.9)
+    small = ClassifierConfig(
+        names=tuple(NAMES), size=SIDE, image=ResnetConfig(widths=(16, 32), depths=(1,)), width=16
+    )
+    config = judge.JudgeRun(model=small, steps=25, batch=12, lr=5e-3, strength=0.3, ema=0.9)
     model = judge.fit(config, index.select(sources=("twemoji", "openmoji")), third, tmp_path)
     unseen = judge.measure(model, third)
     assert unseen["ways"] == unseen["samples"] == 12

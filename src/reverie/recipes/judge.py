@@ -59,7 +59,8 @@ def stickers(
 ) -> Classifier:
     """Names the things of Twemoji and OpenMoji; measured on Fluent's 3-D stickers, which it never learns from.
 
-    At 32 pixels, since minutes of one core are better spent on more views than on finer ones.
+    At 32 pixels, since minutes of one core are better spent on more views than on finer ones. A step sees `batch`
+    things, each twice: by both hands, or in two views where there is but one drawing.
     """
     index = plain_stickers(open_index(data))
     seen = index.select(sources=TEST, video=False)
@@ -76,15 +77,23 @@ def stickers(
 
 def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
     """Train on every picture of `seen` from random weights, measure on `unseen`, save the averaged weights."""
-    place = {name: i for i, name in enumerate(config.model.names)}
+    names = config.model.names
     pixels = Pixels(seen, size=config.model.size, cache=cache_of(seen))
-    good = [i for i in pixels.good if seen[i].label in place]
+    by_name: dict[str, list[int]] = {}
+    for i in pixels.good:
+        by_name.setdefault(seen[i].label or "", []).append(i)
+    if blank := [name for name in names if name not in by_name]:
+        raise InputError(
+            f"no picture of {blank[0]!r} in {seen.folder} can be read: `reverie data check` says why."
+        )
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Classifier(config.model).to(home())
 
     def loss(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The views are made on the model's device."""
-        return model.loss(batch | {"image": view(batch["rgba"], batch["draws"], strength=config.strength)})
+        views = view(batch["rgba"], batch["draws"], strength=config.strength)
+        one, other = views.chunk(2)
+        return model.loss({"image": one, "other": other, "label": batch["label"]})
 
     player = Player(
         model,
@@ -96,21 +105,35 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
     )
 
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
-        keys = [(epoch, good[i]) for epoch, i in batch_ids(step, config.batch, len(good), config.seed)]
+        keys = batch_ids(step, config.batch, len(names), config.seed)
+        hands = [by_name[names[k]] for _, k in keys]
+        turns = [rng.integer(config.seed, "hand", *key) for key in keys]
+        chosen = [own[turn % len(own)] for own, turn in zip(hands, turns, strict=True)]
+        chosen += [own[(turn + 1) % len(own)] for own, turn in zip(hands, turns, strict=True)]
         return {
-            "rgba": torch.stack([pixels[i][0] for _, i in keys]),
-            "draws": draws(config.seed, keys),
-            "label": torch.tensor([place[seen[i].label] for _, i in keys]),
-            "ids": [seen[i].file_name for _, i in keys],
+            "rgba": torch.stack([pixels[i][0] for i in chosen]),
+            "draws": torch.cat([draws(config.seed, keys), draws(config.seed, keys, "other view")]),
+            "label": torch.tensor([k for _, k in keys]),
+            "ids": [seen[i].file_name for i in chosen],
         }
+
+    place = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([place[seen[i].label] for i in pixels.good])
+
+    def learn() -> None:
+        """The prototypes of the model as it is."""
+        parts = [pixels.good[at : at + 256] for at in range(0, len(labels), 256)]
+        vectors = [model.embed_image(on_white(torch.stack([pixels[i][0] for i in part]))) for part in parts]
+        model.learn(torch.cat(vectors), labels)
 
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, seed=config.seed,
                       save_every=max(config.steps // 6, 1), keep=2):  # fmt: skip
         if step.every(10):
             run.log(step.number, step.metrics)
-        if step.every(max(config.steps // 4, 1)) and len(unseen):
+        if step.every(max(config.steps // 3, 1)) and len(unseen):
             with averaged(player):
+                learn()
                 measured = measure(model, unseen, count=None if step.last else 256)
             scores = {name: measured[name] for name in ("top1", "top5")}
             run.log(step.number, {f"unseen_{name}": value for name, value in scores.items()})
@@ -119,6 +142,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
                 f"{scores['top5']:.1%} among the first five of {measured['ways']} names"
             )
     with averaged(player):
+        learn()
         reverie.save(model, out / "model", dtype=torch.float16)
     return reverie.load(out / "model")
 

@@ -1,13 +1,21 @@
-"""A supervised classifier: a picture's features, averaged, and one linear layer over fixed names (1512.03385).
+"""A supervised classifier that learns from two drawings of each thing: prototypes (1703.05175) in a contrastive
+space (supervised: 2004.11362).
 
-    image --- Resnet --- mean over places --- linear --- one logit for each name
+    one drawing ----- Resnet --- mean over places --- projection --- unit --\\
+                                                                            x temperature -> which belong together
+    another hand's -- Resnet --- mean over places --- projection --- unit --/
 
-It reads no words, so it can judge what a generator drew from words without sharing anything with it.
+    afterwards: a name's prototype is the mean vector of its drawings; a picture is named by the nearest prototype
+
+With thousands of names and two drawings of each, one logit for every name learns nothing for epochs; telling the
+things of one batch apart is learnt from the first steps on, across hands. It reads no words, so it judges what a
+generator drew from words without sharing anything with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +26,10 @@ from torch.nn import functional as F
 
 from reverie.encoders.resnet import Resnet, ResnetConfig
 from reverie.errors import InputError
+from reverie.objectives.contrastive import info_nce
 from reverie.pictures import to_signal
+
+LARGEST_SCALE = 100.0  # as CLIP's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +37,7 @@ class ClassifierConfig:
     names: tuple[str, ...]
     size: int = 64  # pixels of a side
     image: ResnetConfig = ResnetConfig()
-    smoothing: float = 0.1  # of the labels (1512.00567, section 7)
+    width: int = 128  # of the space
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
@@ -34,23 +45,28 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """The features and the layer that names them."""
+    """The space, its temperature, and the prototypes, which are zero until `learn`."""
+
+    no_decay = ("log_scale",)
+    prototypes: Tensor
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
         self.image = Resnet(config.image)
-        self.head = nn.Linear(config.image.widths[-1], len(config.names))
+        self.projection = nn.Linear(config.image.widths[-1], config.width, bias=False)
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # [1]: sharding refuses scalars
+        self.register_buffer("prototypes", torch.zeros(len(config.names), config.width))
 
     def embed_image(self, images: Tensor | Sequence[str | Path | Image.Image]) -> Tensor:
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
-        return F.normalize(self._features(images), dim=-1)
+        return F.normalize(self.projection(self._features(images)), dim=-1)
 
     def classify(
         self, images: Tensor | Sequence[str | Path | Image.Image], names: Sequence[str] | None = None
     ) -> Tensor:
         """Probabilities `images names`, over the given names alone or over all. InputError: a name it never learnt."""
-        logits = self.head(self._features(images))
+        prototypes = self.prototypes
         if names is not None:
             place = {name: i for i, name in enumerate(self.config.names)}
             unknown = [name for name in names if name not in place]
@@ -58,16 +74,30 @@ class Classifier(nn.Module):
                 raise InputError(
                     f"{unknown[0]!r} is none of the {len(place)} names that this classifier learnt: leave it out."
                 )
-            logits = logits[:, [place[name] for name in names]]
-        return logits.softmax(-1)
+            prototypes = prototypes[[place[name] for name in names]]
+        return (self.scale() * self.embed_image(images) @ prototypes.T).softmax(-1)
+
+    @torch.no_grad()
+    def learn(self, vectors: Tensor, label: Tensor) -> None:
+        """Set the prototypes from embeddings `b d` of pictures and their names `label b` (indices), every name there."""
+        assert set(label.tolist()) == set(range(len(self.config.names))), "a name has no picture"
+        total = torch.zeros_like(self.prototypes).index_add_(0, label.to(vectors.device), vectors)
+        self.prototypes.copy_(F.normalize(total, dim=-1))
+
+    def scale(self) -> Tensor:
+        return self.log_scale.exp().clamp(max=LARGEST_SCALE)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`image b 3 h w`, `label b` (indices into the names): cross-entropy with smoothed labels."""
-        logits = self.head(self._features(batch["image"]))
-        accuracy = (logits.argmax(-1) == batch["label"]).float().mean()
+        """`image b 3 h w` and `other b 3 h w` show the same things, `label b` says which."""
+        one, other = self.embed_image(torch.cat([batch["image"], batch["other"]])).chunk(2)
+        label = batch["label"]
+        with torch.no_grad():
+            right = label[(one @ other.T).argmax(-1)] == label
+        same = label[:, None] == label[None, :]
         return {
-            "loss": F.cross_entropy(logits, batch["label"], label_smoothing=self.config.smoothing),
-            "accuracy": accuracy,
+            "loss": info_nce(one, other, self.scale(), same=same),
+            "accuracy": right.float().mean(),
+            "scale": self.scale().detach().squeeze(),
         }
 
     def _features(self, images: Tensor | Sequence[str | Path | Image.Image]) -> Tensor:
@@ -78,4 +108,4 @@ class Classifier(nn.Module):
             raise InputError(f"images must be `b 3 h w`, but have shape {tuple(images.shape)}.")
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return self.image.pool(self.image(images.to(self.head.weight.device)))
+        return self.image.pool(self.image(images.to(self.log_scale.device)))
