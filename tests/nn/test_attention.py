@@ -89,6 +89,36 @@ def test_what_the_mask_hides_changes_nothing(dtype):
     assert not torch.allclose(layer(x, context), out, atol=0.01)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_is_that_of_torch(causal):
+    torch.manual_seed(0)
+    ours, theirs = SelfAttention(12, 3), torch.nn.MultiheadAttention(12, 3, batch_first=True)
+    theirs.load_state_dict({
+        "in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+        "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias,
+    })  # fmt: skip
+    x = torch.randn(2, 5, 12)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1) if causal else None
+    expected = theirs(x, x, x, attn_mask=hidden, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, causal=causal), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cross_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    ours = CrossAttention(12, 3, context_width=7)
+    theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True, kdim=7, vdim=7)
+    k, v = ours.kv.weight.chunk(2)
+    theirs.load_state_dict({
+        "q_proj_weight": ours.q.weight, "k_proj_weight": k, "v_proj_weight": v,
+        "in_proj_bias": torch.cat([ours.q.bias, ours.kv.bias]),
+        "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias,
+    })  # fmt: skip
+    x, context = torch.randn(2, 5, 12), torch.randn(2, 4, 7)
+    mask = torch.tensor([[True, True, False, True], [True] * 4])
+    expected = theirs(x, context, context, key_padding_mask=~mask, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, context, mask), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_without_positions_does_not_know_the_order(qk_norm):
     torch.manual_seed(0)

@@ -34,8 +34,8 @@ class VideoDitConfig:
 def smoothing(channels: int, width: int) -> nn.Sequential:
     """Three 3 x 3 convolutions on pictures, whose output starts at zero."""
     last = nn.Conv2d(width, channels, 3, padding=1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
     first, second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
 
@@ -61,7 +61,7 @@ class VideoDit(nn.Module):
         self.config = config
         contents = config.channels * config.patch[0] * config.patch[1] ** 2
         if config.bottleneck:
-            self.embed = nn.Sequential(
+            self.embed: nn.Module = nn.Sequential(
                 nn.Linear(contents, config.bottleneck, bias=False), nn.Linear(config.bottleneck, config.width)
             )
         else:
@@ -80,10 +80,11 @@ class VideoDit(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        modulation = nn.Linear(config.width, 2 * config.width)
+        self.modulation = nn.Sequential(nn.SiLU(), modulation)
         self.out = nn.Linear(config.width, contents)
         self.head = smoothing(config.channels, config.head) if config.head else None
-        for zero in (self.modulation[1], self.out):
+        for zero in (modulation, self.out):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
@@ -117,7 +118,7 @@ class VideoDit(nn.Module):
             self.modulation(vector), "b f (two d) -> two b f d", two=2
         ).repeat_interleave(h * w, dim=2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
-        out = unpatchify(tokens, self.config.patch, tuple(x.shape[-3:]))
+        out = unpatchify(tokens, self.config.patch, (f * frames, h * side, w * side))
         if self.head is None:
             return out
         flat = rearrange(out, "b c f h w -> (b f) c h w")

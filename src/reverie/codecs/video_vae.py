@@ -83,6 +83,9 @@ class TimeUp(nn.Module):
 class VideoVae(nn.Module):
     """`encode`: `b 3 f h w` in [-1, 1] -> normalised latents `b c g h/8 w/8`, g = 1 + (f - 1) / 4; `decode` back."""
 
+    mean: Tensor  # of the raw latents, per channel
+    std: Tensor
+
     def __init__(self, config: VideoVaeConfig):
         super().__init__()
         self.config = config

@@ -34,13 +34,14 @@ class Text(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Parameter(torch.randn(config.length, config.width) * 0.01)
-        self.blocks = nn.ModuleList(
+        blocks = [
             Block(config.width, config.heads, activation=config.activation, eps=config.eps)
             for _ in range(config.depth)
-        )
+        ]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:  # CLIP's initialisation, scaled by depth
+        for block in blocks:  # CLIP's initialisation, scaled by depth
             nn.init.normal_(block.attention.qkv.weight, std=config.width**-0.5)
             nn.init.normal_(block.attention.out.weight, std=(2 * config.width * config.depth) ** -0.5)
             nn.init.normal_(block.mlp.up.weight, std=(2 * config.width) ** -0.5)

@@ -58,7 +58,7 @@ class Vit(nn.Module):
             raise InputError(f"width {config.width} is no multiple of the {config.heads} heads.")
         side = config.size // config.patch
         if config.stem == "patch":
-            self.stem = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
+            self.stem: nn.Module = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
         else:
             self.stem = conv_stem(config.width, config.patch)
         has_class = config.pool == "class"

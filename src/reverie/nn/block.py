@@ -47,8 +47,9 @@ class ModulatedBlock(nn.Module):
         self.cross = CrossAttention(width, heads, context_width=context_width, qk_norm=True)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(width, int(width * ratio), activation="gelu_tanh")
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        for zero in (self.modulation[1], self.cross.out):
+        modulation = nn.Linear(width, 6 * width)
+        self.modulation = nn.Sequential(nn.SiLU(), modulation)
+        for zero in (modulation, self.cross.out):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 

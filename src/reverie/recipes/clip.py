@@ -8,9 +8,10 @@ paper_b32  ViT-B/32 as the paper has it                           reverie train 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def plain_stickers(index: Index) -> Index:
 Measure = Callable[[Clip], dict[str, float]]
 
 
-def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: dict[str, Measure]) -> Clip:
+def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: Mapping[str, Measure]) -> Clip:
     """Train from random weights, measure eight times on the way, save the averaged weights to `out/model`."""
     pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
     good = [i for i in pixels.good if index[i].captions]
@@ -198,9 +199,9 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: d
             "ids": [index[i].file_name for _, i in keys],
         }
 
-    def loss(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The views are made on the model's device."""
-        return model.loss(batch | {"image": view(batch["rgba"], batch["draws"], strength=config.strength)})
+        return model.loss({**batch, "image": view(batch["rgba"], batch["draws"], strength=config.strength)})
 
     player.loss = loss
     run = Run(out, config)
@@ -277,9 +278,9 @@ def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
 def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
     """Top-1 and top-5 among all labels of `val`."""
     val = Index(val.folder, [item for item in val if item.label])
-    names = sorted({item.label for item in val})
+    names = sorted({str(item.label) for item in val})
     images, items = _signals(val, model.config.image.size)
-    labels = [names.index(item.label) for item in items]
+    labels = [names.index(str(item.label)) for item in items]
     found = zero_shot(model.embed_image, model.embed_text, images, labels, names)
     return {key: found[key] for key in ("top1", "top5")}
 

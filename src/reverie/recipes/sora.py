@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -178,8 +179,8 @@ def fit(
     val = captioned(index.select(split="val", video=False))
     fixed = Source(val, config, model, frames=1).fixed(64) if len(val) else None
 
-    def batches(step: int, micro: int) -> dict[str, Tensor | list]:
-        return clips.clips(step) if micro else pictures.pictures(step)
+    def batches(step: int, micro: int) -> dict[str, Any]:
+        return pictures.pictures(step) if clips is None or not micro else clips.clips(step)
 
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=1 if clips is None else 2,
@@ -237,11 +238,11 @@ class Source:
                 f"nothing usable to train on in {index.folder}: run `reverie data check` to see why."
             )
 
-    def pictures(self, step: int) -> dict[str, Tensor | list]:
+    def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
         return self._batch(keys, [self._video(i, slice(0, 1)) for _, i in keys], "picture")
 
-    def clips(self, step: int) -> dict[str, Tensor | list]:
+    def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; sometimes with the first frame given."""
         keys = self._keys(step, self.config.clips)
         u = torch.rand(2, generator=rng.generator(self.config.seed, "window", step))
@@ -276,9 +277,8 @@ class Source:
     def _draw(self, purpose: str, epoch: int, i: int) -> float:
         return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()
 
-    def _batch(
-        self, keys: list[tuple[int, int]], videos: list[Tensor], kind: str
-    ) -> dict[str, Tensor | list]:
+    def _batch(self, keys: list[tuple[int, int]], videos: list[Tensor], kind: str) -> dict[str, Any]:
+        assert self.model.tokenizer is not None
         latents = self.model.encode(torch.stack(videos).to(home()))
         texts = [
             draw_caption(

@@ -193,7 +193,8 @@ class Sora(nn.Module):
         )
         device = self.backbone.null_context.device
         if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
-            known, known_mask = self._fill(known, 2, frames), self._fill(known_mask, 1, frames)
+            known_mask = self._fill(known_mask, 1, frames)
+            known = None if known is None else self._fill(known, 2, frames)
         shape = self.latent_shape(frames, size)
         noise = torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(
             device
@@ -224,10 +225,9 @@ class Sora(nn.Module):
         )
         return self.decode(x)[:, :, :frames]
 
-    def _fill(self, tensor: Tensor | None, dim: int, frames: int) -> Tensor | None:
+    def _fill(self, tensor: Tensor, dim: int, frames: int) -> Tensor:
         """Repeat the last frame up to a whole number of latent frames."""
-        if tensor is None:
-            return None
+        assert self.codec is not None
         last = tensor.narrow(dim, frames - 1, 1)
         return torch.cat([tensor, *[last] * (self.codec.whole(frames) - frames)], dim=dim)
 
