@@ -79,7 +79,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def learn(self, vectors: Tensor, label: Tensor) -> None:
-        """Set the prototypes from embeddings `b d` of pictures and their names `label b` (indices), every name there."""
+        """Set the prototypes from embeddings `b d` of pictures and `label b`, indices of their names; none may lack."""
         assert set(label.tolist()) == set(range(len(self.config.names))), "a name has no picture"
         total = torch.zeros_like(self.prototypes).index_add_(0, label.to(vectors.device), vectors)
         self.prototypes.copy_(F.normalize(total, dim=-1))
