@@ -52,7 +52,7 @@ def stickers(
     out: Path,
     *,
     size: int = 32,
-    steps: int = 2500,
+    steps: int = 1800,
     batch: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
