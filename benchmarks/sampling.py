@@ -20,8 +20,8 @@ def measure(case: argparse.Namespace) -> dict[str, object]:
     import torch
 
     import reverie
-    from reverie.recipes.clip import home
     from reverie.recipes.measure import peak_memory
+    from reverie.recipes.parts import home
 
     if case.threads:
         torch.set_num_threads(case.threads)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -48,6 +49,12 @@ def to_signal(
     else:
         pixels = flatten(decode_array(image, size=size, frames=1, fit=fit)[0])
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+
+
+def to_bytes(signal: Any) -> np.ndarray:
+    """The way back: a signal `... 3 h w` (an array, or a tensor on any device), clipped -> uint8 `... h w 3`."""
+    values = np.asarray(signal.cpu() if hasattr(signal, "cpu") else signal)
+    return np.moveaxis(((values.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8), -3, -1)
 
 
 def grid(

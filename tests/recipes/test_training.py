@@ -12,7 +12,8 @@ from reverie.data.pixels import Bad
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
-from reverie.recipes import clip, sora
+from reverie.recipes import sora
+from reverie.recipes.parts import heads_of, home, name_bad
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.log import Run
@@ -37,7 +38,7 @@ def test_files_that_cannot_be_used_are_named_once(tmp_path, capsys):
 
     run = Run(tmp_path / "run", progress=True)
     for _ in range(2):  # a run that goes on says it again
-        clip.name_bad(run, Source())
+        name_bad(run, Source())
     run.rewind(3)
     run.close()
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
@@ -46,10 +47,10 @@ def test_files_that_cannot_be_used_are_named_once(tmp_path, capsys):
 
 
 def test_widths_without_a_head_are_refused():
-    assert clip.heads_of(192) == 3
+    assert heads_of(192) == 3
     for width in (32, 100):
         with pytest.raises(InputError, match=f"width {width}"):
-            clip.heads_of(width)
+            heads_of(width)
 
 
 def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
@@ -64,7 +65,7 @@ def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
         with pytest.raises(InputError, match=f"size {size} .*16"):
             sora.shape(reader, size=size)
     config = sora.SoraRun(model=sora.shape(reader, size=16, sizes=(1, 32, 1)), steps=1, batch=2, clips=0)
-    model = Sora(config.model, tokenizer).to(clip.home())
+    model = Sora(config.model, tokenizer).to(home())
     fixed = sora.Source(Index.read(folder), config, model, frames=1).fixed(64)
     assert len(fixed["latents"]) == 5
     assert torch.isfinite(model.loss(fixed)["loss"])

@@ -20,7 +20,7 @@ import reverie
 from reverie import rng
 from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
-from reverie.data.index import FILE, Index, Item
+from reverie.data.index import Index, Item
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
@@ -29,6 +29,7 @@ from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.evals.retrieval import retrieval
 from reverie.evals.zero_shot import zero_shot
+from reverie.recipes.parts import averaged, captioned, heads_of, home, name_bad, open_index, plain_stickers
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run
@@ -143,17 +144,6 @@ def paper_b32(
     return fit(config, tokenizer, index.select(split="train"), out, measures={})
 
 
-def captioned(index: Index) -> Index:
-    """The items that have a caption."""
-    return Index(index.folder, [item for item in index if item.captions])
-
-
-def plain_stickers(index: Index) -> Index:
-    """The sticker corpus without skin-tone variants."""
-    items = [item for item in index.select() if not item.scores.get("skin_tone")]
-    return Index(index.folder, items)
-
-
 Measure = Callable[[Clip], dict[str, float]]
 
 
@@ -221,48 +211,6 @@ def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: M
     with averaged(player):
         reverie.save(model, out / "model")
     return reverie.load(out / "model")
-
-
-def heads_of(width: int) -> int:
-    """Heads of 64 channels. InputError: a width that they do not fill."""
-    if width < 64 or width % 64:
-        raise InputError(f"width {width} is not made of heads of 64 channels: give a multiple of 64.")
-    return width // 64
-
-
-def name_bad(run: Run, *sources: Pixels) -> None:
-    """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
-    bad = [entry for pixels in sources for entry in pixels.bad]
-    run.bad(0, bad)
-    if bad:
-        run.say(
-            f"{len(bad)} files cannot be used and are left out: {run.folder / 'bad_samples.jsonl'} says why"
-        )
-
-
-def home() -> torch.device:
-    """Where to train: the GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def averaged(player: Player):
-    """The averaged weights if there are any, in eval mode, without gradients."""
-    import contextlib
-
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.no_grad())
-    if player.ema is not None:
-        stack.enter_context(player.ema.applied(player.model))
-    return stack
-
-
-def open_index(data: Path) -> Index:
-    data = Path(data)
-    if (data / FILE).exists():
-        return Index.read(data)
-    from reverie.data.importers import import_folder
-
-    return import_folder(data)
 
 
 def _texts(index: Index) -> list[str]:

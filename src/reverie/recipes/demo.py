@@ -37,8 +37,9 @@ from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.evals.zero_shot import class_embeddings, zero_shot
 from reverie.media import decode_array, flatten
-from reverie.pictures import to_signal
+from reverie.pictures import to_bytes, to_signal
 from reverie.recipes import gallery
+from reverie.recipes.parts import capable
 
 EVERY = 5.0  # seconds between the plain lines of a stage
 Pair = tuple[str, str]  # words and, for those who do not read Chinese, what they mean
@@ -77,7 +78,7 @@ def demo(
         raise InputError(f"steps is {steps}: give at least 1, or leave it out.")
     _own(out)
     with _stage("loading") as stage:
-        reader, painter = _load(clip, "embed_image"), _load(sora, "generate_video")
+        reader, painter = capable(clip, "embed_image"), capable(sora, "generate_video")
         index = Index.read(sample_folder()).select()
         judge = Judge(reader, index)
     run = _Run(out, index, judge, reader, painter, seed, steps or painter.config.steps)
@@ -366,18 +367,6 @@ def _name(run: _Run) -> dict[str, Any]:
 
 
 # --- what the parts need --------------------------------------------------------------------------------------------
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Float `b 3 h w` in [-1, 1] -> uint8 `b h w 3`."""
-    return rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "b c h w -> b h w c").cpu().numpy()
-
-
-def _load(name: str | Path, capability: str) -> Any:
-    model = reverie.load(name)
-    if not hasattr(model, capability):
-        raise InputError(f"{name} is a {type(model).__name__}, which cannot {capability.replace('_', ' ')}.")
-    return model
 
 
 def _own(out: Path) -> None:

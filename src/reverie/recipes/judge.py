@@ -23,7 +23,7 @@ from reverie.data.pixels import Pixels, cache_of
 from reverie.data.stickers import TEST
 from reverie.errors import InputError
 from reverie.evals.generation import pick
-from reverie.recipes.clip import averaged, home, open_index, plain_stickers
+from reverie.recipes.parts import averaged, home, open_index, plain_stickers
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run

@@ -23,7 +23,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-import reverie
 from reverie.data.augment import on_white
 from reverie.data.index import Index
 from reverie.data.pixels import Pixels, cache_of
@@ -33,9 +32,8 @@ from reverie.errors import InputError
 from reverie.evals import generation
 from reverie.evals import zero_shot as naming
 from reverie.evals.world_captions import read_caption
-from reverie.pictures import grid
-from reverie.recipes.clip import home, plain_stickers
-from reverie.recipes.sora import to_bytes
+from reverie.pictures import grid, to_bytes
+from reverie.recipes.parts import capable, home, plain_stickers
 
 JUDGES = ("clip-stickers", "judge-stickers")
 UNSEEN = 1_000_000  # the first scene of the world that is measured; recipes train on the first thousands
@@ -86,7 +84,7 @@ def zero_shot(
     No sources: every labelled picture of the folder together. `without`: scores of the index, above zero for
     pictures that are left out.
     """
-    clip = _capable(model, "embed_text")
+    clip = capable(model, "embed_text").to(home())
     whole = Index.read(data).select(split=split, video=False)
     rows, numbers = [], {}
     for source in sources or ("all",):
@@ -195,7 +193,7 @@ def _generation(
     frames: int | None,
 ) -> Measured:
     draw = Drawing(model, frames, ask)
-    panel = {Path(name).name: _capable(name, "classify") for name in judges}
+    panel = {Path(name).name: capable(name, "classify").to(home()) for name in judges}
     if len(panel) < len(judges) or not panel:
         raise InputError(f"the judges {', '.join(judges)} need names that differ: rename a folder.")
     size, frames = draw.size, draw.frames
@@ -250,7 +248,7 @@ class Drawing:
     """A loaded generator, asked as `ask` says: `drawing(prompts, seeds)` gives samples and how they were made."""
 
     def __init__(self, model: str, frames: int | None, ask: Ask):
-        self.sora = _capable(model, "generate_image" if frames == 1 else "generate_video")
+        self.sora = capable(model, "generate_image" if frames == 1 else "generate_video").to(home())
         self.frames = frames or self.sora.config.frames
         self.size, self.fps, self.ask = self.sora.config.size, self.sora.config.fps, ask
 
@@ -434,15 +432,6 @@ def peak_memory() -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-def _capable(name_or_folder: str, capability: str) -> Any:
-    system = reverie.load(name_or_folder)
-    if not hasattr(system, capability):
-        raise InputError(
-            f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
-        )
-    return system.to(home())
 
 
 def _middle(samples: Tensor, frames: int) -> Tensor:

@@ -27,8 +27,17 @@ from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
 from reverie.errors import InputError
-from reverie.pictures import grid
-from reverie.recipes.clip import averaged, captioned, heads_of, home, name_bad, open_index, plain_stickers
+from reverie.pictures import grid, to_bytes
+from reverie.recipes.parts import (
+    CLIP_FRAMES,
+    averaged,
+    captioned,
+    heads_of,
+    home,
+    name_bad,
+    open_index,
+    plain_stickers,
+)
 from reverie.systems.clip import Clip
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.ema import Ema
@@ -40,7 +49,6 @@ from reverie.train.schedule import cosine
 # DiT's sizes (2212.09748, table 1): depth, width, heads.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 TINY = (6, 256, 4)
-CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
@@ -304,12 +312,6 @@ class Source:
             "known": torch.zeros(len(keys), latents.shape[2], dtype=torch.bool),
             "ids": [self.index[i].file_name for _, i in keys],
         }
-
-
-def to_bytes(images: Tensor):
-    """Float `b 3 h w` in [-1, 1] -> a list of uint8 `h w 3` arrays."""
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-    return list(rearrange(levels, "b c h w -> b h w c").numpy())
 
 
 def _some_captions(index: Index, count: int = 8) -> tuple[str, ...]:

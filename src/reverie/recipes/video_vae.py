@@ -22,9 +22,8 @@ from reverie.data.augment import on_white
 from reverie.data.index import Index
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
-from reverie.pictures import grid
-from reverie.recipes.clip import averaged, home, name_bad, open_index, plain_stickers
-from reverie.recipes.sora import CLIP_FRAMES, to_bytes
+from reverie.pictures import grid, to_bytes
+from reverie.recipes.parts import CLIP_FRAMES, averaged, home, name_bad, open_index, plain_stickers
 from reverie.train.ema import Ema
 from reverie.train.log import Run
 from reverie.train.loop import Player, train

@@ -1,0 +1,83 @@
+"""What the recipes share: opening data, where to run, the averaged weights, and what a run says of its files."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import reverie
+from reverie.data.importers import import_folder
+from reverie.data.index import FILE, Index
+from reverie.data.pixels import Pixels
+from reverie.errors import InputError
+from reverie.train.log import Run
+from reverie.train.loop import Player
+
+CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
+
+
+# ---------------------------------------------------------------- data
+
+
+def open_index(data: Path) -> Index:
+    """The index of a folder, imported first if it has none."""
+    data = Path(data)
+    return Index.read(data) if (data / FILE).exists() else import_folder(data)
+
+
+def captioned(index: Index) -> Index:
+    """The items that have a caption."""
+    return Index(index.folder, [item for item in index if item.captions])
+
+
+def plain_stickers(index: Index) -> Index:
+    """The sticker corpus without skin-tone variants."""
+    items = [item for item in index.select() if not item.scores.get("skin_tone")]
+    return Index(index.folder, items)
+
+
+def name_bad(run: Run, *sources: Pixels) -> None:
+    """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
+    bad = [entry for pixels in sources for entry in pixels.bad]
+    run.bad(0, bad)
+    if bad:
+        run.say(
+            f"{len(bad)} files cannot be used and are left out: {run.folder / 'bad_samples.jsonl'} says why"
+        )
+
+
+# ---------------------------------------------------------------- systems
+
+
+def capable(name_or_folder: str | Path, capability: str) -> Any:
+    """A loaded system that has the method `capability`. InputError: it has not, or there is no such system."""
+    system = reverie.load(name_or_folder)
+    if not hasattr(system, capability):
+        raise InputError(
+            f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
+        )
+    return system
+
+
+def home() -> torch.device:
+    """Where to run: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def averaged(player: Player) -> contextlib.ExitStack:
+    """The averaged weights if there are any, in eval mode, without gradients."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.no_grad())
+    if player.ema is not None:
+        stack.enter_context(player.ema.applied(player.model))
+    return stack
+
+
+def heads_of(width: int) -> int:
+    """Heads of 64 channels. InputError: a width that they do not fill."""
+    if width < 64 or width % 64:
+        raise InputError(f"width {width} is not made of heads of 64 channels: give a multiple of 64.")
+    return width // 64
