@@ -64,9 +64,77 @@ def test_an_unknown_command_is_one_sentence(words, hint, capsys):
     assert hint in err
 
 
-def test_an_unknown_flag_is_exit_code_2(capsys):
-    assert reverie("doctor", "--frobnicate") == 2
-    assert "--frobnicate" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("doctor --frobnicate", "`reverie doctor` has no flag --frobnicate: it has none."),
+        ("sample a --frame 3", "`reverie sample` has no flag --frame: did you mean --frames?"),
+        (
+            "data check x --deep",
+            "`reverie data check` has no flag --deep: its flags are --contents, --no-contents.",
+        ),
+        ("data import x --no-need-captons", "no flag --no-need-captons: did you mean --no-need-captions?"),
+        ("sample a --frames many", "--frames is 'many': give a whole number."),
+        ("sample a --frames=1.5", "--frames is '1.5': give a whole number."),
+        ("sample a --guidance much --seed 3", "--guidance is 'much': give a number."),
+        ("sample a --size 64", "--size is '64': give two whole numbers, such as 64 64."),
+        ("sample a --size 64 high", "--size is '64 high': give two whole numbers, such as 64 64."),
+        ("sample a --out", "--out has no value: give a path."),
+        ("sample a --model --seed 1", "--model has no value: give a value."),
+        ("data import x --need-captions=no", "is given 'no': write --need-captions or --no-need-captions."),
+        ("data check", "`reverie data check` needs FOLDER: a folder that was imported."),
+        ("data check a b", "`reverie data check` takes FOLDER besides flags, so 'b' is too much"),
+        ("train", "`reverie train` needs RECIPE: which system, and how."),
+        ("train clip-tny x", "There is no recipe 'clip-tny': did you mean clip-tiny?"),
+        ("train --steps 3 clip-tiny x", "The recipe comes first, not --steps"),
+        ("train clip-tiny", "`reverie train clip-tiny` needs DATA: a folder"),
+        ("train clip-tiny x --steps ten", "--steps is 'ten': give a whole number."),
+        ("train clip-tiny x --clips 3", "`reverie train clip-tiny` has no flag --clips: its flags are --out, --steps, --batch"),
+        ("train sora-world x", "`reverie train sora-world` needs --clip: the folder of a CLIP"),
+    ],
+)
+def test_a_wrong_flag_or_value_is_one_sentence_with_the_value_and_what_to_do(words, sentence, capsys):
+    assert reverie(*words.split()) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("reverie: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+def test_words_reach_the_command_as_they_were_meant(monkeypatch):
+    given = []
+
+    def command(
+        folder: Path, words: str = "", /, *, size: tuple[int, int] | None = None, sources: tuple[str, ...] = ("a",),
+        deep: bool = False, lr: float = 0.5, steps: int | None = None,
+    ) -> None:  # fmt: skip
+        """Take anything.
+
+        Args:
+            folder: A folder.
+            words: Words.
+            size: Two.
+            sources: Any number.
+            deep: Or not.
+            lr: A number.
+            steps: A whole number.
+        """
+        given.append((folder, words, size, sources, deep, lr, steps))
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", command)
+    assert reverie("doctor", "x") == 0
+    assert reverie("doctor", "x", "a red rocket", "--size", 3, -4, "--deep", "--lr=-1e-3", "--steps", 7) == 0
+    assert reverie("doctor", "--sources", "b", "c", "--no-deep", "--lr", 2, "x", "y") == 0
+    assert reverie("doctor", "x", "--sources", "--steps", -2) == 0
+    assert reverie("doctor", "x", "--sources", "b", "c") == 0
+    assert given == [
+        (Path("x"), "", None, ("a",), False, 0.5, None),
+        (Path("x"), "a red rocket", (3, -4), ("a",), True, -1e-3, 7),
+        (Path("x"), "y", None, ("b", "c"), False, 2.0, None),
+        (Path("x"), "", None, (), False, 0.5, -2),
+        (Path("x"), "", None, ("b", "c"), False, 0.5, None),
+    ]
 
 
 def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(tmp_path, capsys):
@@ -407,26 +475,61 @@ def test_sample_writes_clips_from_a_first_frame(painter, clip_folder, tmp_path):
         assert clip.info["duration"] == 100
 
 
+THINGS = '''
+from pathlib import Path
+
+SOURCES = ("a", "b")
+seen = []
+
+def thing(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] = (), first: str = SOURCES[0]) -> str:
+    """Train a thing.
+
+    Args:
+        data: A folder of things.
+        steps: How many steps
+            it takes.
+        sources: Of which kinds.
+        first: Which comes first.
+    """
+    seen.append((data, out, steps, sources, first))
+    return "a trained thing"
+'''
+
+
 def test_a_recipe_is_a_command_with_its_own_flags(monkeypatch, tmp_path, capsys):
-    seen = []
-
-    def recipe(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] = ()) -> str:
-        """Train a thing."""
-        seen.append((data, out, steps, sources))
-        return "a trained thing"
-
-    monkeypatch.setitem(catalog.RECIPES, "thing", lambda: recipe)
+    (tmp_path / "trained_things.py").write_text(THINGS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(catalog.RECIPES, "thing", "trained_things:thing")
     assert reverie("train", "thing", "--help") == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Train a thing." in text
-    assert "--steps INT" in text
-    assert reverie("train", "thing", "pets", "--steps", 7, "--sources", "a", "b") == 0
-    assert reverie("train", "thing", tmp_path, "--out", "elsewhere") == 0
+    assert "--steps INT How many steps it takes. (default: 300)" in text
+    assert "--first STR Which comes first. (default: a)" in text
     assert reverie("train", "thing", "pets", "--stepz", 7) == 2
-    assert seen == [
-        (Path("pets"), Path("runs/thing-pets"), 7, ("a", "b")),
-        (tmp_path, Path("elsewhere"), 300, ()),
+    assert "trained_things" not in sys.modules  # neither help nor a mistake waits for the recipe's imports
+    assert reverie("train", "thing", "pets", "--steps", 7, "--sources", "a", "b") == 0
+    assert reverie("train", "thing", tmp_path, "--out", "elsewhere", "--first", "b") == 0
+    assert sys.modules.pop("trained_things").seen == [
+        (Path("pets"), Path("runs/thing-pets"), 7, ("a", "b"), "a"),
+        (tmp_path, Path("elsewhere"), 300, (), "b"),
     ]
+
+
+@pytest.mark.parametrize("name", catalog.RECIPES)
+def test_every_flag_of_a_recipe_has_a_sentence_and_its_outline_is_its_signature(name, capsys):
+    parameters, doc = cli.outline(catalog.RECIPES[name])
+    real = catalog.recipe(name)
+    wanted = [part.replace() for part in inspect.signature(real, eval_str=True).parameters.values()]
+    assert parameters == wanted
+    assert doc == inspect.getdoc(real)
+    assert reverie("train", name, "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    told = cli._read_doc(doc)[1]
+    assert list(told) == [part.name for part in parameters]
+    for part in parameters[2:]:
+        assert told[part.name].endswith(".")
+        assert f"--{part.name}" in text
+        assert told[part.name] in text
 
 
 def test_doctor_finds_what_is_wrong(monkeypatch, tmp_path, capsys):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from reverie.errors import InputError
@@ -26,40 +26,16 @@ def _sora() -> type[nn.Module]:
     return Sora
 
 
-def _clip_recipes() -> ModuleType:
-    from reverie.recipes import clip
-
-    return clip
-
-
-def _sora_recipes() -> ModuleType:
-    from reverie.recipes import sora
-
-    return sora
-
-
 def _video_vae() -> type[nn.Module]:
     from reverie.codecs.video_vae import VideoVae
 
     return VideoVae
 
 
-def _video_vae_recipe() -> Callable[..., Any]:
-    from reverie.recipes.video_vae import stickers
-
-    return stickers
-
-
 def _classifier() -> type[nn.Module]:
     from reverie.systems.classifier import Classifier
 
     return Classifier
-
-
-def _judge_recipe() -> Callable[..., Any]:
-    from reverie.recipes.judge import stickers
-
-    return stickers
 
 
 SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
@@ -69,15 +45,16 @@ SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "classifier": _classifier,
 }
 
-RECIPES: dict[str, Callable[[], Callable[..., Any]]] = {
-    "clip-tiny": lambda: _clip_recipes().tiny,
-    "clip-stickers": lambda: _clip_recipes().stickers,
-    "clip-paper-b32": lambda: _clip_recipes().paper_b32,
-    "sora-tiny": lambda: _sora_recipes().tiny,
-    "sora-stickers": lambda: _sora_recipes().stickers,
-    "sora-world": lambda: _sora_recipes().world,
-    "video-vae-stickers": _video_vae_recipe,
-    "judge-stickers": _judge_recipe,
+# Name -> module:function. Text, so that the command line can read a recipe's flags without importing torch.
+RECIPES: dict[str, str] = {
+    "clip-tiny": "reverie.recipes.clip:tiny",
+    "clip-stickers": "reverie.recipes.clip:stickers",
+    "clip-paper-b32": "reverie.recipes.clip:paper_b32",
+    "sora-tiny": "reverie.recipes.sora:tiny",
+    "sora-stickers": "reverie.recipes.sora:stickers",
+    "sora-world": "reverie.recipes.sora:world",
+    "video-vae-stickers": "reverie.recipes.video_vae:stickers",
+    "judge-stickers": "reverie.recipes.judge:stickers",
 }
 
 
@@ -85,7 +62,8 @@ def recipe(name: str) -> Callable[..., Any]:
     """The recipe of that name: a plain function of a data folder and an out folder, and its own settings."""
     if name not in RECIPES:
         raise InputError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}.")
-    return RECIPES[name]()
+    module, _, function = RECIPES[name].partition(":")
+    return getattr(import_module(module), function)
 
 
 def load(name_or_folder: str | Path) -> Any:

@@ -88,7 +88,17 @@ def tiny(
     size: int = 64,
     seed: int = 0,
 ) -> Clip:
-    """A small CLIP from random weights on any captioned folder; a new vocabulary from its captions."""
+    """A small CLIP from random weights on any captioned folder; a new vocabulary from its captions.
+
+    Args:
+        data: A folder that was imported, or one to import.
+        out: The run's folder; the model is written to its `model`.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more learn better, take longer and need more memory.
+        lr: The highest learning rate.
+        size: Pixels a side that pictures are seen at, a multiple of 16.
+        seed: Another seed, another start and another order.
+    """
     index = open_index(data)
     train_set = index.select(split="train")
     tokenizer = Bpe.train(_texts(train_set), vocab=4096)
@@ -116,8 +126,19 @@ def stickers(
 ) -> Clip:
     """The shipped `clip-stickers`: every training style of the corpus, Twemoji and OpenMoji held out.
 
-    `sources` restricts the styles, as in the comparison with open_clip (fluent-3d and noto). Measured results, with
-    the machine and the time, are on docs/systems/clip.md.
+    Measured results, with the machine and the time, are on docs/systems/clip.md.
+
+    Args:
+        data: The folder that `reverie data stickers` filled.
+        out: The run's folder; the model is written to its `model`.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more learn better, take longer and need more memory.
+        lr: The highest learning rate.
+        strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
+        width: Channels of both towers, a multiple of 64.
+        depth: Blocks of the image tower; the text tower has half as many.
+        sources: Only these styles, as in the comparison with open_clip (fluent-3d and noto); all if not given.
+        seed: Another seed, another start and another order.
     """
     index = open_index(data)
     train_set = plain_stickers(index).select(split="train", video=False, sources=sources or None)
@@ -134,7 +155,15 @@ def stickers(
 def paper_b32(
     data: Path, out: Path, *, steps: int = 400_000, batch: int = 32_768, accumulate: int = 1
 ) -> Clip:
-    """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us."""
+    """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us.
+
+    Args:
+        data: A folder that was imported, or one to import.
+        out: The run's folder; the model is written to its `model`.
+        steps: How many batches to learn from.
+        batch: Pictures that are compared with each other at a time.
+        accumulate: Batches of a step.
+    """
     tokenizer = Bpe.clip()
     config = ClipRun(
         model=ClipConfig(), steps=steps, batch=batch, accumulate=accumulate, lr=5e-4, weight_decay=0.2, warmup=2000,

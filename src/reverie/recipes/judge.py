@@ -61,6 +61,15 @@ def stickers(
 
     At 32 pixels, since minutes of one core are better spent on more views than on finer ones. A step sees `batch`
     things, each twice: by both hands, or in two views where there is but one drawing.
+
+    Args:
+        data: The folder that `reverie data stickers` filled.
+        out: The run's folder; the model is written to its `model`.
+        size: Pixels a side that pictures are seen at.
+        steps: How many batches to learn from.
+        batch: Things of a step, each seen twice.
+        lr: The highest learning rate.
+        seed: Another seed, another start and another order.
     """
     index = plain_stickers(open_index(data))
     seen = index.select(sources=TEST, video=False)

@@ -78,7 +78,19 @@ def tiny(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int = 32, clips: int = 2,
     size: int = 64, lr: float = 1e-3, seed: int = 0,
 ) -> Sora:  # fmt: skip
-    """A small model from random weights on any captioned folder; its text tower is that of `clip`."""
+    """A small model from random weights on any captioned folder; its text tower is that of a CLIP.
+
+    Args:
+        data: A folder that was imported, or one to import.
+        out: The run's folder; the model is written to its `model`.
+        clip: The CLIP that reads the captions: a shipped name or a folder.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures, where the folder has clips.
+        size: Pixels a side that it learns to draw, a multiple of 16.
+        lr: The highest learning rate.
+        seed: Another seed, another start and another order.
+    """
     reader = reader_of(clip)
     index = open_index(data)
     config = SoraRun(
@@ -94,8 +106,19 @@ def stickers(
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
 
-    `codec` is the folder of a video autoencoder (recipes/video_vae.py); without it the patches are of pixels.
-    `start` is the folder of a Sora whose weights to begin from.
+    Args:
+        data: The folder that `reverie data stickers` filled.
+        out: The run's folder; the model is written to its `model`.
+        clip: The CLIP that reads the captions: a shipped name or a folder.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures.
+        lr: The highest learning rate.
+        codec: The folder of a video autoencoder (video-vae-stickers); without it, it draws pixels.
+        start: The folder of a Sora whose weights to begin from; random weights if not given.
+        width: Channels, a multiple of 64.
+        depth: Blocks.
+        seed: Another seed, another start and another order.
     """
     reader = reader_of(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
@@ -111,7 +134,20 @@ def world(
     data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, steps: int = 3000, batch: int = 64,
     clips: int = 3, lr: float = 1e-3, seed: int = 0,
 ) -> Sora:  # fmt: skip
-    """The procedural world, written to `data` first if it is not there; `clip` is a CLIP trained on its captions."""
+    """The procedural world, which is drawn first if it is not there.
+
+    Args:
+        data: A folder of the world, or a new one for it.
+        out: The run's folder; the model is written to its `model`.
+        clip: The folder of a CLIP that was trained on the world's captions.
+        count: Pictures of the world, if it is to be drawn.
+        moving: Clips of the world, if it is to be drawn.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures.
+        lr: The highest learning rate.
+        seed: Another seed, another world, another start and another order.
+    """
     from reverie.data.world import write
 
     parts = []

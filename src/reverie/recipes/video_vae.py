@@ -48,7 +48,16 @@ class VaeRun:
 def stickers(
     data: Path, out: Path, *, steps: int = 1000, batch: int = 16, clips: int = 2, seed: int = 0
 ) -> VideoVae:
-    """Fluent's 3-D stickers and their animations."""
+    """Fluent's 3-D stickers and their animations.
+
+    Args:
+        data: The folder that `reverie data stickers` filled.
+        out: The run's folder; the model is written to its `model`.
+        steps: How many batches to learn from.
+        batch: Pictures of a step.
+        clips: Clips of a step, beside the pictures.
+        seed: Another seed, another start and another order.
+    """
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     return fit(VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed), index, out)
 
