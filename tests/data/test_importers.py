@@ -572,9 +572,9 @@ def test_mistakes_are_named(tmp_path, folder, add):
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder, add, capsys, monkeypatch):
-    monkeypatch.setattr("reverie.data.progress.EVERY", 0)
+    monkeypatch.setattr("reverie.progress.EVERY", 0)
     add("a.png", 1, "a")
     import_folder(folder)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["reading: 1 of 1, about 0 s left"]
+    assert captured.err.splitlines() == ["reading 1/1 · 0 s left"]

@@ -139,7 +139,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
         raise OSError(28, "no space")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="no space"):
         Index(tmp_path, [item("b.png")]).write()
     assert [path.name for path in tmp_path.iterdir()] == ["metadata.parquet"]
     assert Index.read(tmp_path)[0].file_name == "a.png"

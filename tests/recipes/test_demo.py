@@ -191,7 +191,7 @@ def test_the_same_seed_makes_the_same_bytes_and_another_seed_does_not(
 def test_progress_goes_to_stderr_and_the_path_is_the_last_line(models, tmp_path, capsys, monkeypatch):
     from reverie import cli
 
-    monkeypatch.setattr(demo_module, "EVERY", 0.0)
+    monkeypatch.setattr("reverie.progress.EVERY", 0.0)
     for name in ("DRAW", "ANIMATE"):
         monkeypatch.setattr(demo_module, name, getattr(demo_module, name)[:2])
     flags = ("--clip", models["clip"], "--sora", models["sora"], "--steps", 2)
@@ -200,7 +200,7 @@ def test_progress_goes_to_stderr_and_the_path_is_the_last_line(models, tmp_path,
     assert out.splitlines()[-1] == str(tmp_path / "gallery" / "index.html")
     for name in ("loading", "drawing", "animating", "continuing a first frame", "finding", "naming"):
         assert re.search(rf"^{name}: done in [\d.]+ s$", err, re.MULTILINE), name
-    assert re.search(r"^drawing: \d+%, about \d+ s left$", err, re.MULTILINE)
+    assert re.search(r"^drawing \d+/\d+ · \d+ s left$", err, re.MULTILINE)
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------
@@ -351,6 +351,6 @@ def test_a_stage_shows_a_bar_on_a_terminal(monkeypatch, capsys):
         stage.tick(1, 2)
         stage.tick(2, 2)
     err = capsys.readouterr().err
-    assert "100%" in err
+    assert "2/2" in err
     assert re.search(r"drawing: done in [\d.]+ s\n$", err)
-    assert "left\n" not in err
+    assert "drawing 2/2" not in err

@@ -104,7 +104,7 @@ def test_leftovers_are_cleaned(tmp_path):
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("target", ["save_file", "_write_json", "_sync"])
+@pytest.mark.parametrize("target", ["save_file", "_write_json", "flush"])
 @pytest.mark.parametrize(
     "error",
     [

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from reverie.errors import InputError
+from reverie.progress import duration
 from reverie.train import Run
-from reverie.train.log import Progress, duration, refuse_difference, resolved
+from reverie.train.log import Progress, refuse_difference, resolved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,9 @@ def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
         Run(tmp_path / "b", track=True)
 
 
-def test_progress_without_a_terminal_is_a_plain_line_now_and_then(capsys):
-    progress = Progress(every=0.0)
+def test_progress_without_a_terminal_is_a_plain_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr("reverie.progress.EVERY", 0.0)
+    progress = Progress()
     progress.update(1, 3, loss=2.0, items=8)
     progress.update(2, 3, loss=1.0, items=8)
     progress.update(3, 3, loss=math.nan, items=8)
@@ -133,7 +135,8 @@ def test_progress_without_a_terminal_is_a_plain_line_now_and_then(capsys):
     assert lines[0].startswith("step 1/3 · loss 2 · ")
     assert re.fullmatch(r"step 2/3 · loss 1.9 · [\d.]+ items/s · \d+ s left", lines[1])
     assert lines[2].endswith("· 0 s left")
-    quiet = Progress(every=3600)
+    monkeypatch.setattr("reverie.progress.EVERY", 3600)
+    quiet = Progress()
     for step in range(1, 4):
         quiet.update(step, 3, loss=1.0, items=8)
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from reverie import disk
 from reverie.data.index import Index
-from reverie.data.pixels import file_hash
-from reverie.data.progress import track
 from reverie.errors import InputError
 from reverie.media import SUFFIXES
+from reverie.progress import track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = F
         if reason is None:
             path = index.path(item)
             try:
-                changed = path.stat().st_size != item.bytes or (contents and file_hash(path) != item.hash)
+                changed = path.stat().st_size != item.bytes or (contents and disk.sha256(path) != item.hash)
                 reason = "changed since the import: import the folder again" if changed else None
             except OSError:
                 reason = "gone since the import: import the folder again"

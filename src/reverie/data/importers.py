@@ -38,12 +38,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from reverie import disk
 from reverie.data.check import nothing_usable
 from reverie.data.index import FILE, SPLITS, Caption, Index, Item, is_ours
-from reverie.data.pixels import file_hash, in_order
-from reverie.data.progress import track
+from reverie.data.threads import in_order
 from reverie.errors import InputError
 from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, decode_array, probe, sniff
+from reverie.progress import track
 from reverie.rng import integer
 
 TEXTS = (".txt", ".caption")
@@ -254,15 +255,7 @@ def _write_once(path: Path, data: bytes) -> None:
     if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    disk.write(path, data, durable=False)  # what a power cut spoils, the next import writes again
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -515,7 +508,7 @@ def _examine(path: Path, name: str, verify: bool, limits: Limits) -> Item:
     try:
         item = replace(item, bytes=path.stat().st_size)
         if item.bytes <= limits.bytes:
-            item = replace(item, hash=file_hash(path))
+            item = replace(item, hash=disk.sha256(path))
         found = probe(path, limits)
         item = replace(item, width=found.width, height=found.height, frames=found.frames, fps=found.fps)
         if verify and found.kind not in ("mp4", "webm"):

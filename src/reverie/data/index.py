@@ -10,13 +10,13 @@ Columns: the fields of `Item`; `captions` is a list of structs (text, source, la
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from reverie import disk
 from reverie.errors import InputError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Index:
         return cls._from_table(Path(folder), table)
 
     def write(self) -> Path:
-        """Writes `folder/metadata.parquet` at once or not at all (temporary file, fsync, rename)."""
+        """Writes `folder/metadata.parquet` at once or not at all."""
         import pyarrow.parquet as pq
 
         if self.selected:
@@ -154,19 +154,12 @@ class Index:
         table = self._to_table()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".metadata-", suffix=".parquet")
-        except OSError:
-            raise InputError(f"Cannot write into {self.folder}: give another folder with `out`.") from None
-        try:
-            with os.fdopen(handle, "wb") as file:
-                pq.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            with disk.whole(path) as draft:
+                pq.write_table(table, draft)
+        except OSError as error:
+            raise InputError(
+                f"Cannot write into {self.folder} ({error.strerror or error}): give another folder with `out`."
+            ) from None
         return path
 
     def _to_table(self) -> pa.Table:

@@ -17,18 +17,18 @@ import os
 import struct
 import tempfile
 import zlib
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from reverie import disk
 from reverie.data.index import Index, Item
-from reverie.data.progress import track
+from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, MediaError, decode_array, tune_allocator
+from reverie.media import LIMITS, Limits, MediaError, decode_array
+from reverie.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,19 +134,14 @@ class Pixels:
                     return record
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".pixels-", suffix=".tmp")
-        except OSError:
-            raise InputError(f"Cannot write the pixel cache into {folder}: give another folder.") from None
-        try:
-            with os.fdopen(handle, "w+b") as file:
+            with disk.whole(path) as draft, draft.open("w+b") as file:
                 record = self._decode_all(file, workers, quiet)
                 file.flush()
-                os.fsync(file.fileno())
                 self._map(file, record)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        except OSError as error:
+            raise InputError(
+                f"Cannot write the pixel cache into {folder} ({error.strerror or error}): give another folder."
+            ) from None
         return record
 
     def _temporary(self, workers: int | None, quiet: bool) -> dict[str, Any]:
@@ -211,7 +206,7 @@ class Pixels:
         path = self.index.path(item)
         try:
             frames = decode_array(path, size=self.size, frames=self.frames, fit=self.fit, limits=self.limits)
-            if file_hash(path) != item.hash:
+            if disk.sha256(path) != item.hash:
                 return "the file has changed since the import: import the folder again"
         except MediaError as error:
             return error.reason
@@ -225,31 +220,9 @@ def cache_of(index: Index) -> Path | None:
     return index.folder / ".reverie" if os.access(index.folder, os.W_OK) else None
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _checksum(file: BinaryIO, size: int) -> int:
     file.seek(0)
     crc = 0
     while size > 0 and (chunk := file.read(min(_CHUNK, size))):
         crc, size = zlib.crc32(chunk, crc), size - len(chunk)
     return crc
-
-
-def in_order(function: Any, items: list[Any], workers: int) -> Iterator[Any]:
-    """`function` of each item on `workers` threads, in the order of the items, a few ahead of the consumer."""
-    tune_allocator()
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[Future[Any]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

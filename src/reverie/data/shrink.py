@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from reverie.data.index import FILE, Index
-from reverie.data.progress import track
 from reverie.errors import InputError
 from reverie.media import decode_array, probe
+from reverie.progress import track
 
 
 def shrink(

@@ -35,9 +35,9 @@ from pathlib import Path
 from reverie import rng
 from reverie.data.index import FILE, Caption, Index, Item
 from reverie.data.media import decode_array, probe
-from reverie.data.progress import track
 from reverie.data.shrink import encode, shrink
 from reverie.errors import InputError
+from reverie.progress import track
 
 SEED = 0  # of the held-out labels and of the sample: a property of the corpus, not of a run
 SVG_SIZE = 128  # drawings are rasterised at most this large

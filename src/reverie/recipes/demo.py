@@ -38,10 +38,10 @@ from reverie.evals.retrieval import search_topk
 from reverie.evals.zero_shot import class_embeddings, zero_shot
 from reverie.media import decode_array, flatten
 from reverie.pictures import to_bytes, to_signal
+from reverie.progress import counting
 from reverie.recipes import gallery
 from reverie.recipes.parts import capable
 
-EVERY = 5.0  # seconds between the plain lines of a stage
 Pair = tuple[str, str]  # words and, for those who do not read Chinese, what they mean
 
 DRAW: tuple[Pair, ...] = (
@@ -402,33 +402,16 @@ class _Stage:
 
 @contextmanager
 def _stage(name: str, total: int = 0) -> Iterator[_Stage]:
-    """Times a part and shows how far it is: a bar on a terminal, a plain line now and then elsewhere."""
-    begun = last = time.perf_counter()
-    done = 0
-    bar = None
-    if total and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
+    """Times a part and shows how far it is."""
+    begun, done = time.perf_counter(), 0
+    with counting(name) as show:
 
-        bar = Progress(console=Console(stderr=True), transient=True)
-        task = bar.add_task(name, total=total)
-        bar.start()
+        def tick(*_: int) -> None:
+            nonlocal done
+            done += 1
+            show(done, total)
 
-    def tick(*_: int) -> None:
-        nonlocal done, last
-        done += 1
-        if bar is not None:
-            bar.update(task, completed=done)
-        elif (now := time.perf_counter()) - last >= EVERY:
-            last = now
-            left = (now - begun) / done * (total - done)
-            print(f"{name}: {done / total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
-
-    stage = _Stage(tick, begun)
-    try:
+        stage = _Stage(tick, begun)
         yield stage
-    finally:
-        if bar is not None:
-            bar.stop()
     stage.seconds = time.perf_counter() - begun
     print(f"{name}: done in {stage.seconds:.1f} s", file=sys.stderr, flush=True)

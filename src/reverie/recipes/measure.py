@@ -14,8 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from reverie.evals import generation
 from reverie.evals import zero_shot as naming
 from reverie.evals.world_captions import read_caption
 from reverie.pictures import grid, to_bytes
+from reverie.progress import counting
 from reverie.recipes.parts import capable, home, plain_stickers
 
 JUDGES = ("clip-stickers", "judge-stickers")
@@ -253,9 +253,10 @@ class Drawing:
         self.size, self.fps, self.ask = self.sora.config.size, self.sora.config.fps, ask
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Any]]:
-        samples, seconds = generation.draw(
-            self.generate, prompts, seeds, batch=self.ask.batch, progress=_tell()
-        )
+        with counting("drawing") as progress:
+            samples, seconds = generation.draw(
+                self.generate, prompts, seeds, batch=self.ask.batch, progress=progress
+            )
         config = self.sora.config
         return samples, {
             "prompts": prompts, "seeds": seeds, "seconds": seconds, "batch": self.ask.batch,
@@ -475,18 +476,3 @@ def _save(sheet: Any, path: Path) -> None:
 
 def _share(value: float, interval: tuple[float, float] | None = None) -> str:
     return f"{value:.1%}" if interval is None else f"{value:.1%}  [{interval[0]:.1%}, {interval[1]:.1%}]"
-
-
-def _tell() -> Callable[[int, int], None]:
-    """How far the drawing is, on standard error every few seconds."""
-    begin = last = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > 5 and done < total:
-            last = now
-            left = (now - begin) / done * (total - done)
-            print(f"drawing: {done:,} of {total:,}, about {left:.0f} s left", file=sys.stderr, flush=True)
-
-    return tell

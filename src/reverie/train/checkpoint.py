@@ -10,7 +10,6 @@ ever pickled.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reverie.disk import flush, sha256
 from reverie.errors import InputError
 
 MANIFEST = "MANIFEST.json"
@@ -68,14 +68,14 @@ def save(
         files = sorted(tmp.iterdir())
         _write_json(
             tmp / MANIFEST,
-            {"files": {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}},
+            {"files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}},
         )
         _reached("manifest")
-        _sync(tmp)
+        flush(tmp)
         _reached("before rename")
         os.rename(tmp, final)
         _reached("after rename")
-        _sync(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -106,7 +106,7 @@ def damage(path: Path) -> str | None:
                 return f"{MANIFEST} names {name!r}, which is no file of this folder"
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has the wrong size"
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256(path / name) != entry["sha256"]:
                 return f"{name} has the wrong hash"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -253,24 +253,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         ready[name] = value.clone() if storage in storages else value  # the format refuses shared memory
         storages.add(storage)
     save_file(ready, path)
-    _sync(path)
+    flush(path)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    _sync(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows flushes no folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path)

@@ -15,17 +15,19 @@ twice.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import re
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from reverie import disk
 from reverie.errors import InputError
+from reverie.progress import Display
 
 FREE = (
     "save_every",
@@ -143,7 +145,7 @@ class Run:
     def start(self, step: int) -> None:
         """Begins at `step` steps done: writes the configuration and drops later lines."""
         path = self.folder / "config.json"
-        _replace(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
+        disk.write(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
@@ -271,7 +273,7 @@ class _Lines:
             kept = list(
                 dict.fromkeys(kept)
             )  # what the recipe logs before the first step comes again on every resume
-            _replace(self.path, "".join(f"{line}\n" for line in kept))
+            disk.write(self.path, "".join(f"{line}\n" for line in kept))
 
     def sync(self) -> None:
         if self._file is not None:
@@ -283,89 +285,37 @@ class _Lines:
             self._file = None
 
 
-def _replace(path: Path, text: str) -> None:
-    tmp = path.with_name(f".{path.name}.tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-
-
 # ---------------------------------------------------------------- progress
 
 
 class Progress:
-    """A bar on a terminal; elsewhere one plain line every few seconds. Both on stderr."""
+    """How far a run is, its smoothed loss and its pace, on standard error."""
 
-    def __init__(self, *, every: float = 5.0) -> None:
-        self.every = every
-        self._bar: Any = None
-        self._task: Any = None
-        self._begin = self._told = time.monotonic()
-        self._first: int | None = None
+    def __init__(self) -> None:
+        self._display: Display | None = None
         self._items = 0
         self._loss = math.nan
 
     def update(self, step: int, steps: int, *, loss: float, items: int) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._begin, self._first, self._told = now, step, now
+        if self._display is None:
+            self._display = Display("step", first=step, stays=True)
         else:
             self._items += items
         if math.isfinite(loss):
             self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
-        seconds = now - self._begin
-        done = step - self._first
-        rate = f"{self._items / seconds:.1f} items/s" if seconds > 0 and done > 0 else "? items/s"
-        left = duration(seconds / done * (steps - step)) if done > 0 else "?"
-        if sys.stderr.isatty():
-            if self._bar is None:
-                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-                from rich.progress import Progress as Bar
-
-                columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-                self._bar = Bar(*columns, console=_console(), transient=False)
-                self._task = self._bar.add_task("")
-                self._bar.start()
-            text = f"loss {self._loss:.4g} · {rate} · {left} left"
-            self._bar.update(self._task, completed=step, total=steps, description=text)
-        elif step == steps or now - self._told >= self.every:
-            self._told = now
-            print(
-                f"step {step}/{steps} · loss {self._loss:.4g} · {rate} · {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
+        rate = f"{self._items / self._display.seconds:.1f}" if self._items else "?"
+        self._display.show(step, steps, f"loss {self._loss:.4g} · {rate} items/s")
 
     def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+        if self._display is not None:
+            self._display.say(text)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        self._first, self._items = None, 0
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def duration(seconds: float) -> str:
-    """ "40 s", "12 min", "3.5 h", "2.1 days"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172800:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
+        if self._display is not None:
+            self._display.close()
+        self._display, self._items = None, 0
 
 
 # ---------------------------------------------------------------- curves
@@ -432,6 +382,6 @@ def _draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
                 axes.plot(xs, _smooth(ys), color=colour, linewidth=1.6, label=f"{name} (smoothed)")
         if len(panels[base]) > 1:
             axes.legend(fontsize=8)
-    tmp = path.with_name(f".{path.name}.tmp")
-    figure.savefig(tmp, dpi=110, format="png")
-    os.replace(tmp, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    disk.write(path, drawn.getvalue())

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reverie.progress import duration
 from reverie.train import precision as formats
-from reverie.train.log import duration
 
 if TYPE_CHECKING:
     from reverie.train.loop import Player

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reverie import disk
 from reverie.errors import InputError
 
 SECONDS = 600
@@ -42,7 +43,7 @@ def convert(source: str | Path, target: str | Path, *, seconds: float = SECONDS)
     Raises `InputError` in one sentence when the file is no such checkpoint, holds anything that only running code
     could load, or needs more than four times its size in memory.
     """
-    from reverie.weights.files import ModelFileError, header, publish, shorten
+    from reverie.weights.files import ModelFileError, header, shorten
 
     source, target = Path(source).absolute(), Path(target).absolute()
     if target.suffix != ".safetensors":
@@ -60,7 +61,7 @@ def convert(source: str | Path, target: str | Path, *, seconds: float = SECONDS)
         if "error" in report:
             raise ModelFileError(f"cannot convert {shorten(source.name)}: {report['error']}.")
         tensors = header(draft)
-        publish(draft, target)
+        disk.publish(draft, target)
     return Converted(path=target, tensors=len(tensors), left_out=tuple(report["left_out"]))
 
 

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reverie import disk
 from reverie.errors import InputError
 
 HEADER_BYTES = 16 * 2**20
@@ -116,7 +116,7 @@ def header(path: str | Path) -> dict[str, Entry]:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file completely or not at all (a temporary file beside it, fsync, rename)."""
+    """Write a safetensors file, whole or not at all."""
     path = Path(path)
     for name in tensors:
         _name(name, path)
@@ -125,41 +125,8 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    try:
+    with disk.whole(path) as draft:
         save_file(plain, draft, metadata=dict(metadata or {}) or None)
-        publish(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small UTF-8 file completely or not at all."""
-    path = Path(path)
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        publish(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
-
-
-def publish(draft: str | Path, path: Path) -> None:
-    """Give a finished draft its name: flush it to the disk, rename it, flush the folder."""
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(draft, 0o666 & ~mask)
-    os.replace(draft, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def check(found: Expected, expected: Expected, *, what: str) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
+from reverie import disk
 from reverie.codecs.bpe import END, START, Bpe
 from reverie.errors import InputError
 from reverie.weights import clip, files, remap
@@ -99,7 +100,7 @@ def save(
     if tokenizer is not None:
         tokenizer.write(folder / TOKENIZER)
     for file in sorted(records, key=lambda file: file == CONFIG):
-        files.write_text(folder / file, json.dumps(records[file], indent=2, allow_nan=False) + "\n")
+        disk.write(folder / file, json.dumps(records[file], indent=2, allow_nan=False) + "\n")
     return folder
 
 

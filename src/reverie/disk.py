@@ -1,0 +1,61 @@
+"""Files that exist whole or not at all, whatever kills the process; and what their bytes hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Gives a draft beside `path` to write. It takes that name when the block ends, and is removed when it fails.
+
+    durable: flushed to the disk before and after, so that a power cut leaves the old file or the new one.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    draft = Path(name)
+    try:
+        yield draft
+        publish(draft, path, durable=durable)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """A small file, whole or not at all; text is UTF-8."""
+    with whole(path, durable=durable) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def publish(draft: Path, path: Path, *, durable: bool = True) -> None:
+    """Gives a finished draft on the same disk its name, and the rights of any new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(draft, 0o666 & ~mask)
+    if durable:
+        flush(draft)
+    os.replace(draft, path)
+    if durable:
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Has a file or folder on the disk, not only in the system's memory."""
+    if os.name == "nt" and path.is_dir():  # Windows flushes no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
