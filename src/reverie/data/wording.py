@@ -26,7 +26,7 @@ def draw_caption(item: Item, generator: torch.Generator, *, languages: dict[str,
     stands in a phrase a quarter of the time. A vocabulary of many wordings is learnt slowly (docs/log.md).
     """
     u = torch.rand(8, generator=generator).tolist()
-    worded = [caption for caption in item.captions if caption.text.strip(" ,")]
+    worded = [caption for caption in item.captions if caption.text.replace(",", " ").strip()]
     present = sorted({caption.language for caption in worded})
     if not present:
         return ""
