@@ -20,25 +20,24 @@ def measure(case: argparse.Namespace) -> dict[str, object]:
     import torch
 
     import reverie
-    from reverie.recipes.measure import peak_memory
-    from reverie.recipes.parts import home
+    from reverie.recipes.parts import home, peak_memory
 
     if case.threads:
         torch.set_num_threads(case.threads)
-    begin = time.perf_counter()
+    begun = time.perf_counter()
     sora = reverie.load(case.model).to(home())
-    loaded = time.perf_counter() - begin
-    memory = peak_memory()
+    loaded = time.perf_counter() - begun
+    memory = peak_memory(home())
     taken = []
     for run in range(case.runs + 1):
-        begin = time.perf_counter()
+        begun = time.perf_counter()
         if case.frames == 1:
             drawn = sora.generate_image([PROMPT] * case.batch, seed=run, steps=case.steps)
         else:
             drawn = sora.generate_video([PROMPT] * case.batch, frames=case.frames, seed=run, steps=case.steps)
         drawn.cpu()
-        taken.append(time.perf_counter() - begin)
-    peak = peak_memory()
+        taken.append(time.perf_counter() - begun)
+    peak = peak_memory(home())
     return {
         "model": case.model,
         "frames": case.frames,

@@ -58,9 +58,9 @@ def measure(
             video = blurred(video, blur)
         if noise:
             video = noisy(video, noise, key=i).clamp(-1, 1)
-        begin = time.process_time()
+        begun = time.process_time()
         reading = judge(video)
-        seconds += time.process_time() - begin
+        seconds += time.process_time() - begun
         for name, holds in score(reading, scene).items():
             if holds is not None:
                 asked[name] += 1
@@ -123,10 +123,10 @@ def main() -> None:
         print(f"| {name} | {cells} | {1000 * found['seconds']:.0f} |", flush=True)
 
     for kind, frames in (("image", 1), ("video", 16)):
-        begin = time.process_time()
+        begun = time.process_time()
         for i in range(300):
             render(world(i, seed=options.seed, kind=kind), size=(64, 64), frames=frames)
-        drawn = 300 / (time.process_time() - begin)
+        drawn = 300 / (time.process_time() - begun)
         print(f"{drawn:.0f} {kind}s of {frames} x 64 x 64 made and drawn a second of one thread's time")
     print()
     heads = f"{' | '.join(ATTRIBUTES)} | ms |\n|---|{'---:|' * (len(ATTRIBUTES) + 1)}"

@@ -262,8 +262,8 @@ _STRANGERS = {
 def _stranger(head: bytes) -> str:
     """What a file that is not media seems to be, for the reason."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for begin, name in _STRANGERS.items():
-        if head.startswith(begin):
+    for mark, name in _STRANGERS.items():
+        if head.startswith(mark):
             return name
     if head[4:8] == b"ftyp":
         return "a HEIC picture"

@@ -144,8 +144,8 @@ def _wide_font_file() -> str | None:
         for where, _, names in os.walk(Path(folder).expanduser()):
             for name in sorted(names):
                 if name.lower().endswith((".ttf", ".ttc", ".otf")):
-                    for rank, begin in enumerate(_FONTS):
-                        if name.lower().startswith(begin):
+                    for rank, family in enumerate(_FONTS):
+                        if name.lower().startswith(family):
                             found.setdefault(rank, os.path.join(where, name))
     return found[min(found)] if found else None
 

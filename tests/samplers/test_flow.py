@@ -54,7 +54,7 @@ def test_a_constant_velocity_is_solved_exactly(sampler, steps, factor):
     torch.testing.assert_close(out, x0)
     half = gaussian.corrupt(x0, noise, torch.tensor(0.5, dtype=torch.float64))
     torch.testing.assert_close(
-        sampler(lambda x, t: noise - x0, half, steps=steps, factor=factor, begin=0.5), x0
+        sampler(lambda x, t: noise - x0, half, steps=steps, factor=factor, start=0.5), x0
     )
 
 
@@ -79,21 +79,21 @@ def test_the_data_s_distribution_comes_out(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-@pytest.mark.parametrize("begin", [0.3, 0.8])
-def test_begin_starts_at_that_time(sampler, begin):
-    """A signal corrupted to `begin` arrives where the closed form says, and begin near 0 gives it back."""
+@pytest.mark.parametrize("start", [0.3, 0.8])
+def test_start_is_the_first_time(sampler, start):
+    """A signal corrupted to `start` arrives where the closed form says, and a start near 0 gives it back."""
     seen = []
-    std = math.sqrt((1 - begin) ** 2 * S**2 + begin**2)
-    start = (1 - begin) * M + std * NOISE
+    std = math.sqrt((1 - start) ** 2 * S**2 + start**2)
+    x = (1 - start) * M + std * NOISE
 
     def predict(x, t):
         seen.append(t)
         return exact(x, t)
 
-    out = sampler(predict, start, steps=200, begin=begin)
+    out = sampler(predict, x, steps=200, start=start)
     torch.testing.assert_close(out, M + S * NOISE, atol=0.03, rtol=0)
-    assert max(seen) == seen[0] == begin
-    torch.testing.assert_close(sampler(exact, NOISE, steps=4, begin=1e-6), NOISE, atol=1e-4, rtol=0)
+    assert max(seen) == seen[0] == start
+    torch.testing.assert_close(sampler(exact, NOISE, steps=4, start=1e-6), NOISE, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -105,18 +105,18 @@ def test_a_step_at_a_time_is_the_same_and_progress_is_told(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_the_start_is_left_as_it_is_and_nothing_is_random(sampler):
-    start = NOISE.clone()
-    first = sampler(exact, start, steps=6)
-    assert start.equal(NOISE)
-    assert sampler(exact, start, steps=6).equal(first)
+    x = NOISE.clone()
+    first = sampler(exact, x, steps=6)
+    assert x.equal(NOISE)
+    assert sampler(exact, x, steps=6).equal(first)
 
 
-def test_times_fall_from_begin_to_zero():
+def test_times_fall_from_start_to_zero():
     for factor in (1.0, 3.0):
-        for begin in (1.0, 0.4):
-            line = times(10, factor=factor, begin=begin)
+        for start in (1.0, 0.4):
+            line = times(10, factor=factor, start=start)
             assert len(line) == 11
-            assert (line[0], line[-1]) == (begin, 0)
+            assert (line[0], line[-1]) == (start, 0)
             assert line == sorted(line, reverse=True)
     assert times(4) == [1, 0.75, 0.5, 0.25, 0]
     assert times(4, factor=3.0)[2] == 0.75  # 3 / 2 / (1 + 2 / 2): more steps among the noise

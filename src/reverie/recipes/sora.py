@@ -208,7 +208,7 @@ def fit(
     if model.codec is not None:
         model.codec.load_state_dict(reverie.load(codec).state_dict())
     if start:
-        begin_from(model, start)
+        take_over(model, start)
     model.to(home())
     player = Player(
         model,
@@ -259,7 +259,7 @@ def reader_of(clip: str) -> Clip:
     return reader
 
 
-def begin_from(model: Sora, folder: str) -> None:
+def take_over(model: Sora, folder: str) -> None:
     """Take over the weights of a saved Sora; parts that it lacks (such as a new head) stay as they are."""
     own, theirs = model.state_dict(), reverie.load(folder).state_dict()
     strange = [name for name, value in theirs.items() if name not in own or own[name].shape != value.shape]
@@ -292,12 +292,12 @@ class Source:
         u = torch.rand(2, generator=rng.generator(self.config.seed, "window", step))
         pace = 2 if u[0] < 0.5 else 1
         span = pace * (self.config.clip_frames - 1) + 1
-        begin = int(u[1] * (CLIP_FRAMES - span + 1))
-        window = slice(begin, begin + span, pace)
+        offset = int(u[1] * (CLIP_FRAMES - span + 1))
+        window = slice(offset, offset + span, pace)
         batch = self._batch(keys, [self._video(i, window) for _, i in keys], "clip")
         give = torch.tensor([self._draw("known", *key) < self.config.known for key in keys])
         batch["known"][:, 0] = give
-        return batch | {"pace": float(pace), "begin": float(begin)}
+        return batch | {"pace": float(pace), "offset": float(offset)}
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""

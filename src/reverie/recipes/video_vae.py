@@ -89,8 +89,8 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
         for epoch, place in batch_ids(step, count, len(source.good), config.seed):
             i = source.good[place]
             u = torch.rand((), generator=rng.generator(config.seed, "window", epoch, i)).item()
-            begin = int(u * (source.counts[i] - frames + 1))
-            videos.append(_signal(source, i, slice(begin, begin + frames)))
+            first = int(u * (source.counts[i] - frames + 1))
+            videos.append(_signal(source, i, slice(first, first + frames)))
         video = torch.stack(videos)
         shape = (count, *model.latent_shape(frames, (config.size, config.size)))
         return {

@@ -1,1 +1,1 @@
-"""Generation: plain functions `(predict, start, *, steps, ...) -> tensor`; `predict` is what training trained."""
+"""Generation: plain functions `(predict, x, *, steps, ...) -> tensor`; `predict` is what training trained."""

@@ -1,7 +1,7 @@
 """Solving dx/dt = velocity(x, t) from noise at t = 1 down to data at t = 0.
 
-`predict(x, t)` gives the velocity of `x b ...` at the scalar time `t`; `start` is the noise. Nothing here is random:
-all randomness is in `start`. `begin` < 1 starts from a signal that was corrupted to that time (SDEdit, 2108.01073).
+`predict(x, t)` gives the velocity of `x b ...` at the scalar time `t`; the first `x` is noise. Nothing here is random:
+all randomness is in it. `start` < 1 goes from a signal that was corrupted to that time (SDEdit, 2108.01073).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ Predict = Callable[[Tensor, float], Tensor]
 Progress = Callable[[int, int], None]
 
 
-def times(steps: int, *, factor: float = 1.0, begin: float = 1.0) -> list[float]:
-    """`steps + 1` times from `begin` to 0, evenly spaced before the shift by `factor`."""
-    return (begin * shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), factor)).tolist()
+def times(steps: int, *, factor: float = 1.0, start: float = 1.0) -> list[float]:
+    """`steps + 1` times from `start` to 0, evenly spaced before the shift by `factor`."""
+    return (start * shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), factor)).tolist()
 
 
 def euler(
     predict: Predict,
-    start: Tensor,
+    x: Tensor,
     *,
     steps: int,
     factor: float = 1.0,
-    begin: float = 1.0,
+    start: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
     """First order, one evaluation a step; exact where the velocity is constant."""
-    x, line = start, times(steps, factor=factor, begin=begin)
+    line = times(steps, factor=factor, start=start)
     for number, (now, after) in enumerate(pairwise(line), 1):
         x = x + (after - now) * predict(x, now)
         if progress is not None:
@@ -43,15 +43,15 @@ def euler(
 
 def heun(
     predict: Predict,
-    start: Tensor,
+    x: Tensor,
     *,
     steps: int,
     factor: float = 1.0,
-    begin: float = 1.0,
+    start: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Second order (EDM, 2206.00364, algorithm 1): two evaluations a step, the last step Euler's."""
-    x, line = start, times(steps, factor=factor, begin=begin)
+    line = times(steps, factor=factor, start=start)
     for number, (now, after) in enumerate(pairwise(line), 1):
         slope = predict(x, now)
         euler_x = x + (after - now) * slope

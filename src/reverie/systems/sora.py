@@ -100,7 +100,7 @@ class Sora(nn.Module):
         """The velocity's mean squared error on the frames that are not given.
 
         `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
-        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` and `begin` as the
+        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` and `offset` as the
         backbone takes them.
         """
         latents, noise, known = batch["latents"], batch["noise"], batch["known"]
@@ -109,7 +109,7 @@ class Sora(nn.Module):
         wide = rearrange(t, "b f -> b 1 f 1 1")
         x_t = gaussian.corrupt(latents, noise, wide)
         text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
-        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0), begin=batch.get("begin", 0.0))
+        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0), offset=batch.get("offset", 0.0))
         predicted = self._velocity(out, x_t, wide)
         target = (
             self._velocity(latents, x_t, wide)
@@ -182,7 +182,7 @@ class Sora(nn.Module):
 
         text alone          nothing is known
         first frame given   `known b 3 f h w` holds it, `known_mask b f` is True there; so for any other frames
-        video to video      `known` whole, `known_mask` all False, `start` < 1: begin at its corruption to that time
+        video to video      `known` whole, `known_mask` all False, `start` < 1: from its corruption to that time
 
         `pace` is the time between frames: 2 shows the same motion in half the frames. Item i has the seed `seed + i`,
         so a batch equals its items drawn alone. Raises InputError for sizes that are no multiple of the patch, unknown
@@ -220,7 +220,7 @@ class Sora(nn.Module):
             torch.where(wide, given, x),
             steps=self.config.steps if steps is None else int(steps),
             factor=self.config.shift,
-            begin=start,
+            start=start,
             progress=progress,
         )
         return self.decode(x)[:, :, :frames]

@@ -280,7 +280,7 @@ class _Loop:
 
     def _step(self, modes: list[dict[nn.Module, bool]]) -> Step | None:
         """Does the next step; None when it rolled back instead."""
-        at, begin = self.counts.step, time.perf_counter()
+        at, begun = self.counts.step, time.perf_counter()
         losses = {p._key("loss"): math.nan for p in self.players}
         norms = {p._key("grad_norm"): math.nan for p in self.players}
         rates = {
@@ -312,7 +312,7 @@ class _Loop:
             grad_norm=norms[first._key("grad_norm")],
             lr=rates[first._key("lr")],
             items=items,
-            seconds=time.perf_counter() - begin,
+            seconds=time.perf_counter() - begun,
             skipped=trouble is not None,
         )
 
@@ -540,9 +540,9 @@ class _Loop:
 
     def _say_plan(self) -> None:
         batch = self.batches(self.counts.step, 0)
-        begin = time.perf_counter()
+        begun = time.perf_counter()
         self.batches.function(self.counts.step, 0)  # again: the first call may open files and fill caches
-        loading = 0.0 if self.batches.ahead else time.perf_counter() - begin
+        loading = 0.0 if self.batches.ahead else time.perf_counter() - begun
         told = plan.estimate(
             self.players,
             batch,

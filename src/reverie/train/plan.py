@@ -120,13 +120,13 @@ def estimate(
 
 def _pass(player: Player, batch: Mapping[str, Any], precision: str, device: torch.device) -> float:
     torch.manual_seed(0)
-    begin = time.perf_counter()
+    begun = time.perf_counter()
     with formats.autocast(precision, device):
         loss = player.loss(dict(batch))["loss"]
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begun
 
 
 def _update_seconds(player: Player, device: torch.device) -> float:
@@ -136,13 +136,13 @@ def _update_seconds(player: Player, device: torch.device) -> float:
     sample.grad = torch.zeros_like(sample)
     optimizer = torch.optim.AdamW([sample], fused=True)
     for _ in range(2):  # the first allocates
-        begin = time.perf_counter()
+        begun = time.perf_counter()
         optimizer.step()
         if player.ema is not None:
             sample.detach().lerp_(sample.grad, 0.5)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begun
     return seconds * numel / sample.numel()
 
 
