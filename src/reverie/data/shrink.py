@@ -20,8 +20,9 @@ def shrink(
 ) -> Index:
     """Write the items of `index` as WebP of `size` pixels a side (fitted, transparent around), captions and all.
 
-    Clips keep at most `frames` frames, evenly spaced, and their duration. `quality` is WebP's, 100 loses nothing for
-    stills. Names keep their folders. Raises InputError where `out` already holds an index.
+    Clips keep at most `frames` frames, evenly spaced, and their duration. `quality` is WebP's, for colours and
+    transparency alike; 100 loses nothing that shows. Names keep their folders. Raises InputError where `out` already
+    holds an index.
     """
     out = Path(out)
     if (out / FILE).exists():
@@ -58,12 +59,10 @@ def encode(pixels: np.ndarray, *, fps: float = 0.0, quality: int = 90) -> bytes:
     from PIL import Image
 
     shots = [Image.fromarray(frame) for frame in pixels]
-    out = io.BytesIO()
-    if len(shots) == 1:
-        shots[0].save(out, "WEBP", quality=quality, method=6)
-    else:
+    how = {"quality": quality, "alpha_quality": quality, "lossless": quality == 100, "method": 4}
+    if len(shots) > 1:
         pace = round(1000 / fps)  # milliseconds a frame
-        shots[0].save(
-            out, "WEBP", save_all=True, append_images=shots[1:], duration=pace, loop=0, quality=quality
-        )
+        how |= {"save_all": True, "append_images": shots[1:], "duration": pace, "loop": 0}
+    out = io.BytesIO()
+    shots[0].save(out, "WEBP", **how)
     return out.getvalue()
