@@ -32,8 +32,3 @@ def test_cosine_stays_in_range_and_falls_after_the_warm_up(steps, warmup, floor)
     top = min(warmup, steps)
     assert all(a <= b for a, b in pairwise(factors[: top + 1]))
     assert all(a >= b - 1e-12 for a, b in pairwise(factors[warmup:]))
-
-
-def test_exponential_falls_once_per_epoch():
-    factors = [schedule.exponential(i, epoch=3, rate=0.5) for i in range(9)]
-    assert factors == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]

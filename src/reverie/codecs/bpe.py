@@ -154,11 +154,6 @@ class Bpe:
         rows = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
         return [self._text(row) for row in rows]
 
-    def mask(self, tokens: Tensor) -> Tensor:
-        """Which of the tokens `b n` are real: bool `b n`, True through the first end token."""
-        ends = tokens.eq(self.end).long()
-        return ends.cumsum(dim=-1) - ends == 0
-
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         parts = [SPECIAL.split(clean(text)) for text in texts]  # every second part is a run of special tokens
         plain = [part for row in parts for part in row[::2]]

@@ -1,7 +1,7 @@
 """Rectified flow: straight lines from data to noise (Liu et al. 2209.03003; SD3, 2403.03206, sections 2 and 3).
 
 Convention: t = 0 is data, t = 1 is noise; x_t = (1 - t) x0 + t noise; velocity = dx_t/dt = noise - x0. A network may
-predict the velocity or the clean signal x0; `velocity_from` and `x0_from` convert, exactly, for t > 0.
+predict the velocity or the clean signal x0; `velocity_from` turns the one into the other.
 `t` is broadcast over the signal by the caller: `b`, or one time per frame, `b 1 f 1 1`.
 """
 
@@ -26,11 +26,6 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 def velocity_from(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The velocity that a prediction of x0 implies: (x_t - x0) / t, with t kept from zero."""
     return (x_t - x0) / t.clamp(min=T_SMALLEST)
-
-
-def x0_from(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The clean signal that a velocity implies: x_t - t velocity."""
-    return x_t - t * velocity
 
 
 def logit_normal(normal: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -24,8 +24,3 @@ def cosine(step: int, *, steps: int, warmup: int = 0, floor: float = 0.0) -> flo
         return _warm(step, warmup)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def exponential(step: int, *, epoch: int, rate: float = 0.9, warmup: int = 0) -> float:
-    """`rate` to the power of the epochs of `epoch` steps that have passed (BLIP's, 0.9 as released)."""
-    return _warm(step, warmup) * rate ** (step // epoch)
