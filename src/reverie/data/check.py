@@ -114,7 +114,7 @@ def nothing_usable(folder: Path, extensions: Counter[str], reasons: Counter[str]
     saw = ", ".join(f"{count:,} {name}" for name, count in _most(extensions, 12)) or "no file at all"
     why = "; ".join(f"{reason} ({count:,})" for reason, count in _most(reasons, 3) if reason)
     return InputError(
-        f"No usable picture or clip in {folder}: looked for {' '.join(SUFFIXES)} and .tar, and saw {saw}"
+        f"No usable picture or clip in {folder}: looked for {' '.join(SUFFIXES)}, .tar and .tar.gz, and saw {saw}"
         + (f"; rejected: {why}." if why else ".")
     )
 

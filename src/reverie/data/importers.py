@@ -9,7 +9,8 @@ Media are known by content, whatever their names. Words are looked for, and all 
   are understood; any other column is kept as it is;
 - class-named folders: where no file of a folder has words, the folder's name is label and caption, unless it is a
   general one (`images`, `train`, ...);
-- webdataset tars: their members are unpacked into `extracted/` beside the index, and then read as sidecars are.
+- webdataset tars (.tar, .tar.gz, .tgz): their members are unpacked into `extracted/` beside the index, and then read
+  as sidecars are.
 
 Text must be UTF-8 (or UTF-16 with its mark): a file whose caption is neither is rejected, not guessed at. A file
 without any words is rejected too, unless `need_captions` is off. Languages are told by their script (zh, ja, ko, or
@@ -26,17 +27,20 @@ symbolic link to the folder makes the file names resolve.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 import re
 import tarfile
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from reverie import disk
 from reverie.data.check import nothing_usable
@@ -50,7 +54,10 @@ from reverie.rng import integer
 TEXTS = (".txt", ".caption")
 SIDECARS = (*TEXTS, ".json", ".cls")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TARS = (".tar", ".tar.gz", ".tgz")
+OTHER_TARS = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 EXTRACTED = "extracted"
+GROWTH = 50  # a gzipped tar holds at most so many times its size, lest a small file fill the disk
 LONGEST = 2**20  # bytes of one sidecar
 GENERAL = {"images", "image", "img", "imgs", "pictures", "photos", "videos", "clips", "data", "media", "files",
            "samples", "dataset"}  # fmt: skip
@@ -203,11 +210,22 @@ def _previous(target: Path, folder: Path) -> Index | None:
 
 def _unpack_all(folder: Path, target: Path, prefix: str, limits: Limits, quiet: bool) -> dict[str, str]:
     """Unpacks every tar of the folder; returns what was refused, by the tar's file name."""
-    tars = [path for path in _walk(folder, target) if path.suffix.lower() == ".tar"]
     problems = {}
+    for path in _walk(folder, target, links=True):
+        if path.name.lower().endswith(OTHER_TARS):
+            problems[_file_name(prefix, path.relative_to(folder))[0]] = (
+                f"not unpacked: unpack it, or pack it as {' or '.join(TARS[:2])}"
+            )
+        elif not path.is_file() and path.suffix.lower() not in SIDECARS:
+            problems[_file_name(prefix, path.relative_to(folder))[0]] = "a link that leads nowhere"
+    tars = [path for path in _walk(folder, target) if path.name.lower().endswith(TARS)]
     for path in track(tars, total=len(tars), label="unpacking", quiet=quiet):
         inside = path.relative_to(folder)
-        into = target / EXTRACTED / "__".join(inside.with_suffix("").parts)
+        into = (
+            target
+            / EXTRACTED
+            / "__".join(inside.with_suffix("").parts if inside.suffix == ".tar" else inside.parts)
+        )
         refused = _unpack(path, into, limits)
         if refused:
             listed = "; ".join(refused[:3]) + ("; ..." if len(refused) > 3 else "")
@@ -221,7 +239,7 @@ def _unpack(path: Path, into: Path, limits: Limits) -> list[str]:
     refused: list[str] = []
     seen: set[Path] = set()
     try:
-        with tarfile.open(path, "r:") as archive:
+        with _open_tar(path) as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
                 suffix = name.suffix.lower()
@@ -244,11 +262,42 @@ def _unpack(path: Path, into: Path, limits: Limits) -> list[str]:
                     stream = archive.extractfile(member)
                     assert stream is not None
                     _write_once(goal, stream.read())
-    except tarfile.TarError:
-        refused.append("the rest of the tar is damaged, compressed or cut short")
-    except (OSError, ValueError, EOFError):
+    except _Unusable as reason:
+        refused.append(f"the rest, since it {reason}")
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError):
+        refused.append("the rest of the tar is damaged, compressed in a way not known, or cut short")
+    except (OSError, ValueError):
         refused.append("a member cannot be written, or the tar cannot be read")
     return refused
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar, plain or (by its content, whatever its name) gzipped, which is read in one pass and within `GROWTH`."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not zipped:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                yield archive
+            return
+        with gzip.open(file) as stream:
+            bounded = _Bounded(stream, GROWTH * path.stat().st_size + LONGEST)
+            with tarfile.open(fileobj=bounded, mode="r|") as archive:  # type: ignore[call-overload]  # it only reads
+                yield archive
+
+
+class _Bounded:
+    """A stream that ends in `_Unusable` when more than `most` bytes are read from it."""
+
+    def __init__(self, stream: IO[bytes], most: int):
+        self.stream, self.left = stream, most
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise _Unusable(f"unpacks to more than {GROWTH} times its size")
+        return self.stream.read(size)
 
 
 def _write_once(path: Path, data: bytes) -> None:
@@ -261,17 +310,20 @@ def _write_once(path: Path, data: bytes) -> None:
 # --- looking ---------------------------------------------------------------------------------------------------------
 
 
-def _walk(folder: Path, target: Path) -> Iterator[Path]:
-    """Every plain file below `folder`, sorted; hidden ones, linked folders and the index's own folder are left out."""
+def _walk(folder: Path, target: Path, *, links: bool = False) -> Iterator[Path]:
+    """Every plain file below `folder`, sorted; hidden ones, linked folders and the index's own folder are left out.
+
+    `links`: those that lead nowhere as well.
+    """
     own = target.resolve()
     for where, folders, names in os.walk(folder):
         here = Path(where)
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and (here / name).resolve() != own
         )
-        yield from (
-            here / name for name in sorted(names) if not name.startswith(".") and (here / name).is_file()
-        )
+        for path in (here / name for name in sorted(names) if not name.startswith(".")):
+            if path.is_file() or (links and path.is_symlink()):
+                yield path
 
 
 def _file_name(prefix: str, inside: Path) -> tuple[str, bool]:
@@ -302,7 +354,7 @@ def _look(
         extensions[suffix or "no extension"] += 1
         if path.name.lower() in TABLES:
             tables.append((path, name))
-        elif suffix in SIDECARS or suffix == ".tar":
+        elif suffix in SIDECARS or path.name.lower().endswith(TARS + OTHER_TARS):
             continue
         elif suffix in SUFFIXES or suffix in _OTHER_MEDIA or _is_media(path):
             if not sound:
