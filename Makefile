@@ -1,10 +1,10 @@
 # make demo: install, then draw the gallery with the shipped weights.   make test: install with the development extras, then test.
-# make lint, make chaos, make lock (remake the locks), make clean. Nothing is needed but make and Python >= 3.11.
+# make lint, make chaos, make lock (remake the locks), make sbom (what it is made of), make clean. Nothing is needed but make and Python >= 3.11.
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint types chaos lock clean
+.PHONY: demo test lint types chaos lock sbom clean
 .DELETE_ON_ERROR:
 
 demo: .venv/base.stamp
@@ -34,6 +34,9 @@ chaos: .venv/dev.stamp
 
 lock:
 	requirements/lock
+
+sbom:
+	requirements/sbom
 
 clean:
 	rm -rf .venv build dist gallery src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -140,7 +140,14 @@ def test_the_lock_holds_all_that_torch_needs():
 
 
 def test_no_registry_host_and_no_address_of_a_machine_is_in_the_set_up():
-    for name in ("Makefile", "pyproject.toml", ".ci/run", "requirements/install", "requirements/lock"):
+    for name in (
+        "Makefile",
+        "pyproject.toml",
+        ".ci/run",
+        "requirements/install",
+        "requirements/lock",
+        "requirements/sbom",
+    ):
         text = (ROOT / name).read_text()
         assert not re.search(r"https?://|--index-url|--extra-index-url|--find-links", text), name
 
