@@ -622,17 +622,14 @@ def _store(signal: Any, stem: Path, *, fps: float) -> Path:
     from einops import rearrange
     from PIL import Image
 
-    levels = ((signal.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-    frames = [Image.fromarray(frame) for frame in rearrange(levels, "c f h w -> f h w c").numpy()]
+    from reverie.pictures import save_clip, to_bytes
+
+    frames = to_bytes(rearrange(signal, "c f h w -> f c h w"))
+    path = stem.with_name(f"{stem.name}.{'png' if len(frames) == 1 else 'webp'}")
     if len(frames) == 1:
-        path = stem.with_name(f"{stem.name}.png")
-        frames[0].save(path)
+        Image.fromarray(frames[0]).save(path)
     else:
-        path = stem.with_name(f"{stem.name}.webp")
-        duration = round(1000 / fps)
-        frames[0].save(
-            path, save_all=True, append_images=frames[1:], duration=duration, loop=0, lossless=True
-        )
+        save_clip(path, frames, fps=fps)
     return path
 
 

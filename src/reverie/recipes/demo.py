@@ -37,7 +37,7 @@ from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.evals.zero_shot import class_embeddings, zero_shot
 from reverie.media import decode_array, flatten
-from reverie.pictures import to_bytes, to_signal
+from reverie.pictures import save_clip, to_bytes, to_signal
 from reverie.progress import counting
 from reverie.recipes import gallery
 from reverie.recipes.parts import capable
@@ -192,7 +192,7 @@ class _Run:
         """A clip `3 f h w` as a moving picture, its middle frame, and a strip of frames."""
         frames = to_bytes(rearrange(video, "c f h w -> f c h w"))
         moving, poster, strip = (f"moving/{stem}{end}" for end in (".webp", "-still.png", "-frames.png"))
-        gallery.save_clip(self.out / moving, frames, fps=self.sora.config.fps)
+        save_clip(self.out / moving, frames, fps=self.sora.config.fps)
         gallery.save_picture(self.out / poster, frames[len(frames) // 2])
         some = frames[np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)]
         gallery.save_picture(self.out / strip, rearrange(some, "f h w c -> h (f w) c"))
@@ -269,7 +269,7 @@ def _continue(run: _Run) -> dict[str, Any]:
             )
             original = flatten(decode_array(run.index.path(item)))
             file = f"sample/original-{number}.webp"
-            gallery.save_clip(run.out / file, original, fps=item.fps)
+            save_clip(run.out / file, original, fps=item.fps)
             clips.append(
                 {
                     **run.prompt(label, ""),

@@ -31,15 +31,6 @@ def save_picture(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(np.ascontiguousarray(pixels)).save(path, format="PNG", optimize=True)
 
 
-def save_clip(path: Path, frames: np.ndarray, *, fps: float) -> None:
-    """uint8 `f h w 3` -> a lossless animated WebP that goes round and round."""
-    first, *rest = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
-    duration = round(1000 / fps)
-    first.save(
-        path, format="WEBP", save_all=True, append_images=rest, duration=duration, loop=0, lossless=True
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A row of the contact sheet: tiles uint8 `h w 3`, and a title for each, or one for all."""

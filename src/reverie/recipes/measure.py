@@ -31,7 +31,7 @@ from reverie.errors import InputError
 from reverie.evals import generation
 from reverie.evals import zero_shot as naming
 from reverie.evals.world_captions import read_caption
-from reverie.pictures import grid, to_bytes
+from reverie.pictures import grid, save_clip, to_bytes
 from reverie.progress import counting
 from reverie.recipes.parts import capable, home, plain_stickers
 
@@ -465,8 +465,7 @@ def _animation(clips: Tensor, titles: Sequence[str], path: Path, *, fps: float) 
     """One moving sheet of clips, WebP."""
     frames = [grid(to_bytes(clips[:, :, f]), list(titles)) for f in range(clips.shape[2])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    duration = round(1000 / fps)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0, quality=80)
+    save_clip(path, frames, fps=fps, quality=80)
 
 
 def _save(sheet: Any, path: Path) -> None:
