@@ -89,7 +89,10 @@ def test_an_unknown_command_is_one_sentence(words, hint, capsys):
         ("train --steps 3 clip-tiny x", "The recipe comes first, not --steps"),
         ("train clip-tiny", "`reverie train clip-tiny` needs DATA: a folder"),
         ("train clip-tiny x --steps ten", "--steps is 'ten': give a whole number."),
-        ("train clip-tiny x --clips 3", "`reverie train clip-tiny` has no flag --clips: its flags are --out, --steps, --batch"),
+        (
+            "train clip-tiny x --clips 3",
+            "`reverie train clip-tiny` has no flag --clips: its flags are --out, --steps",
+        ),
         ("train sora-world x", "`reverie train sora-world` needs --clip: the folder of a CLIP"),
     ],
 )
@@ -279,6 +282,11 @@ def test_search_leaves_unreadable_files_out(clip_folder, tmp_path, capsys):
         ["search", "EMPTY", "red"],
         ["sample", "a cat", "--model", "CLIP"],
         ["sample", "a cat", "--frames", "0"],
+        ["sample", "a cat", " "],
+        ["sample", "a cat", "--device", "abacus"],
+        ["search", "FOLDER", "red", "--device", "meta"],
+        ["eval", "zero-shot", "FOLDER", "--device", "xpu:7"],
+        ["demo", "--out", "GALLERY", "--device", "cuda:99"],
         ["sample", "a cat", "--fps", "0"],
         ["sample", "a cat", "--fps", "-3", "--frames", "4"],
         ["sample"],
@@ -290,7 +298,7 @@ def test_search_leaves_unreadable_files_out(clip_folder, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_sentence(words, world, clip_folder, tmp_path, capsys):
-    places = {"FOLDER": world, "EMPTY": tmp_path, "CLIP": clip_folder}
+    places = {"FOLDER": world, "EMPTY": tmp_path, "CLIP": clip_folder, "GALLERY": tmp_path / "gallery"}
     words = [places.get(word, word) for word in words]
     if words[0] == "search" and "--model" not in words:
         words += ["--model", clip_folder]
@@ -380,9 +388,13 @@ class Painter:
 
 @pytest.fixture
 def painter(monkeypatch):
+    from reverie.recipes import parts
+
     made = Painter()
-    load = cli._capable
-    monkeypatch.setattr(cli, "_capable", lambda name, what: made if name == "painter" else load(name, what))
+    load = parts.capable
+    monkeypatch.setattr(
+        parts, "capable", lambda name, what, **more: made if name == "painter" else load(name, what, **more)
+    )
     return made
 
 

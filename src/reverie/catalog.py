@@ -66,14 +66,19 @@ def recipe(name: str) -> Callable[..., Any]:
     return getattr(import_module(module), function)
 
 
-def load(name_or_folder: str | Path) -> Any:
+def load(name_or_folder: str | Path, *, trainable: bool = False) -> Any:
     """The system of a shipped name ("clip-stickers") or of a folder that `save` wrote, on the CPU, in eval mode.
+
+    It is loaded to be used: no parameter takes gradients, so that `clip.embed_text([...]).numpy()` works and no graph
+    is kept. `trainable=True` is for training on: parameters take gradients as they did when the system was trained
+    (of Sora, not the text tower). Either way gradients flow to the inputs.
 
     Raises `reverie.errors.InputError` in one sentence when there is none, or when its files cannot be trusted.
     """
     from reverie.weights import store
 
-    return store.load(name_or_folder, systems=SYSTEMS)
+    system = store.load(name_or_folder, systems=SYSTEMS)
+    return system if trainable else system.requires_grad_(False)
 
 
 def save(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -168,8 +168,9 @@ def data_world(
         seed: Another seed, another world.
     """
     from reverie.data.world import write
+    from reverie.progress import counting
 
-    with _counting("drawing") as progress:
+    with counting("drawing") as progress:
         index = write(
             folder, count, seed=seed, size=size, frames=frames, kind=kind, fps=fps, progress=progress
         )
@@ -213,6 +214,7 @@ def sample(
     best_of: int = 1,
     judge: str = "clip-stickers",
     fps: float | None = None,
+    device: str | None = None,
 ) -> None:
     """Draw a picture, or with --frames a clip, for every prompt.
 
@@ -229,13 +231,18 @@ def sample(
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
         fps: Frames per second of the clips; the model's own if not given.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     import torch
 
     from reverie.pictures import to_signal
+    from reverie.progress import counting
+    from reverie.recipes.parts import capable
 
     if not prompts:
         raise InputError('Say what to draw, such as: reverie sample "a red rocket".')
+    if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+        raise InputError(f"Prompt {empty[0]} of {len(prompts)} is empty: say what to draw, or leave it out.")
     if best_of < 1 or frames < 1:
         raise InputError(f"best_of and frames must be at least 1, not {best_of} and {frames}.")
     if fps is not None and not 1 <= fps <= 1000:
@@ -244,15 +251,15 @@ def sample(
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
         )
-    sora = _capable(model, "generate_image")
-    clip = _capable(judge, "embed_text") if best_of > 1 else None
+    sora = capable(model, "generate_image", device=device)
+    clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     size = size or sora.config.size
     asked: dict[str, Any] = {"size": size, "seed": seed, "steps": steps, "guidance": guidance}
     if first_frame is not None:
         asked["first_frame"] = torch.from_numpy(to_signal(first_frame, size=size)).repeat(best_of, 1, 1, 1)
     out.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):
-        with _counting(prompt) as progress:
+        with counting(prompt) as progress:
             if frames > 1:
                 drawn = sora.generate_video([prompt] * best_of, frames=frames, progress=progress, **asked)
             else:
@@ -275,6 +282,7 @@ def search(
     top: int = 10,
     model: str = "clip-stickers",
     sheet: Path | None = None,
+    device: str | None = None,
 ) -> None:
     """Find the pictures of a folder that fit words best, or another picture.
 
@@ -285,16 +293,18 @@ def search(
         top: How many to list.
         model: The CLIP that compares: a shipped name or a folder.
         sheet: Draw what was found to this PNG as well.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     import torch
 
     from reverie.evals.retrieval import search_topk
     from reverie.media import decode_array
     from reverie.pictures import grid
+    from reverie.recipes.parts import capable
 
     if bool(words) == (image is not None):
         raise InputError("Give either words or --image to look for.")
-    clip = _capable(model, "embed_text")
+    clip = capable(model, "embed_text", device=device)
     with torch.no_grad():
         paths, pictures = _embed_folder(clip, folder)
         query = clip.embed_text([words]) if image is None else clip.embed_image([image])
@@ -321,6 +331,7 @@ def eval_zero_shot(
     without: tuple[str, ...] = ("skin_tone",),
     templates: tuple[str, ...] = ("{}",),
     out: Path = Path("runs/eval-zero-shot"),
+    device: str | None = None,
 ) -> None:
     """Measure how often a CLIP names a picture right among all labels.
 
@@ -332,11 +343,21 @@ def eval_zero_shot(
         without: Leave out the pictures for which one of these scores of the index is above zero.
         templates: Sentences with {} where the name goes; the mean over them is taken.
         out: Where the numbers, the table and the pictures go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.measure import zero_shot
 
     print(
-        zero_shot(data, out, model=model, sources=sources, split=split, without=without, templates=templates)
+        zero_shot(
+            data,
+            out,
+            model=model,
+            sources=sources,
+            split=split,
+            without=without,
+            templates=templates,
+            device=device,
+        )
     )
     print(f"\n{out}")
 
@@ -350,6 +371,7 @@ def eval_retrieval(
     split: str | None = None,
     language: str | None = None,
     out: Path | None = None,
+    device: str | None = None,
 ) -> None:
     """Measure how often a CLIP finds a picture by its captions, and its captions by the picture.
 
@@ -360,9 +382,11 @@ def eval_retrieval(
         split: Only this split: train, val or test; all if not given.
         language: Only captions in this language, such as en or zh.
         out: Write everything to this JSON file.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.data.index import Index
     from reverie.evals.retrieval import retrieval
+    from reverie.recipes.parts import capable
 
     index = Index.read(data).select(split=split, video=False, sources=sources or None)
     told = {
@@ -373,7 +397,7 @@ def eval_retrieval(
         raise InputError(
             f"No picture in {data} has a caption and is wanted; look at `reverie data check {data}`."
         )
-    clip = _capable(model, "embed_text")
+    clip = capable(model, "embed_text", device=device)
     paths = [index.path(item) for item in items]
     _report(
         retrieval(clip.embed_image, clip.embed_text, paths, [told[item.file_name] for item in items]), out
@@ -395,6 +419,7 @@ def eval_pictures(
     guidance: float | None = None,
     seed: int = 0,
     out: Path = Path("runs/eval-pictures"),
+    device: str | None = None,
 ) -> None:
     """Measure a generator's pictures: judges name them, they vary, and none is copied.
 
@@ -411,10 +436,11 @@ def eval_pictures(
         guidance: How strictly to follow the label; the model's own if not given.
         seed: Another seed, other labels and pictures.
         out: Where the numbers, the table and the pictures go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.measure import Ask, pictures
 
-    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed)
+    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(pictures(data, out, model=model, judges=judges, source=source, split=split, ask=ask))
     print(f"\n{out}")
 
@@ -435,6 +461,7 @@ def eval_clips(
     guidance: float | None = None,
     seed: int = 0,
     out: Path = Path("runs/eval-clips"),
+    device: str | None = None,
 ) -> None:
     """Measure a generator's clips: as its pictures, and how much they move.
 
@@ -452,10 +479,11 @@ def eval_clips(
         guidance: How strictly to follow the label; the model's own if not given.
         seed: Another seed, other labels and clips.
         out: Where the numbers, the table and the clips go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.measure import Ask, clips
 
-    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed)
+    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(clips(data, out, model=model, judges=judges, source=source, split=split, frames=frames, ask=ask))
     print(f"\n{out}")
 
@@ -473,6 +501,7 @@ def eval_world(
     guidance: float | None = None,
     seed: int = 0,
     out: Path = Path("runs/eval-world"),
+    device: str | None = None,
 ) -> None:
     """Measure a generator of the procedural world with its exact judge, which reads every picture back.
 
@@ -487,10 +516,11 @@ def eval_world(
         guidance: How strictly to follow the caption; the model's own if not given.
         seed: Another seed, other noise.
         out: Where the numbers, the table and the pictures go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.measure import Ask, world
 
-    ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed)
+    ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(world(out, model=model, frames=frames, kind=kind, language=language, ask=ask))
     print(f"\n{out}")
 
@@ -505,6 +535,7 @@ def demo(
     clip: str = "clip-stickers",
     sora: str = "sora-stickers",
     steps: int | None = None,
+    device: str | None = None,
 ) -> None:
     """Draw pictures and clips, search, name, and write it all into a gallery page. Needs no network.
 
@@ -514,10 +545,11 @@ def demo(
         clip: The CLIP that chooses, finds and names: a shipped name or a folder.
         sora: The generator: a shipped name or a folder.
         steps: Sampling steps; the model's own number if not given.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.demo import demo as show
 
-    print(show(out, seed=seed, clip=clip, sora=sora, steps=steps))
+    print(show(out, seed=seed, clip=clip, sora=sora, steps=steps, device=device))
 
 
 def convert(source: Path, target: Path, /) -> None:
@@ -571,18 +603,6 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 
 # ---------------------------------------------------------------- what several commands need
-
-
-def _capable(name_or_folder: str, capability: str) -> Any:
-    """A loaded system that has the method `capability`. InputError: it has not, or there is no such system."""
-    import reverie
-
-    system = reverie.load(name_or_folder)
-    if not hasattr(system, capability):
-        raise InputError(
-            f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
-        )
-    return system
 
 
 def _embed_folder(clip: Any, folder: Path) -> tuple[list[Path], Any]:
@@ -647,20 +667,6 @@ def _report(result: Mapping[str, Any], out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _counting(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function of (done, total) that shows a bar on a terminal, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label.replace("[", r"\["))
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 # ---------------------------------------------------------------- from words to functions

@@ -141,9 +141,22 @@ def test_sora_comes_back_bit_for_bit_with_its_parts(codec, tmp_path):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in sora.state_dict().items())
     for a, b in zip(again.read(CAPTIONS), sora.read(CAPTIONS), strict=True):
         assert torch.equal(a, b)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    again = reverie.load(tmp_path, trainable=True)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in sora.named_parameters() if p.requires_grad
     }
+
+
+def test_what_is_loaded_to_be_used_embeds_without_a_graph(tmp_path):
+    reverie.save(Clip(CONFIG, TOKENIZER), tmp_path)
+    pictures = torch.zeros(2, 3, 32, 32, requires_grad=True)
+    used, trained = reverie.load(tmp_path), reverie.load(tmp_path, trainable=True)
+    assert used.embed_text(CAPTIONS[:2]).numpy().shape == used.embed_image(pictures.detach()).numpy().shape
+    used.embed_image(pictures).sum().backward()  # guidance by CLIP, and saliency, need this much
+    assert pictures.grad is not None
+    assert not trained.training
+    assert trained.embed_text(CAPTIONS).requires_grad
 
 
 def test_the_version_is_the_package_s():

@@ -40,7 +40,7 @@ from reverie.media import decode_array, flatten
 from reverie.pictures import save_clip, to_bytes, to_signal
 from reverie.progress import counting
 from reverie.recipes import gallery
-from reverie.recipes.parts import capable
+from reverie.recipes.parts import capable, home, peak_memory
 
 Pair = tuple[str, str]  # words and, for those who do not read Chinese, what they mean
 
@@ -66,19 +66,22 @@ def demo(
     clip: str | Path = "clip-stickers",
     sora: str | Path = "sora-stickers",
     steps: int | None = None,
+    device: str | None = None,
 ) -> Path:
     """Draw, animate, continue, find and name; write the gallery into the folder `out`; its index.html.
 
-    Picture i of a prompt has the seed `seed + i`; `steps` are the sampler's, the model's own if not given. The same
-    arguments give the same pictures and scores; only times and memory differ. Raises InputError when `out` holds
-    something that is no gallery, or a model cannot do what is asked of it.
+    Picture i of a prompt has the seed `seed + i`; `steps` are the sampler's, the model's own if not given; `device` is
+    the GPU if there is one. The same arguments give the same pictures and scores; only times and memory differ. Raises
+    InputError when `out` holds something that is no gallery, or a model cannot do what is asked of it.
     """
     begun = time.perf_counter()
     if steps is not None and steps < 1:
         raise InputError(f"steps is {steps}: give at least 1, or leave it out.")
+    place = home(device)
     _own(out)
     with _stage("loading") as stage:
-        reader, painter = capable(clip, "embed_image"), capable(sora, "generate_video")
+        reader = capable(clip, "embed_image", device=device)
+        painter = capable(sora, "generate_video", device=device)
         index = Index.read(sample_folder()).select()
         judge = Judge(reader, index)
     run = _Run(out, index, judge, reader, painter, seed, steps or painter.config.steps)
@@ -105,7 +108,8 @@ def demo(
     (out / "preview.png").write_bytes(gallery.preview(run.rows))
     results |= {
         "seconds": time.perf_counter() - begun,
-        "peak_memory": _peak_memory(),
+        "peak_memory": peak_memory(place),
+        "device": str(place),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -381,16 +385,6 @@ def _own(out: Path) -> None:
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError:
         raise InputError(f"Cannot make the folder {out}: give another with --out.") from None
-
-
-def _peak_memory() -> int | None:
-    """The most bytes that this process has held, where the system tells."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass

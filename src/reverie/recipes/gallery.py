@@ -293,7 +293,13 @@ def _foot(results: dict[str, Any]) -> str:
         ("times", ", ".join(f"{name} {results[name]['seconds']:.1f} s" for name in parts)),
         ("together", f"{results['seconds']:.1f} s"),
         ("memory", f"{peak / 2**30:.2f} GiB at most" if peak else "not told by this system"),
-        ("with", f"Reverie {results['reverie']}, PyTorch {results['torch']}, {results['threads']} threads"),
+        (
+            "on",
+            results["device"]
+            if results["device"] != "cpu"
+            else f"the processor, {results['threads']} threads",
+        ),
+        ("with", f"Reverie {results['reverie']}, PyTorch {results['torch']}"),
     ]
     rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
     return (

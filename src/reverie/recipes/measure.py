@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from reverie.evals import zero_shot as naming
 from reverie.evals.world_captions import read_caption
 from reverie.pictures import grid, save_clip, to_bytes
 from reverie.progress import counting
-from reverie.recipes.parts import capable, home, plain_stickers
+from reverie.recipes.parts import capable, home, peak_memory, plain_stickers
 
 JUDGES = ("clip-stickers", "judge-stickers")
 UNSEEN = 1_000_000  # the first scene of the world that is measured; recipes train on the first thousands
@@ -78,13 +77,14 @@ def zero_shot(
     split: str | None = None,
     without: tuple[str, ...] = ("skin_tone",),
     templates: tuple[str, ...] = ("{}",),
+    device: str | None = None,
 ) -> Measured:
     """How often `model` names a picture right among all labels of its source, each source by itself.
 
     No sources: every labelled picture of the folder together. `without`: scores of the index, above zero for
     pictures that are left out.
     """
-    clip = capable(model, "embed_text").to(home())
+    clip = capable(model, "embed_text", device=device)
     whole = Index.read(data).select(split=split, video=False)
     rows, numbers = [], {}
     for source in sources or ("all",):
@@ -160,6 +160,7 @@ class Ask:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+    device: str | None = None  # the GPU if there is one
 
 
 def pictures(
@@ -193,7 +194,7 @@ def _generation(
     frames: int | None,
 ) -> Measured:
     draw = Drawing(model, frames, ask)
-    panel = {Path(name).name: capable(name, "classify").to(home()) for name in judges}
+    panel = {Path(name).name: capable(name, "classify", device=ask.device) for name in judges}
     if len(panel) < len(judges) or not panel:
         raise InputError(f"the judges {', '.join(judges)} need names that differ: rename a folder.")
     size, frames = draw.size, draw.frames
@@ -248,7 +249,8 @@ class Drawing:
     """A loaded generator, asked as `ask` says: `drawing(prompts, seeds)` gives samples and how they were made."""
 
     def __init__(self, model: str, frames: int | None, ask: Ask):
-        self.sora = capable(model, "generate_image" if frames == 1 else "generate_video").to(home())
+        self.sora = capable(model, "generate_image" if frames == 1 else "generate_video", device=ask.device)
+        self.device = home(ask.device)
         self.frames = frames or self.sora.config.frames
         self.size, self.fps, self.ask = self.sora.config.size, self.sora.config.fps, ask
 
@@ -260,7 +262,8 @@ class Drawing:
         config = self.sora.config
         return samples, {
             "prompts": prompts, "seeds": seeds, "seconds": seconds, "batch": self.ask.batch,
-            "device": str(home()), "threads": torch.get_num_threads(), "peak_memory_bytes": peak_memory(),
+            "device": str(self.device), "threads": torch.get_num_threads(),
+            "peak_memory_bytes": peak_memory(self.device),
             "frames": self.frames,
             "size": list(self.size), "steps": self.ask.steps or config.steps,
             "guidance": config.guidance if self.ask.guidance is None else self.ask.guidance,
@@ -421,18 +424,6 @@ def world(
 
 
 # ---------------------------------------------------------------- what they share
-
-
-def peak_memory() -> int | None:
-    """The most memory that this process has held so far, in bytes, on a GPU there; None: the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def _middle(samples: Tensor, frames: int) -> Tensor:

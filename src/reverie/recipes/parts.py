@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,45 @@ def name_bad(run: Run, *sources: Pixels) -> None:
 # ---------------------------------------------------------------- systems
 
 
-def capable(name_or_folder: str | Path, capability: str) -> Any:
-    """A loaded system that has the method `capability`. InputError: it has not, or there is no such system."""
+def capable(name_or_folder: str | Path, capability: str, *, device: str | None = None) -> Any:
+    """A loaded system that has the method `capability`, on `home(device)`.
+
+    InputError: it has not, or there is no such system or device.
+    """
+    place = home(device)
     system = reverie.load(name_or_folder)
     if not hasattr(system, capability):
         raise InputError(
             f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
         )
-    return system
+    return system.to(place)
 
 
-def home() -> torch.device:
-    """Where to run: the GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def home(device: str | None = None) -> torch.device:
+    """Where to run: the GPU if there is one, unless a device is named. InputError: this machine has no such device."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device or best)
+        if device is not None and torch.empty(1, device=place).is_meta:
+            raise RuntimeError("nothing is computed there")
+    except (RuntimeError, AssertionError):  # the latter of a torch that was built without CUDA
+        others = f", {best} or cpu" if best != "cpu" else " but cpu"
+        raise InputError(
+            f"device is {device!r}, which this machine does not have: it has none{others}."
+        ) from None
+    return place
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held so far, on a GPU there; None: the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def averaged(player: Player) -> contextlib.ExitStack:
