@@ -29,7 +29,16 @@ from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.evals.retrieval import retrieval
 from reverie.evals.zero_shot import zero_shot
-from reverie.recipes.parts import averaged, captioned, heads_of, home, name_bad, open_index, plain_stickers
+from reverie.recipes.parts import (
+    averaged,
+    capable,
+    captioned,
+    heads_of,
+    home,
+    name_bad,
+    open_index,
+    plain_stickers,
+)
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run
@@ -43,6 +52,7 @@ class ClipRun:
     """What a run depends on; it stands in the run folder's config.json."""
 
     model: ClipConfig
+    start: str = ""  # the CLIP that was gone on from
     steps: int
     batch: int
     accumulate: int = 1
@@ -86,9 +96,10 @@ def tiny(
     batch: int = 64,
     lr: float = 1e-3,
     size: int = 64,
+    start: str = "",
     seed: int = 0,
 ) -> Clip:
-    """A small CLIP from random weights on any captioned folder; a new vocabulary from its captions.
+    """A small CLIP on any captioned folder: from random weights, with a vocabulary of its captions, or going on.
 
     Args:
         data: A folder that was imported, or one to import.
@@ -97,18 +108,18 @@ def tiny(
         batch: Pictures of a step; more learn better, take longer and need more memory.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
+        start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
     train_set = index.select(split="train")
-    tokenizer = Bpe.train(_texts(train_set), vocab=4096)
+    model = begin(start, train_set, partial(shape, size=size), seed=seed)
     config = ClipRun(
-        model=shape(tokenizer.vocab, tokenizer.end, size=size),
-        steps=steps, batch=min(batch, len(train_set)), lr=lr, seed=seed,
-    )  # fmt: skip
+        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr, seed=seed
+    )
     val = captioned(index.select(split="val"))
     measures = {"val": partial(_retrieval, val=val)} if len(val) else {}
-    return fit(config, tokenizer, train_set, out, measures=measures)
+    return fit(config, model, train_set, out, measures=measures)
 
 
 def stickers(
@@ -122,6 +133,7 @@ def stickers(
     width: int = 192,
     depth: int = 5,
     sources: tuple[str, ...] = (),
+    start: str = "",
     seed: int = 0,
 ) -> Clip:
     """The shipped `clip-stickers`: every training style of the corpus, Twemoji and OpenMoji held out.
@@ -138,18 +150,19 @@ def stickers(
         width: Channels of both towers, a multiple of 64.
         depth: Blocks of the image tower; the text tower has half as many.
         sources: Only these styles, as in the comparison with open_clip (fluent-3d and noto); all if not given.
+        start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
     train_set = plain_stickers(index).select(split="train", video=False, sources=sources or None)
-    tokenizer = Bpe.train(_texts(train_set), vocab=4096)
+    model = begin(start, train_set, partial(shape, width=width, depth=depth), seed=seed)
     config = ClipRun(
-        model=shape(tokenizer.vocab, tokenizer.end, width=width, depth=depth), steps=steps, batch=batch, lr=lr,
-        strength=strength, languages={"en": 0.85, "zh": 0.15}, seed=seed,
+        model=model.config, start=start, steps=steps, batch=batch, lr=lr, strength=strength,
+        languages={"en": 0.85, "zh": 0.15}, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     measures = {"twemoji": partial(_zero_shot, val=held)} if any(item.label for item in held) else {}
-    return fit(config, tokenizer, train_set, out, measures=measures)
+    return fit(config, model, train_set, out, measures=measures)
 
 
 def paper_b32(
@@ -170,22 +183,36 @@ def paper_b32(
         ema=0.0, strength=0.0,
     )  # fmt: skip
     index = open_index(data)
-    return fit(config, tokenizer, index.select(split="train"), out, measures={})
+    torch.manual_seed(rng.integer(config.seed, "weights"))
+    return fit(config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={})
+
+
+def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, seed: int) -> Clip:
+    """The CLIP `start`, or one of that shape with random weights and a vocabulary of the captions of `index`."""
+    if start:
+        model = capable(start, "embed_text")
+        if model.tokenizer is None:
+            raise InputError(f"{start} has no tokenizer to read captions with: go on from one that has.")
+        return model.train().requires_grad_()
+    tokenizer = Bpe.train(_texts(index), vocab=4096)
+    torch.manual_seed(rng.integer(seed, "weights"))
+    return Clip(shape(tokenizer.vocab, tokenizer.end), tokenizer)
 
 
 Measure = Callable[[Clip], dict[str, float]]
 
 
-def fit(config: ClipRun, tokenizer: Bpe, index: Index, out: Path, *, measures: Mapping[str, Measure]) -> Clip:
-    """Train from random weights, measure eight times on the way, save the averaged weights to `out/model`."""
+def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapping[str, Measure]) -> Clip:
+    """Train the model, measure eight times on the way, save the averaged weights to `out/model`."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
     pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
-    torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = Clip(config.model, tokenizer).to(home())
+    model.to(home())
     player = Player(
         model,
         optimizer=adamw(

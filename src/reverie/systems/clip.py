@@ -83,7 +83,11 @@ class Clip(nn.Module):
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens `b n` -> unit vectors `b d`."""
         tokens = self.tokens(texts)
-        return F.normalize(self.text_projection(self.text.pool(self.text(tokens), tokens)), dim=-1)
+        order = self.text.end_position(tokens).argsort(stable=True)
+        # Texts of one length stand together, so that a short one is not padded to the longest of all.
+        parts = [self.text.trim(tokens[rows]) for rows in order.tensor_split(min(len(tokens) // 32 + 1, 4))]
+        vectors = torch.cat([self.text.pool(self.text(part), part) for part in parts])
+        return F.normalize(self.text_projection(vectors[order.argsort()]), dim=-1)
 
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens -> tokens `b n`, cut to the longest text."""
