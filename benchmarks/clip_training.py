@@ -12,7 +12,7 @@ open_clip's side, each choice in its favour where we had one: ViT of 64 pixels i
 16 positions, its own vocabulary of 49,408 (21 M parameters); its loss and tokenizer; its training defaults for AdamW
 (betas 0.9 and 0.98, eps 1e-6, no decay on gains, biases and the temperature, which it clamps at 100) but the fused
 kernel; a cosine over the time it has; bf16 where the processor has it, as ours. `--peer-lr`, `--peer-batch`,
-`--peer-decay` and `--peer-view` were chosen by short runs on this task (docs/systems/clip.md). Captions are drawn by
+`--peer-decay` and `--peer-view` try others. Captions are drawn by
 our rules in English alone, since its vocabulary has no Chinese and the names asked for are English.
 """
 
