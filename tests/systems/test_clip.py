@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from reverie.codecs.bpe import Bpe
+from reverie.encoders.text import TextConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import info_nce
-from reverie.systems.clip import LARGEST_SCALE, Clip
+from reverie.systems.clip import LARGEST_SCALE, Clip, ClipConfig
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +211,9 @@ def test_it_learns_eight_pairs_by_heart(small, images, tokenizer):
     assert last["accuracy"] == 1
     with torch.no_grad():
         assert clip.classify(images, small.names).argmax(-1).tolist() == list(range(8))
+
+
+def test_a_tokenizer_of_another_text_tower_is_refused():
+    tokenizer = Bpe.train(["a red rocket"], vocab=600)
+    with pytest.raises(InputError, match=f"{tokenizer.vocab} tokens .* made for 512 and"):
+        Clip(ClipConfig(text=TextConfig(vocab=512, end=tokenizer.end, width=64, heads=1)), tokenizer)

@@ -47,6 +47,14 @@ class Bpe:
         self.vocab = max(self._names) + 1
         self.start, self.end, self.pad = ids[START], ids[END], 0
 
+    def fits(self, *, vocab: int, end: int) -> None:
+        """InputError: a text tower of `vocab` tokens, read at the token `end`, cannot read what this makes."""
+        if self.vocab > vocab or self.end != end:
+            raise InputError(
+                f"the tokenizer has {self.vocab} tokens with the end token {self.end}, but the text tower was made for "
+                f"{vocab} and {end}: take the tokenizer that it was trained with."
+            )
+
     @classmethod
     def clip(cls) -> Bpe:
         """CLIP's own vocabulary: 49,408 tokens."""

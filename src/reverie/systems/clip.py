@@ -47,6 +47,8 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig, tokenizer: Bpe | None = None):
         super().__init__()
         self.config = config
+        if tokenizer is not None:
+            tokenizer.fits(vocab=config.text.vocab, end=config.text.end)
         self.tokenizer = tokenizer
         self.image = Vit(config.image)
         self.text = Text(config.text)

@@ -56,6 +56,8 @@ class Sora(nn.Module):
     def __init__(self, config: SoraConfig, tokenizer: Bpe | None = None):
         super().__init__()
         self.config = config
+        if tokenizer is not None:
+            tokenizer.fits(vocab=config.text.vocab, end=config.text.end)
         self.tokenizer = tokenizer
         self.text = Text(config.text).requires_grad_(False)
         self.codec = None if config.codec is None else VideoVae(config.codec).requires_grad_(False)
