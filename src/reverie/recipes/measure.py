@@ -296,7 +296,9 @@ def _pick(
     for name, judge in panel.items():
         ours, theirs = (generation.pick(some, names, judge.classify) for some in (samples, truth))
         numbers[name] = {"generator": ours, "real": theirs}
-        for k, text in (("1", "picked out"), ("5", "among the first five")):
+        for k, text in ((1, "picked out"), (5, "among the first five")):
+            if k >= ours["ways"]:
+                continue  # as many as there are says nothing
             rows.append((
                 f"{text} of {ours['ways']}, by {name}", _share(ours[f"top{k}"], ours[f"top{k}_interval"]),
                 _share(theirs[f"top{k}"], theirs[f"top{k}_interval"]), f"{_share(ours[f'chance{k}'])} by guessing",
