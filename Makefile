@@ -1,5 +1,5 @@
 # make demo: install, then draw the gallery with the shipped weights.   make test: install with the development extras, then test.
-# make lint, make chaos, make lock (remake the locks), make sbom (what it is made of), make clean. Nothing is needed but make and Python >= 3.11.
+# make lint, make types, make chaos, make lock (remake the locks), make sbom (what it is made of), make clean. Nothing is needed but make and Python >= 3.11.
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest

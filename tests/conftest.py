@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no hub, and, with `--shapes`, shapes and types checked at every call."""
+"""What holds for every test: no network, no hub, and, with `--shapes`, annotations checked at every call."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ import pytest
 
 OFFLINE = Path(__file__).parent / "offline"
 
-# The rooms whose functions take tensors and are annotated without deferred imports.
+# The rooms whose functions take tensors, annotated without names that only a type checker imports.
 SHAPED = ["nn", "processes", "objectives", "samplers", "codecs", "encoders", "backbones"]
 
 
