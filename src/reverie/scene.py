@@ -52,7 +52,6 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 TURNS = ("clockwise", "anticlockwise")
 BOUNCES = ("up and down", "side to side")
-MOTIONS = ("still", "move", "rotate", "bounce", "appear", "vanish", "merge")
 SPEEDS = ("slow", "fast")
 SYMMETRY = {
     "circle": 0, "ring": 0, "square": 4, "triangle": 3, "diamond": 2, "hexagon": 6, "star": 5, "heart": 1,

@@ -251,14 +251,14 @@ def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapp
 
     player.loss = loss
     run = Run(out, config)
-    best_every = max(config.steps // 8, 1)
+    measure_every = max(config.steps // 8, 1)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=config.accumulate,
                       seed=config.seed, save_every=max(config.steps // 12, 1), keep=2, prefetch=2):  # fmt: skip
         if step.number == 1:
             name_bad(run, pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
-        if step.every(best_every):
+        if step.every(measure_every):
             with averaged(player):
                 for name, measure in measures.items():
                     scores = {f"{name}_{key}": value for key, value in measure(model).items()}

@@ -2,7 +2,7 @@
 
     tiny      any captioned folder, on a CPU                          reverie train sora-tiny FOLDER
     stickers  the shipped weights (docs/systems/sora.md)              reverie train sora-stickers DIR
-    world     the procedural world, scored by its exact judge         reverie train sora-world FOLDER CLIP
+    world     the procedural world, scored by its exact judge         reverie train sora-world FOLDER --clip CLIP
 
 Every step has one batch of pictures and, where the data has clips, one of clips; their losses count equally.
 """
@@ -46,9 +46,7 @@ from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
 from reverie.train.schedule import cosine
 
-# DiT's sizes (2212.09748, table 1): depth, width, heads.
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-TINY = (6, 256, 4)
+TINY = (6, 256, 4)  # depth, width, heads; DiT's smallest has 12, 384, 6 (2212.09748, table 1)
 
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
@@ -201,7 +199,7 @@ def fit(
     codec: str = "",
     start: str = "",
 ) -> Sora:
-    """Train from random weights, measure and draw on the way, save the averaged weights to `out/model`."""
+    """Train (on from `start` if given), measure and draw on the way, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
     model.text.load_state_dict(reader.text.state_dict())

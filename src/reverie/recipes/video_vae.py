@@ -33,6 +33,8 @@ from reverie.train.schedule import cosine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaeRun:
+    """What a run depends on; it stands in the run folder's config.json."""
+
     model: VideoVaeConfig
     steps: int
     batch: int  # pictures of a step

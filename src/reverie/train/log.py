@@ -37,7 +37,7 @@ FREE = (
     "sample_every",
     "prefetch",
     "device",
-    "plan",
+    "estimate",
     "track",
     "out",
 )
