@@ -165,6 +165,7 @@ def test_softening_keeps_flat_colours_and_the_mean_but_takes_detail(which):
     out, before = view(noise, u), on_white(noise)
     assert out.std() < 0.7 * before.std()
     torch.testing.assert_close(out.mean(), before.mean(), atol=0.05, rtol=0)
+    assert view(noise[..., :15, :13], u).shape == (1, 3, 15, 13)  # sides need not be even
 
 
 def test_a_wiped_rectangle_has_one_colour_and_at_most_a_third_of_the_sides():

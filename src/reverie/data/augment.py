@@ -86,7 +86,7 @@ def soften(x: Tensor, u: Tensor) -> Tensor:
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
     which = rearrange(u[:, 16], "b -> b 1 1 1")
     x = torch.where(which < 0.2, F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3), x)
-    coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="nearest")
+    coarse = F.interpolate(F.avg_pool2d(x, 2, ceil_mode=True), size=x.shape[-2:], mode="nearest")
     return torch.where(which > 0.8, coarse, x)
 
 

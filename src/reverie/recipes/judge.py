@@ -23,7 +23,7 @@ from reverie.data.pixels import Pixels, cache_of
 from reverie.data.stickers import TEST
 from reverie.errors import InputError
 from reverie.evals.generation import pick
-from reverie.recipes.parts import averaged, home, open_index, plain_stickers
+from reverie.recipes.parts import averaged, home, name_bad, open_index, plain_stickers
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run
@@ -138,6 +138,8 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, seed=config.seed,
                       save_every=max(config.steps // 6, 1), keep=2):  # fmt: skip
+        if step.number == 1:
+            name_bad(run, pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 3, 1)) and len(unseen):
