@@ -158,10 +158,9 @@ class Clip(nn.Module):
         label = batch.get("label")
         same = None if label is None else label[:, None] == label[None, :]
         loss = info_nce(image, text, self.scale(), same=same)
+        names = torch.arange(len(image), device=image.device) if label is None else label
         with torch.no_grad():
-            accuracy = (
-                ((image @ text.T).argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
-            )
+            accuracy = (names[(image @ text.T).argmax(-1)] == names).float().mean()
         return {"loss": loss, "accuracy": accuracy, "scale": self.scale().detach().squeeze()}
 
 
