@@ -363,6 +363,7 @@ def bad_calls(sora: Sora, latent: Sora) -> dict[str, tuple]:
         "a size that does not fit": (lambda: sora.generate(one, size=(8, 10)), "multiples of 4"),
         "size nothing": (lambda: sora.generate(one, size=(8, 0)), "multiples of 4"),
         "one side": (lambda: sora.generate(one, size=(8,)), r"\(8,\)"),
+        "one number": (lambda: sora.generate_video(one, size=8, first_frame=video[:, :, 0]), r"write \(8, 8\)"),
         "a size for pixels": (lambda: latent.generate(one, size=(24, 32)), "multiples of 16"),
         "no frames": (lambda: sora.generate_video(one, frames=0), "0 frames"),
         "fewer": (lambda: latent.generate_video(one, frames=-1), "-1 frames"),

@@ -151,7 +151,7 @@ class Sora(nn.Module):
         if not isinstance(first_frame, Tensor):
             raise InputError(f"first_frame must be a tensor `3 h w` in [-1, 1], but is {first_frame!r}.")
         first = first_frame[None] if first_frame.ndim == 3 else first_frame
-        size = options["size"] = tuple(options.get("size") or first.shape[-2:])
+        size = options["size"] = _sides(options.get("size") or first.shape[-2:])
         if tuple(first.shape) not in ((1, 3, *size), (len(prompts), 3, *size)):
             raise InputError(
                 f"the first frame has shape {tuple(first_frame.shape)}, but the videos asked for are "
@@ -240,9 +240,7 @@ class Sora(nn.Module):
         return self.codec.latent_mask(mask, frames)
 
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance):
-        if isinstance(size, int):
-            raise InputError(f"size must be (height, width), but is {size}: write ({size}, {size}).")
-        size = tuple(size or self.config.size)
+        size = _sides(size or self.config.size)
         stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
         some = hasattr(prompts, "__len__") and len(prompts) > 0 and not isinstance(prompts, str)
         if not some or not (isinstance(prompts, Tensor) or all(isinstance(text, str) for text in prompts)):
@@ -287,3 +285,9 @@ class Sora(nn.Module):
                 f"known_mask must be bool, True where a frame is known, but is {known_mask.dtype}."
             )
         return frames, size, seeds, known_mask
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(size, int):
+        raise InputError(f"size must be (height, width), but is {size}: write ({size}, {size}).")
+    return tuple(size)
