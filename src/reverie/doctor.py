@@ -142,7 +142,7 @@ def accelerators() -> Iterator[Finding]:
             device = torch.cuda.get_device_properties(number)
             yield Finding(state="ok", what=f"GPU {number}: {device.name}, {_gib(device.total_memory)}")
     elif torch.backends.mps.is_available():
-        yield Finding(state="ok", what="GPU: Apple Metal")
+        yield Finding(state="ok", what="GPU: Apple Metal, used only where --device mps asks for it (untried)")
     elif shutil.which("nvidia-smi"):
         yield Finding(
             state="!!",
