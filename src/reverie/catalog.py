@@ -49,10 +49,12 @@ SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
 RECIPES: dict[str, str] = {
     "clip-tiny": "reverie.recipes.clip:tiny",
     "clip-stickers": "reverie.recipes.clip:stickers",
+    "clip-world": "reverie.recipes.clip:world",
     "clip-paper-b32": "reverie.recipes.clip:paper_b32",
     "sora-tiny": "reverie.recipes.sora:tiny",
     "sora-stickers": "reverie.recipes.sora:stickers",
     "sora-world": "reverie.recipes.sora:world",
+    "sora-dit": "reverie.recipes.sora:dit",
     "video-vae-stickers": "reverie.recipes.video_vae:stickers",
     "judge-stickers": "reverie.recipes.judge:stickers",
 }

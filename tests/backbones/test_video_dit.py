@@ -191,11 +191,8 @@ def test_a_clip_of_equal_frames_that_all_stand_at_one_moment_is_that_picture(mod
 
 
 @torch.no_grad()
-def test_time_is_relative_but_pace_is_felt(model, inputs):
-    out = model(*inputs)
-    torch.testing.assert_close(model(*inputs, offset=7.0), out, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(model(*inputs, offset=-3.5), out, atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(model(*inputs, pace=2.0), out, atol=1e-3)
+def test_pace_is_felt(model, inputs):
+    assert not torch.allclose(model(*inputs, pace=2.0), model(*inputs), atol=1e-3)
 
 
 @torch.no_grad()

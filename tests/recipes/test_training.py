@@ -6,13 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
+from reverie.backbones.video_dit import VideoDit
 from reverie.data.importers import import_folder
 from reverie.data.index import Index
 from reverie.data.pixels import Bad
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
-from reverie.recipes import sora
+from reverie.recipes import clip, sora
 from reverie.recipes.parts import heads_of, home, name_bad
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
@@ -69,3 +70,15 @@ def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
     fixed = sora.Source(Index.read(folder), config, model, frames=1).fixed(64)
     assert len(fixed["latents"]) == 5
     assert torch.isfinite(model.loss(fixed)["loss"])
+
+
+@pytest.mark.parametrize(("scale", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_dit_has_the_sizes_of_its_table(scale, millions):
+    """Table 1 with its appendix counts the class-conditional DiT; ours reads text with a cross-attention per block."""
+    with torch.device("meta"):
+        reader = Clip(clip.shape(600, 599))
+        config = sora.shape(reader, sizes=sora.DIT[scale], size=256).backbone
+        count = sum(p.numel() for p in VideoDit(config).parameters()) / 1e6
+    depth, width, _ = sora.DIT[scale]
+    reading = depth * (2 * width**2 + 2 * width * reader.config.text.width) / 1e6
+    assert count - reading == pytest.approx(millions, rel=0.05)

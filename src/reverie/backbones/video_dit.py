@@ -97,9 +97,8 @@ class VideoDit(nn.Module):
         context_mask: Tensor,
         *,
         pace: float = 1.0,
-        offset: float = 0.0,
     ) -> Tensor:
-        """`pace` is the time between frames and `offset` that of the first, in frames at the usual rate."""
+        """`pace` is the time between frames, in frames at the usual rate. Rotary time knows differences alone."""
         frames, side = self.config.patch
         f, h, w = x.shape[-3] // frames, x.shape[-2] // side, x.shape[-1] // side
         tokens = self.embed(patchify(x, self.config.patch))
@@ -107,7 +106,7 @@ class VideoDit(nn.Module):
             tokens = tokens + self.place(_whereabouts(f, h, w, self.config.waves).to(tokens))
         head = self.config.width // self.config.heads
         places = grid(f, h, w, device=x.device).float()
-        places[:, 0] = offset + pace * places[:, 0]
+        places[:, 0] = pace * places[:, 0]
         turns = rotary(places, head)
         clock = sinusoidal(rearrange(t, "b f -> (b f)"), 256, scale=1000.0).to(tokens.dtype)
         vector = rearrange(self.time(clock), "(b f) d -> b f d", b=len(x))

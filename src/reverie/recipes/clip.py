@@ -2,6 +2,7 @@
 
 tiny       any captioned folder, on a CPU                         reverie train clip-tiny FOLDER
 stickers   the sticker corpus, as shipped (docs/systems/clip.md)  reverie train clip-stickers DIR
+world      the procedural world, for a Sora to read with          reverie train clip-world FOLDER
 paper_b32  ViT-B/32 as the paper has it                           reverie train clip-paper-b32 FOLDER
 """
 
@@ -37,6 +38,7 @@ from reverie.recipes.parts import (
     home,
     name_bad,
     open_index,
+    open_world,
     plain_stickers,
 )
 from reverie.systems.clip import Clip, ClipConfig
@@ -163,6 +165,48 @@ def stickers(
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     measures = {"twemoji": partial(_zero_shot, val=held)} if any(item.label for item in held) else {}
     return fit(config, model, train_set, out, measures=measures)
+
+
+def world(
+    data: Path,
+    out: Path,
+    *,
+    count: int = 8000,
+    moving: int = 800,
+    steps: int = 600,
+    batch: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> Clip:
+    """The procedural world, which is drawn first if it is not there: the reader of `sora-world`.
+
+    A clip shows one frame, so words of motion are read but not seen.
+
+    Args:
+        data: A folder of the world, or a new one for it.
+        out: The run's folder; the model is written to its `model`.
+        count: Pictures of the world, if it is to be drawn.
+        moving: Clips of the world, if it is to be drawn.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more learn better, take longer and need more memory.
+        lr: The highest learning rate.
+        seed: Another seed, another world, another start and another order.
+    """
+    index = open_world(data, count, moving, seed=seed)
+    train_set, val = index.select(split="train"), index.select(split="val", video=False)
+    model = begin("", train_set, shape, seed=seed)
+    config = ClipRun(
+        model=model.config,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        strength=0.0,
+        languages={"en": 0.8, "zh": 0.2},
+        seed=seed,
+    )
+    return fit(
+        config, model, train_set, out, measures={"val": partial(_retrieval, val=val)} if len(val) else {}
+    )
 
 
 def paper_b32(

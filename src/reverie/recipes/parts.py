@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import reverie
 from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
 from reverie.data.pixels import Pixels
+from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.train.log import Run
 from reverie.train.loop import Player
@@ -27,6 +29,18 @@ def open_index(data: Path) -> Index:
     """The index of a folder, imported first if it has none."""
     data = Path(data)
     return Index.read(data) if (data / FILE).exists() else import_folder(data)
+
+
+def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:
+    """The procedural world in `data`, pictures and clips; what is not there is drawn first."""
+    parts = []
+    for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
+        there = (Path(data) / name / FILE).exists()
+        part = (
+            Index.read(data / name) if there else write_world(data / name, number, frames=frames, seed=seed)
+        )
+        parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
+    return Index(data, parts)
 
 
 def captioned(index: Index) -> Index:

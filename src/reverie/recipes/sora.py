@@ -3,6 +3,7 @@
     tiny      any captioned folder, on a CPU                          reverie train sora-tiny FOLDER
     stickers  the shipped weights (docs/systems/sora.md)              reverie train sora-stickers DIR
     world     the procedural world, scored by its exact judge         reverie train sora-world FOLDER --clip CLIP
+    dit       any captioned folder, at the sizes of DiT's paper       reverie train sora-dit FOLDER --clip CLIP
 
 Every step has one batch of pictures and, where the data has clips, one of clips; their losses count equally.
 """
@@ -22,7 +23,7 @@ import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import on_white
-from reverie.data.index import FILE, Index
+from reverie.data.index import Index
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
@@ -36,6 +37,7 @@ from reverie.recipes.parts import (
     home,
     name_bad,
     open_index,
+    open_world,
     plain_stickers,
 )
 from reverie.systems.clip import Clip
@@ -46,7 +48,13 @@ from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
 from reverie.train.schedule import cosine
 
-TINY = (6, 256, 4)  # depth, width, heads; DiT's smallest has 12, 384, 6 (2212.09748, table 1)
+TINY = (6, 256, 4)  # depth, width, heads
+DIT = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}  # 2212.09748, table 1
 
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
@@ -59,6 +67,9 @@ class SoraRun:
     """What a run depends on; it stands in the run folder's config.json."""
 
     model: SoraConfig
+    clip: str = ""  # whose text tower reads
+    codec: str = ""
+    start: str = ""  # the Sora whose weights were taken over
     steps: int
     batch: int  # pictures of a step
     clips: int  # clips of a step, 0 for none
@@ -92,8 +103,8 @@ def tiny(
     reader = reader_of(clip)
     index = open_index(data)
     config = SoraRun(
-        model=shape(reader, size=size), steps=steps, batch=batch, clips=clips if index.select(video=True) else 0,
-        lr=lr, seed=seed,
+        model=shape(reader, size=size), clip=clip, steps=steps, batch=batch,
+        clips=clips if index.select(video=True) else 0, lr=lr, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index))
 
@@ -122,10 +133,41 @@ def stickers(
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     config = SoraRun(
         model=shape(reader, codec=codec, sizes=(depth, width, heads_of(width))),
-        steps=steps, batch=batch, clips=clips, lr=lr,
+        clip=clip, codec=codec, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
         clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, reader, index, out, prompts=PROMPTS, codec=codec, start=start)
+    return fit(config, reader, index, out, prompts=PROMPTS)
+
+
+def dit(
+    data: Path, out: Path, *, clip: str, codec: str = "", scale: str = "XL", size: int = 256,
+    steps: int = 400_000, batch: int = 256, clips: int = 16, lr: float = 1e-4, seed: int = 0,
+) -> Sora:  # fmt: skip
+    """Any captioned folder at DiT's sizes and learning rate (2212.09748, table 1 and section 4). Not yet run by us.
+
+    Args:
+        data: A folder that was imported, or one to import.
+        out: The run's folder; the model is written to its `model`.
+        clip: The CLIP whose text tower reads the prompts: its name or folder.
+        codec: The folder of a video autoencoder to work in the latents of; pixels if not given.
+        scale: S, B, L or XL: 12, 12, 24 or 28 blocks of width 384, 768, 1024 or 1152.
+        size: Pixels a side, a multiple of 16.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures; 0 for none.
+        lr: The highest learning rate.
+        seed: Another seed, another start and another order.
+    """
+    if scale not in DIT:
+        raise InputError(f"DiT has no size {scale!r}: choose one of {', '.join(DIT)}.")
+    reader = reader_of(clip)
+    index = open_index(data)
+    config = SoraRun(
+        model=shape(reader, size=size, codec=codec, sizes=DIT[scale]), clip=clip, codec=codec, steps=steps,
+        batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8, lr=lr,
+        ema=0.9999, seed=seed,
+    )  # fmt: skip
+    return fit(config, reader, index, out, prompts=_some_captions(index))
 
 
 def world(
@@ -137,7 +179,7 @@ def world(
     Args:
         data: A folder of the world, or a new one for it.
         out: The run's folder; the model is written to its `model`.
-        clip: The folder of a CLIP that was trained on the world's captions.
+        clip: The folder of a CLIP that learnt the world's captions (`reverie train clip-world`).
         count: Pictures of the world, if it is to be drawn.
         moving: Clips of the world, if it is to be drawn.
         steps: How many batches to learn from.
@@ -146,24 +188,12 @@ def world(
         lr: The highest learning rate.
         seed: Another seed, another world, another start and another order.
     """
-    from reverie.data.world import write
-
-    parts = []
-    for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
-        there = (data / name / FILE).exists()
-        part = Index.read(data / name) if there else write(data / name, number, frames=frames, seed=seed)
-        parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
+    index = open_world(data, count, moving, seed=seed)
     reader = reader_of(clip)
     config = SoraRun(
-        model=shape(reader),
-        steps=steps,
-        batch=batch,
-        clips=clips,
-        lr=lr,
-        languages={"en": 0.8, "zh": 0.2},
-        seed=seed,
-    )
-    index = Index(data, parts)
+        model=shape(reader), clip=clip, steps=steps, batch=batch, clips=clips, lr=lr,
+        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+    )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index, 16))
 
 
@@ -196,17 +226,15 @@ def fit(
     out: Path,
     *,
     prompts: tuple[str, ...],
-    codec: str = "",
-    start: str = "",
 ) -> Sora:
-    """Train (on from `start` if given), measure and draw on the way, save the averaged weights to `out/model`."""
+    """Train, measure and draw on the way, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
     model.text.load_state_dict(reader.text.state_dict())
     if model.codec is not None:
-        model.codec.load_state_dict(reverie.load(codec).state_dict())
-    if start:
-        take_over(model, start)
+        model.codec.load_state_dict(reverie.load(config.codec).state_dict())
+    if config.start:
+        take_over(model, config.start)
     model.to(home())
     player = Player(
         model,
@@ -295,7 +323,7 @@ class Source:
         batch = self._batch(keys, [self._video(i, window) for _, i in keys], "clip")
         give = torch.tensor([self._draw("known", *key) < self.config.known for key in keys])
         batch["known"][:, 0] = give
-        return batch | {"pace": float(pace), "offset": float(offset)}
+        return batch | {"pace": float(pace)}
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""

@@ -102,8 +102,8 @@ class Sora(nn.Module):
         """The velocity's mean squared error on the frames that are not given.
 
         `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
-        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` and `offset` as the
-        backbone takes them.
+        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` as the
+        backbone takes it.
         """
         latents, noise, known = batch["latents"], batch["noise"], batch["known"]
         t = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
@@ -111,7 +111,7 @@ class Sora(nn.Module):
         wide = rearrange(t, "b f -> b 1 f 1 1")
         x_t = gaussian.corrupt(latents, noise, wide)
         text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
-        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0), offset=batch.get("offset", 0.0))
+        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0))
         predicted = self._velocity(out, x_t, wide)
         target = (
             self._velocity(latents, x_t, wide)
