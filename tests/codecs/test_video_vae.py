@@ -121,10 +121,10 @@ def test_normalised_latents_are_the_raw_ones_to_the_decoder():
 def test_a_latent_frame_is_known_when_all_its_frames_are(vae, known, expected):
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[1, list(known)] = True
-    out = vae.latent_mask(mask, 3)
+    out = vae.latent_mask(mask)
     assert not out[0].any()
     assert out[1].nonzero().flatten().tolist() == expected
-    assert vae.latent_mask(mask[:, :1], 1).equal(mask[:, :1])
+    assert vae.latent_mask(mask[:, :1]).equal(mask[:, :1])
 
 
 def test_it_learns_to_give_back_a_clip():

@@ -156,13 +156,9 @@ class VideoVae(nn.Module):
         time, space = self.config.stride
         return self.config.channels, 1 + -(-(frames - 1) // time), size[0] // space, size[1] // space
 
-    def latent_mask(self, mask: Tensor, frames: int) -> Tensor:
-        """`b f` -> `b g` for a whole number of latent frames: True where every frame that one stands for is."""
-        rest = (
-            rearrange(mask[:, 1:], "b (g time) -> b g time", g=frames - 1).all(-1)
-            if frames > 1
-            else mask[:, 1:]
-        )
+    def latent_mask(self, mask: Tensor) -> Tensor:
+        """`b f` -> `b g`, for clips that fill their latent frames: True where every frame that one stands for is."""
+        rest = rearrange(mask[:, 1:], "b (g time) -> b g time", time=self.config.stride[0]).all(-1)
         return torch.cat([mask[:, :1], rest], dim=1)
 
     def loss(self, batch: dict[str, Tensor], *, kl: float = 1e-4) -> dict[str, Tensor]:

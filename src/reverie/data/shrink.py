@@ -30,10 +30,14 @@ def shrink(
     if not 1 <= quality <= 100:
         raise InputError(f"quality is {quality}: WebP's runs from 1 to 100.")
     items = []
+    taken: set[Path] = set()
     for item in track(index, total=len(index), label="shrinking", quiet=quiet):
         pixels = decode_array(index.path(item), size=size, frames=frames, fit="pad")
         data = encode(pixels, fps=item.fps * len(pixels) / item.frames, quality=quality)
         path = (out / item.file_name).with_suffix(".webp")
+        if path in taken:  # a.png and a.jpg beside each other
+            path = out / f"{item.file_name}.webp"
+        taken.add(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         found = probe(path)

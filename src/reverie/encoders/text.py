@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from reverie.errors import InputError
 from reverie.nn.block import Block
 
 
@@ -52,6 +53,20 @@ class Text(nn.Module):
         for block in self.blocks:
             x = block(x, causal=True)
         return self.norm(x)
+
+    def check(self, tokens: Tensor) -> None:
+        """InputError: these are no tokens `b n` of this tower."""
+        length, vocab, end = self.config.length, self.config.vocab, self.config.end
+        if tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] > length:
+            raise InputError(
+                f"tokens must be `b n`, n at most {length}, but have shape {tuple(tokens.shape)}."
+            )
+        if not (tokens == end).any(dim=1).all():
+            raise InputError(
+                f"a row of the tokens has no end token, {end}: encode texts with this model's tokenizer."
+            )
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            raise InputError(f"tokens must be from 0 to {vocab - 1}, but reach {int(tokens.max())}.")
 
     def end_position(self, tokens: Tensor) -> Tensor:
         """`b n -> b`: where the first end token stands."""

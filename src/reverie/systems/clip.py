@@ -100,17 +100,7 @@ class Clip(nn.Module):
                     "this model has no tokenizer: give token ids `b n`, or load it from a folder."
                 )
             texts = self.tokenizer.encode(texts, length=self.config.text.length)
-        length, vocab, end = self.config.text.length, self.config.text.vocab, self.config.text.end
-        if texts.ndim != 2 or not texts.numel() or texts.shape[1] > length:
-            raise InputError(
-                f"tokens must be `b n`, n at most {length}, but have shape {tuple(texts.shape)}."
-            )
-        if not (texts == end).any(dim=1).all():
-            raise InputError(
-                f"a row of the tokens has no end token, {end}: encode texts with this model's tokenizer."
-            )
-        if texts.min() < 0 or texts.max() >= vocab:
-            raise InputError(f"tokens must be from 0 to {vocab - 1}, but reach {int(texts.max())}.")
+        self.text.check(texts)
         return self.text.trim(texts.to(self.log_scale.device))
 
     def prepare(self, images: Sequence[str | Path | Image.Image]) -> Tensor:

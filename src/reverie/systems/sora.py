@@ -74,6 +74,7 @@ class Sora(nn.Module):
                     "this model has no tokenizer: give token ids `b n`, or load it from a folder."
                 )
             texts = self.tokenizer.encode(list(texts), length=self.config.text.length)
+        self.text.check(texts)
         tokens = self.text.trim(texts.to(self.backbone.null_context.device))
         context = self.text(tokens)
         end = self.text.end_position(tokens)
@@ -202,7 +203,9 @@ class Sora(nn.Module):
             device
         )
         given = torch.zeros_like(noise) if known is None else self.encode(known.to(noise))
-        mask = self._latent_mask(known_mask.to(device), shape[1])
+        mask = known_mask.to(device)
+        if self.codec is not None:
+            mask = self.codec.latent_mask(mask)
         wide = rearrange(mask, "b f -> b 1 f 1 1")
         text = self.read(prompts)
         none = self.backbone.without_text(*text, torch.ones(len(prompts), dtype=torch.bool, device=device))
@@ -232,12 +235,6 @@ class Sora(nn.Module):
         assert self.codec is not None
         last = tensor.narrow(dim, frames - 1, 1)
         return torch.cat([tensor, *[last] * (self.codec.whole(frames) - frames)], dim=dim)
-
-    def _latent_mask(self, mask: Tensor, frames: int) -> Tensor:
-        """A latent frame is known when every frame that it stands for is."""
-        if self.codec is None:
-            return mask
-        return self.codec.latent_mask(mask, frames)
 
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance):
         size = _sides(size or self.config.size)
