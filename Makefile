@@ -1,10 +1,10 @@
 # make demo: install, then draw the gallery with the shipped weights.   make test: install with the development extras, then test.
-# make lint, make types, make chaos, make lock (remake the locks), make sbom (what it is made of), make clean. Nothing is needed but make and Python >= 3.11.
+# make lint, make chaos, make lock (remake the locks), make sbom (what it is made of), make clean. Nothing is needed but make and Python >= 3.11.
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint types chaos lock sbom clean
+.PHONY: demo test lint chaos lock sbom clean
 .DELETE_ON_ERROR:
 
 demo: .venv/base.stamp
@@ -17,8 +17,6 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-
-types: .venv/dev.stamp
 	$(BIN)/mypy
 
 chaos: .venv/dev.stamp

@@ -58,7 +58,11 @@ def to_bytes(signal: Any) -> np.ndarray:
 
 
 def save_clip(
-    path: str | Path, frames: Sequence[np.ndarray | Image.Image], *, fps: float, quality: int | None = None
+    path: str | Path,
+    frames: np.ndarray | Sequence[np.ndarray | Image.Image],
+    *,
+    fps: float,
+    quality: int | None = None,
 ) -> None:
     """Frames (pictures, or uint8 `f h w 3`) as an animated WebP that goes round and round; lossless if no `quality`."""
     first, *rest = (
@@ -70,7 +74,7 @@ def save_clip(
 
 
 def grid(
-    images: Sequence[np.ndarray],
+    images: np.ndarray | Sequence[np.ndarray],
     titles: Sequence[str] | None = None,
     columns: int = 8,
     *,

@@ -290,7 +290,7 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
 class _Bounded:
     """A stream that ends in `_Unusable` when more than `most` bytes are read from it."""
 
-    def __init__(self, stream: IO[bytes], most: int):
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile, most: int):
         self.stream, self.left = stream, most
 
     def read(self, size: int) -> bytes:

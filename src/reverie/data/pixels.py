@@ -192,8 +192,8 @@ class Pixels:
                     self._refuse_too_many([Bad(self.index[j].file_name, reason) for j, reason in bad])
                 continue
             counts.append(len(frames))
-            crc = zlib.crc32(frames, crc)
-            file.write(frames)
+            crc = zlib.crc32(frames.data, crc)
+            file.write(frames.data)
         record = {"key": self._key(), "counts": counts, "bad": bad, "bytes": file.tell(), "crc32": crc}
         text = json.dumps(record).encode()
         file.write(text + _END.pack(len(text), _MARK))

@@ -6,6 +6,7 @@ import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,12 @@ def encode(pixels: np.ndarray, *, fps: float = 0.0, quality: int = 90) -> bytes:
     from PIL import Image
 
     shots = [Image.fromarray(frame) for frame in pixels]
-    how = {"quality": quality, "alpha_quality": quality, "lossless": quality == 100, "method": 4}
+    how: dict[str, Any] = {
+        "quality": quality,
+        "alpha_quality": quality,
+        "lossless": quality == 100,
+        "method": 4,
+    }
     if len(shots) > 1:
         pace = round(1000 / fps)  # milliseconds a frame
         how |= {"save_all": True, "append_images": shots[1:], "duration": pace, "loop": 0}

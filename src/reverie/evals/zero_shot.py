@@ -8,7 +8,7 @@ The evaluator is given two functions, `embed_image(batch of images) -> b d` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,14 @@ from torch import Tensor
 
 from reverie.errors import InputError
 from reverie.evals.interval import bootstrap
+
+
+class Slices(Protocol):
+    """Anything that slices: a tensor, a list of paths, pictures that are decoded when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice, /) -> Any: ...
 
 
 @torch.no_grad()
@@ -50,14 +58,14 @@ def class_embeddings(
 def zero_shot(
     embed_image: Callable[[Any], Tensor],
     embed_text: Callable[[list[str]], Tensor],
-    images: Tensor | Sequence[Any],
+    images: Slices,
     labels: Tensor | Sequence[int],
     names: Sequence[str],
     templates: Sequence[str] = ("{}",),
     *,
     batch: int = 256,
 ) -> dict[str, Any]:
-    """Share of `images` (anything that slices, n long) whose class `labels[i]` (index into `names`) comes first.
+    """Share of `images` (n of them) whose class `labels[i]` (index into `names`) comes first.
 
     Returns JSON-ready `top1`, `top5`, their 95 % bootstrap intervals `top1_interval`, `top5_interval`, `mean_class`
     (top-1 averaged over classes), `per_class` (name -> top-1, for classes with images), `images`, `ways` (number of

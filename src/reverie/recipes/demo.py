@@ -347,7 +347,7 @@ def _name(run: _Run) -> dict[str, Any]:
     shown = torch.randperm(len(items), generator=rng.generator(run.seed, "demo", "name"))[:NAMED].tolist()
     with _stage("naming", 1) as stage:
         embedded = run.clip.embed_image([run.index.path(item) for item in items])
-        targets = [names.index(item.label) for item in items]
+        targets = [names.index(str(item.label)) for item in items]
         known = dict(zip(names, vectors, strict=True))  # the mean over the phrases, as the judge has it
         measured = zero_shot(
             lambda pictures: pictures,

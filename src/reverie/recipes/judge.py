@@ -8,8 +8,10 @@ What it reaches on a style that it never saw, which bounds what it can say of a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +100,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Classifier(config.model).to(home())
 
-    def loss(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The views are made on the model's device."""
         views = view(batch["rgba"], batch["draws"], strength=config.strength)
         one, other = views.chunk(2)
@@ -127,7 +129,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
         }
 
     place = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([place[seen[i].label] for i in pixels.good])
+    labels = torch.tensor([place[str(seen[i].label)] for i in pixels.good])
 
     def learn() -> None:
         """The prototypes of the model as it is."""
@@ -164,4 +166,4 @@ def measure(model: Classifier, index: Index, *, count: int | None = None) -> dic
     chosen = [i for i in pixels.good if index[i].label in model.config.names]
     chosen = chosen[:: max(len(chosen) // count, 1)] if count else chosen
     images = on_white(torch.stack([pixels[i][0] for i in chosen]))
-    return pick(images, [index[i].label for i in chosen], model.classify, names=model.config.names)
+    return pick(images, [str(index[i].label) for i in chosen], model.classify, names=model.config.names)

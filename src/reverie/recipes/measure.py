@@ -86,7 +86,8 @@ def zero_shot(
     """
     clip = capable(model, "embed_text", device=device)
     whole = Index.read(data).select(split=split, video=False)
-    rows, numbers = [], {}
+    rows: list[Row] = []
+    numbers: dict[str, Any] = {}
     for source in sources or ("all",):
         index = whole.select(sources=(source,) if sources else None)
         items = [
@@ -99,7 +100,7 @@ def zero_shot(
             )
         real = Real(Index(index.folder, items), (clip.config.image.size,) * 2, 1)
         names = sorted(real.by_label)
-        labels = [names.index(item.label) for item in real.items]
+        labels = [names.index(str(item.label)) for item in real.items]
         result = naming.zero_shot(clip.embed_image, clip.embed_text, real, labels, names, templates)
         result["predicted"] = [names[i] for i in result["predicted"]]
         wrong = [i for i, item in enumerate(real.items) if item.label != result["predicted"][i]]
@@ -215,7 +216,7 @@ def _generation(
     names = [name for name in names if name in real.by_label]  # but those whose file is bad
     samples = samples[[drawn["prompts"].index(name) for name in names]]
     truth = real[[real.by_label[name] for name in names]]
-    spaces = {"pixels": generation.pixels}
+    spaces: dict[str, generation.Space] = {"pixels": generation.pixels}
     spaces |= {name: generation.features(judge.embed_image) for name, judge in panel.items()}
 
     numbers: dict[str, Any] = {"drawn": drawn, "names": names}
