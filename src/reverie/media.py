@@ -110,6 +110,8 @@ def on_white(
     image: Image.Image, size: int | tuple[int, int] | None = None, *, fit: str = "crop"
 ) -> np.ndarray:
     """A picture that is open already, as `decode_array` treats files, laid on white: uint8 `h w 3`."""
+    if not (image.width and image.height):
+        raise MediaError(Path("the picture"), f"its {image.width} x {image.height} hold no pixel")
     turn = _TURNS.get(_orientation(image))
     picture = _srgb(image)
     picture = picture.transpose(turn) if turn is not None else picture

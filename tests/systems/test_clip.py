@@ -147,6 +147,9 @@ def bad_calls(clip: Clip, tokenizer) -> dict[str, tuple]:
         "no such file": (lambda: clip.embed_image(["nowhere/cat.png"]), "cat.png"),
         "no list of images": (lambda: clip.embed_image(5), "are 5"),
         "no pixels": (lambda: clip.embed_image(image[..., :0]), "pixels"),
+        "bytes as floats": (lambda: clip.eval().embed_image(image + 200), r"reach 2\d\d"),
+        "an unknown image": (lambda: clip.eval().embed_image(image * float("nan")), "reach nan"),
+        "a picture of nothing": (lambda: clip.embed_image([Image.new("RGB", (0, 9))]), "0 x 9"),
         "no list of texts": (lambda: clip.embed_text(None), "is None"),
         "one name": (lambda: clip.classify(image, "cat"), r"\['cat'\]"),
         "no names": (lambda: clip.classify(image, []), "names"),
@@ -166,7 +169,7 @@ def test_mistakes_are_told_in_a_sentence(clip, tokenizer):
         assert len(message) < 200, what
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_pictures_of_another_precision_are_read(clip, dtype):
     image = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16).to(dtype)
     assert torch.equal(clip.embed_image(image), clip.embed_image(image.float()))

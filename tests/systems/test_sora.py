@@ -390,6 +390,25 @@ def bad_calls(sora: Sora, latent: Sora) -> dict[str, tuple]:
         "two first frames": (
             lambda: sora.generate_video(one, first_frame=torch.zeros(2, 3, 8, 8)), r"\(2, 3, 8, 8\).*1 of size"
         ),
+        "a size of text": (lambda: sora.generate(one, size="64"), "'64'"),
+        "a size of parts": (lambda: sora.generate(one, size=(8.5, 8)), "8.5"),
+        "no side": (lambda: sora.generate(one, size=()), r"size \(\)"),
+        "frames of text": (lambda: sora.generate(one, frames="4"), "'4' frames"),
+        "steps of text": (lambda: sora.generate(one, steps="2"), "'2' steps"),
+        "guidance of text": (lambda: sora.generate(one, guidance="4"), "guidance '4'"),
+        "guidance beyond numbers": (lambda: sora.generate(one, guidance=1e300), "1e\\+300"),
+        "half a seed": (lambda: sora.generate(one, seed=1.5), "seed 1.5"),
+        "no seed": (lambda: sora.generate(one, seed=None), "seed None"),
+        "a seed of text": (lambda: sora.generate(one, seed="7"), "seed '7'"),
+        "an endless seed": (lambda: sora.generate(one, seed=float("inf")), "seed inf"),
+        "seeds of text": (lambda: sora.generate(one, seed=["a"]), "'a'"),
+        "no pace": (lambda: sora.generate(one, pace=0), "pace 0"),
+        "an unknown pace": (lambda: sora.generate(one, pace=float("nan")), "pace nan"),
+        "a start of text": (lambda: sora.generate(one, start="a"), "start 'a'"),
+        "an unknown video": (lambda: sora.generate(one, frames=4, known=video / 0, known_mask=mask), "NaN"),
+        "an array": (lambda: sora.generate(one, frames=4, known=video.numpy(), known_mask=mask), "as_tensor"),
+        "a frame and no list": (lambda: sora.generate_video(None, first_frame=video[0, :, 0]), "None"),
+        "a frame and text": (lambda: sora.generate_video(one, frames="a", first_frame=video[0, :, 0]), "'a'"),
         "no first frame": (lambda: sora.generate_video(one, first_frame=torch.zeros(8, 8)), r"\(8, 8\)"),
     }  # fmt: skip
 

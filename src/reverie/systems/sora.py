@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard
 
 import torch
 from einops import rearrange
@@ -147,12 +148,15 @@ class Sora(nn.Module):
     ) -> Tensor:
         """Prompts -> videos `b 3 f h w` in [-1, 1]; `first_frame` (`b 3 h w` or `3 h w`) is continued if given."""
         frames = self.config.frames if frames is None else frames
-        if first_frame is None or frames < 1:
+        if first_frame is None:
             return self.generate(prompts, frames=frames, **options)
+        frames = self._check_asked(prompts, frames)
         if not isinstance(first_frame, Tensor):
-            raise InputError(f"first_frame must be a tensor `3 h w` in [-1, 1], but is {first_frame!r}.")
+            raise InputError(
+                f"first_frame must be a tensor `3 h w` in [-1, 1], not a {type(first_frame).__name__}."
+            )
         first = first_frame[None] if first_frame.ndim == 3 else first_frame
-        size = options["size"] = _sides(options.get("size") or first.shape[-2:])
+        size = options["size"] = _sides(first.shape[-2:] if options.get("size") is None else options["size"])
         if tuple(first.shape) not in ((1, 3, *size), (len(prompts), 3, *size)):
             raise InputError(
                 f"the first frame has shape {tuple(first_frame.shape)}, but the videos asked for are "
@@ -192,8 +196,9 @@ class Sora(nn.Module):
         samplers, and an empty list of prompts.
         """
         frames, size, seeds, known_mask = self._check(
-            prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance
+            prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace
         )
+        guidance = self.config.guidance if guidance is None else float(guidance)
         device = self.backbone.null_context.device
         if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
             known_mask = self._fill(known_mask, 1, frames)
@@ -221,13 +226,15 @@ class Sora(nn.Module):
 
         x = gaussian.corrupt(given, noise, torch.tensor(start)) if start < 1 else noise
         x = SAMPLERS[sampler](
-            guided(predict, self.config.guidance if guidance is None else guidance),
+            guided(predict, guidance),
             torch.where(wide, given, x),
             steps=self.config.steps if steps is None else int(steps),
             factor=self.config.shift,
             start=start,
             progress=progress,
         )
+        if not x.isfinite().all():
+            raise InputError(f"guidance {guidance:g} is more than numbers can hold: ask for less, such as 4.")
         return self.decode(x)[:, :, :frames]
 
     def _fill(self, tensor: Tensor, dim: int, frames: int) -> Tensor:
@@ -236,29 +243,38 @@ class Sora(nn.Module):
         last = tensor.narrow(dim, frames - 1, 1)
         return torch.cat([tensor, *[last] * (self.codec.whole(frames) - frames)], dim=dim)
 
-    def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance):
-        size = _sides(size or self.config.size)
-        stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
+    def _check_asked(self, prompts: Any, frames: Any) -> int:
+        """What every drawing needs: prompts, and a number of frames, which is returned as an int."""
         some = hasattr(prompts, "__len__") and len(prompts) > 0 and not isinstance(prompts, str)
         if not some or not (isinstance(prompts, Tensor) or all(isinstance(text, str) for text in prompts)):
             raise InputError(f"prompts must be a list of one string or more, but is {prompts!r:.60}.")
+        together = self.config.backbone.patch[0] if self.codec is None else 1
+        if not _whole(frames) or frames < 1 or frames % together:
+            raise InputError(f"{frames!r:.60} frames cannot be drawn: give a multiple of {together}.")
+        return int(frames)
+
+    def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace):
+        frames = self._check_asked(prompts, frames)
+        size = _sides(self.config.size if size is None else size)
+        stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
         if len(size) != 2 or any(side < stride or side % stride for side in size):
             raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
-        if frames < 1 or (self.codec is None and frames % self.config.backbone.patch[0]):
-            raise InputError(
-                f"{frames} frames cannot be drawn: give a multiple of {self.config.backbone.patch[0]}."
-            )
-        if sampler not in SAMPLERS:
+        if sampler not in tuple(SAMPLERS):
             raise InputError(f"there is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
-        if not 0 < start <= 1 or (start < 1 and known is None):
+        if not _finite(pace) or pace <= 0:
+            raise InputError(f"pace {pace!r:.60} cannot be kept: give a number above 0, such as 1.")
+        if not _finite(start) or not 0 < start <= 1 or (start < 1 and known is None):
             raise InputError(
-                f"start {start} must be above 0 and at most 1, and below 1 it needs a known video."
+                f"start {start!r:.60} must be above 0 and at most 1, and below 1 it needs a known video."
             )
-        if steps is not None and (steps < 1 or steps % 1):
-            raise InputError(f"{steps} steps cannot be taken: give a whole number, 1 or more.")
-        if guidance is not None and not math.isfinite(guidance):
-            raise InputError(f"guidance {guidance} cannot be followed: give a finite number.")
-        seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + i for i in range(len(prompts))]
+        if steps is not None and (not _whole(steps) or steps < 1):
+            raise InputError(f"{steps!r:.60} steps cannot be taken: give a whole number, 1 or more.")
+        if guidance is not None and not _finite(guidance):
+            raise InputError(f"guidance {guidance!r:.60} cannot be followed: give a finite number.")
+        seeds = [seed + i for i in range(len(prompts))] if _whole(seed) else seed
+        if not isinstance(seeds, Iterable) or not all(_whole(one) for one in seeds):
+            raise InputError(f"seed {seed!r:.60} is no whole number: give one, or a list with one each.")
+        seeds = [int(one) for one in seeds]
         if len(seeds) != len(prompts):
             raise InputError(
                 f"{len(seeds)} seeds were given for {len(prompts)} prompts: give one seed, or one each."
@@ -273,10 +289,16 @@ class Sora(nn.Module):
             ("known", known, (len(prompts), 3, frames, *size)),
             ("known_mask", known_mask, (len(prompts), frames)),
         ):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise InputError(
+                    f"{name} must be a tensor, but is a {type(tensor).__name__}: torch.as_tensor makes one."
+                )
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}, but must have {shape}.")
         if known is not None and not known.is_floating_point():
             raise InputError(f"known must be float in [-1, 1], but is {known.dtype}.")
+        if known is not None and not known.isfinite().all():
+            raise InputError("known holds NaN or infinity: give frames in [-1, 1].")
         if known_mask.dtype != torch.bool:
             raise InputError(
                 f"known_mask must be bool, True where a frame is known, but is {known_mask.dtype}."
@@ -284,7 +306,18 @@ class Sora(nn.Module):
         return frames, size, seeds, known_mask
 
 
-def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(size, int):
+def _sides(size: Any) -> tuple[int, ...]:
+    if _finite(size):
         raise InputError(f"size must be (height, width), but is {size}: write ({size}, {size}).")
-    return tuple(size)
+    if not isinstance(size, Iterable) or not all(_whole(side) for side in size):
+        raise InputError(f"size must be (height, width) in whole pixels, but is {size!r:.60}.")
+    return tuple(int(side) for side in size)
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    """Whether it is a number, of Python's or of numpy's, and neither NaN nor infinite."""
+    return isinstance(value, Integral) or (isinstance(value, Real) and math.isfinite(value))
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    return _finite(value) and value % 1 == 0
