@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -592,6 +593,21 @@ def test_out_leaves_the_folder_alone(tmp_path, folder, add):
     (tmp_path / "taken" / "set").mkdir(parents=True)
     with pytest.raises(InputError, match="in the way"):
         run(folder, out=tmp_path / "taken")
+
+
+def test_the_index_of_other_files_is_left_alone(tmp_path, folder, add):
+    add("a.png", 1, "a")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    items = run(other).items
+    with pytest.raises(InputError, match="lists other files"):
+        run(folder, out=other)
+    assert Index.read(other).items == items
+
+
+def test_the_only_picture_is_there_to_train_on(folder, add):
+    add("a.png", 1, "a")
+    assert [item.split for item in run(folder, val=0.999)] == ["train"]
 
 
 def test_a_folder_without_usable_media_says_what_it_saw(folder, make):

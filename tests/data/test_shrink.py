@@ -59,3 +59,8 @@ def test_a_copy_keeps_words_duration_and_split(tmp_path, pixels):
             assert new.frames / new.fps == pytest.approx(old.frames / old.fps, rel=0.05)
     with pytest.raises(InputError, match="already holds an index"):
         shrink(before, tmp_path / "small", quiet=True)
+    with pytest.raises(InputError, match="all twice"):
+        shrink(before, large / "small", quiet=True)
+    with pytest.raises(InputError, match="accepted and wanted"):
+        shrink(Index(large, []), tmp_path / "none", quiet=True)
+    assert not (tmp_path / "none").exists()

@@ -173,6 +173,9 @@ def _place(folder: Path, out: Path | None) -> tuple[Path, str]:
             raise InputError(
                 f"{table} is not an index of Reverie's and is left alone: give another folder with --out."
             )
+        names = [item.file_name for item in Index.read(target)] if prefix else []
+        if names and not any(name.startswith((prefix, "extracted/")) for name in names):
+            raise InputError(f"{table} lists other files than {folder}'s: give another folder with --out.")
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target):
@@ -665,6 +668,8 @@ def _at_least_one(items: list[Item], free: set[str], val: float) -> list[Item]:
     """
     usable = [item for item in items if item.reject is None]
     contents = {item.hash for item in usable}
+    if len(contents) == 1:  # the only one is there to train on
+        return [replace(item, split="train") if item.hash in contents & free else item for item in items]
     if not val or len(contents) < 2 or not contents & free or any(item.split != "train" for item in usable):
         return items
     first = min(contents & free, key=_place_of)

@@ -23,11 +23,15 @@ def shrink(
 
     Clips keep at most `frames` frames, evenly spaced, and their duration. `quality` is WebP's, for colours and
     transparency alike; 100 loses nothing that shows. Names keep their folders. Raises InputError where `out` already
-    holds an index.
+    holds an index or lies in the folder itself, and where there is nothing to copy.
     """
     out = Path(out)
     if (out / FILE).exists():
         raise InputError(f"{out} already holds an index: name a new folder for the small copy.")
+    if out.resolve().is_relative_to(index.folder.resolve()):
+        raise InputError(f"{out} lies in the folder to copy, which would then hold all twice: name another.")
+    if not len(index):
+        raise InputError(f"Nothing in {index.folder} is accepted and wanted: look at `reverie data check`.")
     if not 1 <= quality <= 100:
         raise InputError(f"quality is {quality}: WebP's runs from 1 to 100.")
     items = []
