@@ -158,3 +158,17 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
 
 def test_durations():
     assert [duration(s) for s in (40, 720, 12600, 181440)] == ["40 s", "12 min", "3.5 h", "2.1 days"]
+
+
+def test_a_saved_model_is_left_alone(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="holds a model"):
+        Run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_run_of_another_kind_is_told_in_a_sentence():
+    with pytest.raises(InputError, match=r"k4 .* and 15 more; give") as caught:
+        refuse_difference({}, {f"k{i:x}": i for i in range(20)}, where="run")
+    assert "k5" not in str(caught.value)

@@ -29,6 +29,7 @@ from reverie import disk
 from reverie.errors import InputError
 from reverie.progress import Display
 
+DIFFERENCES = 5  # so many are named
 FREE = (
     "save_every",
     "keep",
@@ -60,6 +61,10 @@ class Run:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; name a folder for the run.")
+        if (self.folder / "model.safetensors").exists():
+            raise InputError(
+                f"{self.folder} holds a model, whose config.json a run would replace; name a new folder."
+            )
         self.config = resolved(config if config is not None else {})
         self.free = frozenset(free)
         self.checkpoints = self.folder / "checkpoints"
@@ -212,7 +217,7 @@ def resolved(config: Any) -> Any:
 
 
 def refuse_difference(before: Any, now: Any, *, where: str, free: frozenset[str] = frozenset()) -> None:
-    """Raises InputError naming every key that differs; `steps` may grow, and `free` keys may change."""
+    """Raises InputError naming the keys that differ; `steps` may grow, and `free` keys may change."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     differing = []
     for key in sorted(old.keys() | new.keys()):
@@ -222,8 +227,9 @@ def refuse_difference(before: Any, now: Any, *, where: str, free: frozenset[str]
         if a != b and not grown and not free.intersection(key.split(".")):
             differing.append(f"{key} (was {a!r}, is {b!r})")
     if differing:
+        more = f" and {len(differing) - DIFFERENCES} more" if len(differing) > DIFFERENCES else ""
         raise InputError(
-            f"{where} holds a run with another configuration: {', '.join(differing)}; "
+            f"{where} holds a run with another configuration: {', '.join(differing[:DIFFERENCES])}{more}; "
             "give the same values to go on with it, or name a new folder."
         )
 
