@@ -169,6 +169,6 @@ def test_a_saved_model_is_left_alone(tmp_path):
 
 
 def test_a_run_of_another_kind_is_told_in_a_sentence():
-    with pytest.raises(InputError, match=r"k4 .* and 15 more; give") as caught:
-        refuse_difference({}, {f"k{i:x}": i for i in range(20)}, where="run")
-    assert "k5" not in str(caught.value)
+    with pytest.raises(InputError, match=r"k04 .* and 15 more; give") as caught:
+        refuse_difference({"a": 1}, {"a": 1} | {f"k{i:02}": i for i in range(20)}, where="run")
+    assert "k05" not in str(caught.value)
