@@ -472,3 +472,17 @@ def test_no_config_imports_or_runs_anything(top, inside, toy, tmp_path, monkeypa
     assert "torch.hub" not in asked
     assert not {name for name in set(sys.modules) - modules if name.split(".")[0] not in ("torch", "numpy")}
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, file):
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(InputError, match=f"holds a {file} of something else"):
+        reverie.save(reverie.load("clip-stickers"), tmp_path)
+    assert (tmp_path / file).read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["", None, 3])
+def test_what_names_no_folder_is_refused(folder):
+    with pytest.raises(InputError, match="no folder to save into"):
+        reverie.save(reverie.load("clip-stickers"), folder)

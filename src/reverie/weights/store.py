@@ -67,9 +67,14 @@ def save(
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout {shorten(layout)} is unknown; use one of {', '.join(LAYOUTS)}.")
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise InputError(f"{folder!r} is no folder to save into: name one, such as 'my-model'.")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save into.")
+    for mine in (CONFIG, TOKENIZER):
+        if (folder / mine).exists() and not (folder / MODEL).exists():
+            raise InputError(f"{folder} holds a {mine} of something else than a model; give a new folder.")
     config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
     tokenizer = getattr(system, "tokenizer", None)
     records: dict[str, Any] = {CONFIG: {"reverie": version, "system": name, "config": config}}
