@@ -76,7 +76,9 @@ class Clip(nn.Module):
             raise InputError(f"images must have pixels, but have shape {tuple(images.shape)}.")
         images = images.to(self.log_scale.dtype)  # from whatever numpy and half-precision code made
         if not self.training and len(images) and not (reach := images.abs().amax()) <= 10:  # so is NaN
-            raise InputError(f"images must be in [-1, 1], but reach {reach:g}: divide bytes by 127.5, less 1.")
+            raise InputError(
+                f"images must be in [-1, 1], but reach {reach:g}: divide bytes by 127.5, less 1."
+            )
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
