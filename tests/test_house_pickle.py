@@ -12,6 +12,8 @@ ALLOWED = {
     CONVERTER: {"uses torch.load"},
     # The names of our own dependencies, from the installed package's metadata, to see whether they can be imported.
     "doctor.py": {"imports what is computed: importlib.import_module(IMPORTS.get(need.name, need.name))"},
+    # A literal table, as `test_recipes_are_named_in_a_literal_table` holds.
+    "catalog.py": {"imports what is computed: import_module(module)"},
 }
 
 MODULES = {
@@ -91,6 +93,16 @@ FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.p
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_runs_what_a_file_says(file):
     assert not set(findings((SOURCE / file).read_text())) - ALLOWED.get(file, set())
+
+
+def test_recipes_are_named_in_a_literal_table():
+    tree = ast.parse((SOURCE / "catalog.py").read_text())
+    [table] = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RECIPES"
+    ]
+    assert all(name.startswith("reverie.recipes.") for name in ast.literal_eval(table.value).values())
 
 
 def test_the_one_load_is_weights_only():

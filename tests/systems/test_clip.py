@@ -12,8 +12,8 @@ from PIL import Image
 from reverie.codecs.bpe import Bpe
 from reverie.encoders.text import TextConfig
 from reverie.errors import InputError
-from reverie.objectives.contrastive import info_nce
-from reverie.systems.clip import LARGEST_SCALE, Clip, ClipConfig
+from reverie.objectives.contrastive import LARGEST_SCALE, info_nce
+from reverie.systems.clip import Clip, ClipConfig
 
 
 @pytest.fixture(scope="module")

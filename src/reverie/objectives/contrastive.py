@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGEST_SCALE = 100.0  # CLIP, section 2.5: logits are never scaled by more
+
+
+def bounded(log_scale: Tensor) -> Tensor:
+    """What cosines are multiplied by, from the logarithm that is learnt."""
+    return log_scale.exp().clamp(max=LARGEST_SCALE)
+
 
 def info_nce(a: Tensor, b: Tensor, scale: Tensor, *, same: Tensor | None = None) -> Tensor:
     """CLIP's loss (2103.00020, figure 3): symmetric cross-entropy over scaled cosines of `a b d` and `b b d`.

@@ -32,10 +32,10 @@ from reverie.evals.retrieval import retrieval
 from reverie.evals.zero_shot import zero_shot
 from reverie.recipes.parts import (
     averaged,
-    capable,
     captioned,
     heads_of,
     home,
+    load_clip,
     name_bad,
     open_index,
     open_world,
@@ -119,9 +119,7 @@ def tiny(
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr, seed=seed
     )
-    val = captioned(index.select(split="val"))
-    measures = {"val": partial(_retrieval, val=val)} if len(val) else {}
-    return fit(config, model, train_set, out, measures=measures)
+    return fit(config, model, train_set, out, measures=_val(index))
 
 
 def stickers(
@@ -193,20 +191,12 @@ def world(
         seed: Another seed, another world, another start and another order.
     """
     index = open_world(data, count, moving, seed=seed)
-    train_set, val = index.select(split="train"), index.select(split="val", video=False)
+    train_set = index.select(split="train")
     model = begin("", train_set, shape, seed=seed)
     config = ClipRun(
-        model=model.config,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        strength=0.0,
-        languages={"en": 0.8, "zh": 0.2},
-        seed=seed,
-    )
-    return fit(
-        config, model, train_set, out, measures={"val": partial(_retrieval, val=val)} if len(val) else {}
-    )
+        model=model.config, steps=steps, batch=batch, lr=lr, strength=0.0, languages={"en": 0.8, "zh": 0.2}, seed=seed
+    )  # fmt: skip
+    return fit(config, model, train_set, out, measures=_val(index))
 
 
 def paper_b32(
@@ -234,10 +224,7 @@ def paper_b32(
 def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, seed: int) -> Clip:
     """The CLIP `start`, or one of that shape with random weights and a vocabulary of the captions of `index`."""
     if start:
-        model = capable(start, "embed_text")
-        if model.tokenizer is None:
-            raise InputError(f"{start} has no tokenizer to read captions with: go on from one that has.")
-        return model.train().requires_grad_()
+        return load_clip(start, trainable=True)
     tokenizer = Bpe.train(_texts(index), vocab=4096)
     torch.manual_seed(rng.integer(seed, "weights"))
     return Clip(shape(tokenizer.vocab, tokenizer.end), tokenizer)
@@ -331,6 +318,12 @@ def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
     labels = [names.index(str(item.label)) for item in items]
     found = zero_shot(model.embed_image, model.embed_text, images, labels, names)
     return {key: found[key] for key in ("top1", "top5")}
+
+
+def _val(index: Index) -> dict[str, Measure]:
+    """Retrieval among the captioned pictures of the split "val", if there are any."""
+    val = captioned(index.select(split="val"))
+    return {"val": partial(_retrieval, val=val)} if len(val) else {}
 
 
 def _retrieval(model: Clip, *, val: Index) -> dict[str, float]:

@@ -16,6 +16,7 @@ from reverie.data.index import FILE, Index
 from reverie.data.pixels import Pixels
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
+from reverie.systems.clip import Clip
 from reverie.train.log import Run
 from reverie.train.loop import Player
 
@@ -79,6 +80,16 @@ def capable(name_or_folder: str | Path, capability: str, *, device: str | None =
             f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
         )
     return system.to(place)
+
+
+def load_clip(name_or_folder: str, *, trainable: bool = False) -> Clip:
+    """A CLIP that can read words, on the CPU. InputError: it cannot, or there is none."""
+    clip = reverie.load(name_or_folder, trainable=trainable)
+    if not isinstance(clip, Clip) or clip.tokenizer is None:
+        raise InputError(
+            f"{name_or_folder} is no CLIP with a tokenizer: give one that reverie.save wrote, or clip-stickers."
+        )
+    return clip
 
 
 def home(device: str | None = None) -> torch.device:

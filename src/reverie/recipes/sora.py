@@ -35,6 +35,7 @@ from reverie.recipes.parts import (
     captioned,
     heads_of,
     home,
+    load_clip,
     name_bad,
     open_index,
     open_world,
@@ -100,7 +101,7 @@ def tiny(
         lr: The highest learning rate.
         seed: Another seed, another start and another order.
     """
-    reader = reader_of(clip)
+    reader = load_clip(clip)
     index = open_index(data)
     config = SoraRun(
         model=shape(reader, size=size), clip=clip, steps=steps, batch=batch,
@@ -129,7 +130,7 @@ def stickers(
         depth: Blocks.
         seed: Another seed, another start and another order.
     """
-    reader = reader_of(clip)
+    reader = load_clip(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     config = SoraRun(
         model=shape(reader, codec=codec, sizes=(depth, width, heads_of(width))),
@@ -160,7 +161,7 @@ def dit(
     """
     if scale not in DIT:
         raise InputError(f"DiT has no size {scale!r}: choose one of {', '.join(DIT)}.")
-    reader = reader_of(clip)
+    reader = load_clip(clip)
     index = open_index(data)
     config = SoraRun(
         model=shape(reader, size=size, codec=codec, sizes=DIT[scale]), clip=clip, codec=codec, steps=steps,
@@ -189,7 +190,7 @@ def world(
         seed: Another seed, another world, another start and another order.
     """
     index = open_world(data, count, moving, seed=seed)
-    reader = reader_of(clip)
+    reader = load_clip(clip)
     config = SoraRun(
         model=shape(reader), clip=clip, steps=steps, batch=batch, clips=clips, lr=lr,
         languages={"en": 0.8, "zh": 0.2}, seed=seed,
@@ -273,16 +274,6 @@ def fit(
     with averaged(player):
         reverie.save(model, out / "model")
     return reverie.load(out / "model")
-
-
-def reader_of(clip: str) -> Clip:
-    """The CLIP whose text tower reads the prompts."""
-    reader = reverie.load(clip)
-    if not isinstance(reader, Clip) or reader.tokenizer is None:
-        raise InputError(
-            f"{clip} is no CLIP with a tokenizer: give one that reverie.save wrote, or clip-stickers."
-        )
-    return reader
 
 
 def take_over(model: Sora, folder: str) -> None:

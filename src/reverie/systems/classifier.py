@@ -26,10 +26,8 @@ from torch.nn import functional as F
 
 from reverie.encoders.resnet import Resnet, ResnetConfig
 from reverie.errors import InputError
-from reverie.objectives.contrastive import info_nce
+from reverie.objectives.contrastive import bounded, info_nce
 from reverie.pictures import to_signal
-
-LARGEST_SCALE = 100.0  # as CLIP's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,7 @@ class Classifier(nn.Module):
         self.prototypes.copy_(F.normalize(total, dim=-1))
 
     def scale(self) -> Tensor:
-        return self.log_scale.exp().clamp(max=LARGEST_SCALE)
+        return bounded(self.log_scale)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`image b 3 h w` and `other b 3 h w` show the same things, `label b` says which."""

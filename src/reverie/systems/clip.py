@@ -24,10 +24,8 @@ from reverie.codecs.bpe import Bpe
 from reverie.encoders.text import Text, TextConfig
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
-from reverie.objectives.contrastive import info_nce
+from reverie.objectives.contrastive import bounded, info_nce
 from reverie.pictures import to_signal
-
-LARGEST_SCALE = 100.0  # section 2.5: the temperature is clipped so that logits are never scaled by more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +139,7 @@ class Clip(nn.Module):
         return (self.scale() * self.embed_image(images) @ F.normalize(vectors, dim=-1).T).softmax(-1)
 
     def scale(self) -> Tensor:
-        return self.log_scale.exp().clamp(max=LARGEST_SCALE)
+        return bounded(self.log_scale)
 
     # Training ------------------------------------------------------------------------------------------------------
 
