@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -68,8 +70,12 @@ def recipe(name: str) -> Callable[..., Any]:
     return getattr(import_module(module), function)
 
 
-def load(name_or_folder: str | Path, *, trainable: bool = False) -> Any:
-    """The system of a shipped name ("clip-stickers") or of a folder that `save` wrote, on the CPU, in eval mode.
+def load(name_or_path: str | Path, *, config: Any = None, trainable: bool = False) -> Any:
+    """The system of a shipped name ("clip-stickers"), a folder or a checkpoint file, on the CPU, in eval mode.
+
+    A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`) or open_clip. A checkpoint
+    is a .safetensors file with open_clip's or OpenAI's names; `config` says which model it is where the file does not:
+    a name of `reverie.systems.clip_models.MODELS`, such as "ViT-B-32", or a `ClipConfig`.
 
     It is loaded to be used: no parameter takes gradients, so that `clip.embed_text([...]).numpy()` works and no graph
     is kept. `trainable=True` is for training on: parameters take gradients as they did when the system was trained
@@ -79,8 +85,22 @@ def load(name_or_folder: str | Path, *, trainable: bool = False) -> Any:
     """
     from reverie.weights import store
 
-    system = store.load(name_or_folder, systems=SYSTEMS)
+    system = store.load(name_or_path, systems=SYSTEMS, config=_plain(config))
     return system if trainable else system.requires_grad_(False)
+
+
+def _plain(config: Any) -> dict[str, Any] | None:
+    """A named or given configuration of CLIP as plain data."""
+    if config is None:
+        return None
+    from reverie.systems.clip import ClipConfig
+    from reverie.systems.clip_models import MODELS
+
+    if isinstance(config, str) and config in MODELS:
+        config = MODELS[config]
+    if not isinstance(config, ClipConfig):
+        raise InputError(f"config {config!r:.60} is no ClipConfig and none of the names {', '.join(MODELS)}.")
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def save(
@@ -88,12 +108,12 @@ def save(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    layout: Literal["reverie", "transformers"] = "reverie",
+    format: Literal["reverie", "transformers", "open_clip"] = "reverie",
 ) -> Path:
     """Write a system into a folder that `load` reads: config.json, model.safetensors, tokenizer.json where it has one.
 
     `dtype` is what floats are stored in (torch.float16 halves the size; `load` restores the system's own precision).
-    `layout="transformers"` writes a folder for that library instead, where it has the same system.
+    `format="transformers"` or `"open_clip"` writes a folder for that library instead, where it has the same system.
     """
     from reverie import __version__
     from reverie.weights import store
@@ -103,4 +123,4 @@ def save(
         raise InputError(
             f"{type(system).__name__} is no system that Reverie can save; it saves {', '.join(SYSTEMS)}."
         )
-    return store.save(system, folder, name=name, version=__version__, dtype=dtype, layout=layout)
+    return store.save(system, folder, name=name, version=__version__, dtype=dtype, format=format)

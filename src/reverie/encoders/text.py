@@ -1,12 +1,14 @@
-"""CLIP's text tower (2103.00020, section 2.4): a causal transformer over byte-pair tokens, read at the end token.
+"""Text towers: CLIP's (2103.00020, section 2.4), causal and read at the end token, and SigLIP's (2303.15343),
+bidirectional and read at the last of its fixed number of positions.
 
-Only the causal mask is used: what stands after the end token is never seen, so batches are cut to their longest text
-with no change in the result (`trim`).
+CLIP's uses the causal mask alone: what stands after the end token is never seen, so batches are cut to their longest
+text with no change in the result (`trim`). SigLIP's attends to its padding, as it was trained to; nothing is cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,10 @@ class TextConfig:
     width: int = 512
     depth: int = 12
     heads: int = 8
+    hidden: int | None = None  # channels inside an MLP; None: 4 x width
     activation: str = "quick_gelu"
+    causal: bool = True
+    pool: Literal["end", "argmax", "last"] = "end"  # the first end token, the highest id, the last position
     end: int = 49_407  # id of the end token
     eps: float = 1e-5
 
@@ -33,10 +38,16 @@ class Text(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
+        if config.width % config.heads:
+            raise InputError(f"width {config.width} is no multiple of the {config.heads} heads.")
+        if not config.causal and config.pool != "last":
+            raise InputError(f"a text tower that sees its padding is read at the last position, not {config.pool!r}.")
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Parameter(torch.randn(config.length, config.width) * 0.01)
         blocks = [
-            Block(config.width, config.heads, activation=config.activation, eps=config.eps)
+            Block(
+                config.width, config.heads, hidden=config.hidden, activation=config.activation, eps=config.eps
+            )
             for _ in range(config.depth)
         ]
         self.blocks = nn.ModuleList(blocks)
@@ -51,7 +62,7 @@ class Text(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
         for block in self.blocks:
-            x = block(x, causal=True)
+            x = block(x, causal=self.config.causal)
         return self.norm(x)
 
     def check(self, tokens: Tensor) -> None:
@@ -61,7 +72,11 @@ class Text(nn.Module):
             raise InputError(
                 f"tokens must be `b n`, n at most {length}, but have shape {tuple(tokens.shape)}."
             )
-        if not (tokens == end).any(dim=1).all():
+        if self.config.pool == "last" and tokens.shape[1] < length:
+            raise InputError(
+                f"tokens must be padded to {length} positions, the last of which is read, but have {tokens.shape[1]}."
+            )
+        if self.config.pool == "end" and not (tokens == end).any(dim=1).all():
             raise InputError(
                 f"a row of the tokens has no end token, {end}: encode texts with this model's tokenizer."
             )
@@ -69,13 +84,17 @@ class Text(nn.Module):
             raise InputError(f"tokens must be from 0 to {vocab - 1}, but reach {int(tokens.max())}.")
 
     def end_position(self, tokens: Tensor) -> Tensor:
-        """`b n -> b`: where the first end token stands."""
+        """`b n -> b`: the position that a text is read at."""
+        if self.config.pool == "last":
+            return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
+        if self.config.pool == "argmax":
+            return tokens.argmax(dim=-1)
         return (tokens == self.config.end).int().argmax(dim=-1)
 
     def trim(self, tokens: Tensor) -> Tensor:
-        """Cut the columns that no text of the batch reaches."""
+        """Cut the columns that change no vector of the batch."""
         return tokens[:, : int(self.end_position(tokens).max()) + 1]
 
     def pool(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """features `b n d` -> the vector at the end token `b d`."""
+        """features `b n d` -> the vector that a text is read at `b d`."""
         return features[torch.arange(len(tokens), device=tokens.device), self.end_position(tokens)]

@@ -1,5 +1,9 @@
-"""Vision Transformer (2010.11929) as CLIP's image tower builds it (2103.00020, section 2.4): class token, learned
-positions, a LayerNorm before the blocks and one after, features read at the class token or averaged.
+"""Vision Transformer (2010.11929) as image towers of CLIP (2103.00020, section 2.4) and SigLIP (2303.15343) build it.
+
+CLIP: a class token, learned positions, a LayerNorm before the blocks and one after, read at the class token. SigLIP:
+no class token and no LayerNorm before, read by one learned query (the pooling of 2106.04560, section 3.1). Features may
+also be averaged. `registers` are tokens without a place that the blocks may use as they like (2309.16588); they are
+dropped at the end.
 
 `stem="conv"` replaces the patch projection by smaller patches and strided 3x3 convolutions (Xiao et al. 2021,
 2106.14881), which learns far more from few pictures; the shipped weights use it, CLIP's public ones use `"patch"`.
@@ -18,20 +22,31 @@ from torch import Tensor, nn
 
 from reverie.errors import InputError
 from reverie.nn.block import Block
+from reverie.nn.mlp import Mlp
+from reverie.nn.pooling import QueryAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig:
-    size: int = 224  # pixels of a side
+    kind: Literal["vit"] = "vit"
+    size: int = 224  # pixels of a side; what is over beyond the last whole patch is not seen
     patch: int = 32
     width: int = 768
     depth: int = 12
     heads: int = 12
-    ratio: float = 4.0
+    hidden: int | None = None  # channels inside an MLP; None: 4 x width
     activation: str = "quick_gelu"
     stem: Literal["patch", "conv"] = "patch"
-    pool: Literal["class", "mean"] = "class"
+    stem_bias: bool = False  # of the patch projection
+    norm_pre: bool = True
+    registers: int = 0
+    pool: Literal["class", "mean", "attention"] = "class"
     eps: float = 1e-5
+
+    @property
+    def out(self) -> int:
+        """Channels of the pooled vector."""
+        return self.width
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
@@ -46,42 +61,71 @@ def conv_stem(width: int, patch: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class AttentionPool(nn.Module):
+    """features `b n d` -> `b d`: one learned query attends to them, then x + mlp(norm(x))."""
+
+    def __init__(self, config: VitConfig):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.attention = QueryAttention(config.width, config.heads)
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = Mlp(config.width, config.hidden or 4 * config.width, activation=config.activation)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.attention(repeat(self.query, "d -> b 1 d", b=len(features)), features)[:, 0]
+        return x + self.mlp(self.norm(x))
+
+
 class Vit(nn.Module):
     """image `b 3 size size` -> features `b n d` after the last norm; position 0 is the class token if there is one."""
 
     def __init__(self, config: VitConfig):
         super().__init__()
         self.config = config
-        if config.size < config.patch or config.size % config.patch:
+        if config.size < config.patch or (config.stem == "conv" and config.size % config.patch):
             raise InputError(f"size {config.size} is no multiple of the patch, {config.patch}.")
         if config.width % config.heads:
             raise InputError(f"width {config.width} is no multiple of the {config.heads} heads.")
         side = config.size // config.patch
         if config.stem == "patch":
-            self.stem: nn.Module = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
+            self.stem: nn.Module = nn.Conv2d(
+                3, config.width, config.patch, stride=config.patch, bias=config.stem_bias
+            )
         else:
             self.stem = conv_stem(config.width, config.patch)
         has_class = config.pool == "class"
         self.class_token = nn.Parameter(torch.randn(config.width) * config.width**-0.5) if has_class else None
         self.positions = nn.Parameter(torch.randn(side * side + has_class, config.width) * config.width**-0.5)
-        self.norm_pre = nn.LayerNorm(config.width, eps=config.eps)
+        self.registers = (
+            nn.Parameter(torch.randn(config.registers, config.width) * config.width**-0.5)
+            if config.registers
+            else None
+        )
+        self.norm_pre = nn.LayerNorm(config.width, eps=config.eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
-                config.width, config.heads, ratio=config.ratio, activation=config.activation, eps=config.eps
+                config.width, config.heads, hidden=config.hidden, activation=config.activation, eps=config.eps
             )
             for _ in range(config.depth)
         )
         self.norm_post = nn.LayerNorm(config.width, eps=config.eps)
+        self.pooling = AttentionPool(config) if config.pool == "attention" else None
 
     def forward(self, image: Tensor) -> Tensor:
         x = rearrange(self.stem(image), "b d h w -> b (h w) d")
         if self.class_token is not None:
             x = torch.cat([repeat(self.class_token.to(x.dtype), "d -> b 1 d", b=len(x)), x], dim=1)
-        x = self.norm_pre(x + self.positions.to(x.dtype))
+        x = x + self.positions.to(x.dtype)
+        seen = x.shape[1]
+        if self.registers is not None:
+            x = torch.cat([x, repeat(self.registers.to(x.dtype), "r d -> b r d", b=len(x))], dim=1)
+        x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm_post(x)
+        return self.norm_post(x[:, :seen])
 
     def pool(self, features: Tensor) -> Tensor:
         """features `b n d` -> one vector per picture `b d`."""
+        if self.pooling is not None:
+            return self.pooling(features)
         return features[:, 0] if self.config.pool == "class" else features.mean(dim=1)

@@ -13,13 +13,19 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); `b n d -> b n d` (CLIP, GPT-2, ViT)."""
 
     def __init__(
-        self, width: int, heads: int, *, ratio: float = 4.0, activation: str = "gelu", eps: float = 1e-5
+        self,
+        width: int,
+        heads: int,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        eps: float = 1e-5,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, int(width * ratio), activation=activation)
+        self.mlp = Mlp(width, hidden or 4 * width, activation=activation)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         x = x + self.attention(self.norm1(x), mask=mask, causal=causal)

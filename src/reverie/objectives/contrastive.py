@@ -28,3 +28,13 @@ def info_nce(a: Tensor, b: Tensor, scale: Tensor, *, same: Tensor | None = None)
     forward = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
     backward = F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
     return (forward + backward) / 2
+
+
+def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *, same: Tensor | None = None) -> Tensor:
+    """SigLIP's loss (2303.15343, algorithm 1): for every pair of `a b d` and `b b d` whether it belongs together.
+
+    `same` as for `info_nce`. The sum over all pairs is divided by the number of items.
+    """
+    logits = scale * a @ b.T + bias
+    right = torch.eye(len(a), dtype=torch.bool, device=a.device) if same is None else same
+    return F.binary_cross_entropy_with_logits(logits, right.to(logits.dtype), reduction="sum") / len(a)

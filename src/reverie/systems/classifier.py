@@ -17,17 +17,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reverie.encoders.images import Images, as_batch, open_images
 from reverie.encoders.resnet import Resnet, ResnetConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import bounded, info_nce
-from reverie.pictures import to_signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +54,12 @@ class Classifier(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # [1]: sharding refuses scalars
         self.register_buffer("prototypes", torch.zeros(len(config.names), config.width))
 
-    def embed_image(self, images: Tensor | Sequence[str | Path | Image.Image]) -> Tensor:
+    def embed_image(self, images: Images) -> Tensor:
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
         return F.normalize(self.projection(self._features(images)), dim=-1)
 
     def classify(
-        self, images: Tensor | Sequence[str | Path | Image.Image], names: Sequence[str] | None = None
+        self, images: Images, names: Sequence[str] | None = None
     ) -> Tensor:
         """Probabilities `images names`, over the given names alone or over all. InputError: a name it never learnt."""
         prototypes = self.prototypes
@@ -98,12 +96,8 @@ class Classifier(nn.Module):
             "scale": self.scale().detach().squeeze(),
         }
 
-    def _features(self, images: Tensor | Sequence[str | Path | Image.Image]) -> Tensor:
-        size = self.config.size
+    def _features(self, images: Images) -> Tensor:
         if not isinstance(images, Tensor):
-            images = torch.stack([torch.from_numpy(to_signal(image, size=size)) for image in images])
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InputError(f"images must be `b 3 h w`, but have shape {tuple(images.shape)}.")
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return self.image.pool(self.image(images.to(self.log_scale.device)))
+            images = open_images(images, size=self.config.size)
+        images = as_batch(images, size=self.config.size, like=self.log_scale, checked=not self.training)
+        return self.image.pool(self.image(images))

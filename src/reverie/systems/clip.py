@@ -1,8 +1,12 @@
-"""CLIP: "Learning Transferable Visual Models From Natural Language Supervision" (Radford et al. 2021, 2103.00020).
+"""CLIP: "Learning Transferable Visual Models From Natural Language Supervision" (Radford et al. 2021, 2103.00020), and
+SigLIP: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023, 2303.15343), which differs in its loss.
 
-    image --- Vit ---- projection --- unit vector --\\
-                                                     x temperature -> logits -> symmetric cross-entropy
-    text  --- Text --- projection --- unit vector --/
+    image --- Vit or ClipResnet --- projection --- unit vector --\\
+                                                                  x temperature (+ bias) -> logits -> loss
+    text  --- Text ---------------- projection --- unit vector --/
+
+`softmax`: of all texts of the batch which is this picture's, and the other way round. `sigmoid`: of every picture and
+text by itself whether they belong together; `bias` says that most do not.
 
 Images are float `b 3 h w` in [-1, 1]; the mean and std that the public weights expect are applied inside.
 """
@@ -13,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -21,64 +26,66 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reverie.codecs.bpe import Bpe
+from reverie.codecs.pieces import Pieces
+from reverie.encoders.clip_resnet import ClipResnet, ClipResnetConfig
+from reverie.encoders.images import Images, as_batch, open_images
 from reverie.encoders.text import Text, TextConfig
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
-from reverie.objectives.contrastive import bounded, info_nce
-from reverie.pictures import to_signal
+from reverie.objectives.contrastive import bounded, info_nce, sigmoid_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    image: VitConfig = VitConfig()
+    image: VitConfig | ClipResnetConfig = VitConfig()
     text: TextConfig = TextConfig()
     width: int = 512  # of the shared space
+    image_projection: bool = True  # False: what the image tower pools lies in the shared space already
+    text_bias: bool = False  # of the text projection
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of colours in [0, 1]
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    fit: Literal["crop", "crop_even", "squash"] = "crop"  # how a picture becomes a square: `media.decode_array`
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 class Clip(nn.Module):
     """The two towers and the temperature. `tokenizer` may be left out when only tokens are embedded."""
 
-    no_decay = ("log_scale",)
+    no_decay = ("log_scale", "bias")
 
-    def __init__(self, config: ClipConfig, tokenizer: Bpe | None = None):
+    def __init__(self, config: ClipConfig, tokenizer: Bpe | Pieces | None = None):
         super().__init__()
         self.config = config
+        if not config.image_projection and config.image.out != config.width:
+            raise InputError(
+                f"without a projection the image tower's {config.image.out} channels must be the space's {config.width}."
+            )
         if tokenizer is not None:
-            tokenizer.fits(vocab=config.text.vocab, end=config.text.end)
+            sought = config.text.pool != "last"
+            tokenizer.fits(vocab=config.text.vocab, end=config.text.end if sought else None)
         self.tokenizer = tokenizer
-        self.image = Vit(config.image)
+        self.image = Vit(config.image) if isinstance(config.image, VitConfig) else ClipResnet(config.image)
         self.text = Text(config.text)
-        self.image_projection = nn.Linear(config.image.width, config.width, bias=False)
-        self.text_projection = nn.Linear(config.text.width, config.width, bias=False)
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # [1]: sharding refuses scalars
-        nn.init.normal_(self.image_projection.weight, std=config.image.width**-0.5)
+        self.image_projection: nn.Module = nn.Identity()
+        if config.image_projection:
+            self.image_projection = nn.Linear(config.image.out, config.width, bias=False)
+            nn.init.normal_(self.image_projection.weight, std=config.image.out**-0.5)
+        self.text_projection = nn.Linear(config.text.width, config.width, bias=config.text_bias)
         nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
+        # [1], since sharding refuses scalars. Where they start: CLIP, section 2.5; SigLIP, section 3.
+        first = 1 / 0.07 if config.loss == "softmax" else 10.0
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(first)))
+        self.bias = nn.Parameter(torch.full((1,), -10.0)) if config.loss == "sigmoid" else None
 
     # Embeddings ----------------------------------------------------------------------------------------------------
 
-    def embed_image(self, images: Tensor | Sequence[str | Path | Image.Image]) -> Tensor:
+    def embed_image(self, images: Images) -> Tensor:
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
         if not isinstance(images, Tensor):
             images = self.prepare(images)
-        images = images.to(self.log_scale.device)
         size = self.config.image.size
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InputError(f"images must be `b 3 h w`, but have shape {tuple(images.shape)}.")
-        if not images.is_floating_point():
-            raise InputError(
-                f"images must be float in [-1, 1], but are {images.dtype}: divide bytes by 127.5, less 1."
-            )
-        if not all(images.shape[-2:]):
-            raise InputError(f"images must have pixels, but have shape {tuple(images.shape)}.")
-        images = images.to(self.log_scale.dtype)  # from whatever numpy and half-precision code made
-        if not self.training and len(images) and not (reach := images.abs().amax()) <= 10:  # so is NaN
-            raise InputError(
-                f"images must be in [-1, 1], but reach {reach:g}: divide bytes by 127.5, less 1."
-            )
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        images = as_batch(images, size=size, like=self.log_scale, checked=not self.training)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
         x = ((images + 1) / 2 - colour[0]) / colour[1]
         return F.normalize(self.image_projection(self.image.pool(self.image(x))), dim=-1)
@@ -105,41 +112,39 @@ class Clip(nn.Module):
         return self.text.trim(texts.to(self.log_scale.device))
 
     def prepare(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
-        """Pictures or their paths -> `b 3 size size`: short side resized (bicubic), centre cropped, laid on white."""
-        if isinstance(images, str | Path | Image.Image):
-            raise InputError("images must be a list, but is one picture or path: write [image].")
-        if not hasattr(images, "__len__"):
-            raise InputError(f"images must be a tensor or a list, but are {images!r:.60}.")
-        if not len(images):
-            raise InputError("there is no image: give a list of one or more.")
-        for image in images:
-            if not isinstance(image, str | Path | Image.Image):
-                raise InputError(
-                    f"an image is a path or a PIL picture, not {type(image).__name__}: stack to `b 3 h w`."
-                )
-        pictures = [to_signal(image, size=self.config.image.size) for image in images]
-        return torch.stack([torch.from_numpy(picture) for picture in pictures]).to(self.log_scale.device)
+        """Pictures or their paths -> `b 3 size size` in [-1, 1], fitted as the weights were trained to see them."""
+        size, fit, resample = self.config.image.size, self.config.fit, self.config.resample
+        return open_images(images, size=size, fit=fit, resample=resample).to(self.log_scale.device)
 
     # Comparing -----------------------------------------------------------------------------------------------------
 
     def similarity(self, images: Tensor | Sequence, texts: Sequence[str] | Tensor) -> Tensor:
-        """Scaled cosines, `images texts`."""
-        return self.scale() * self.embed_image(images) @ self.embed_text(texts).T
+        """The logits `images texts`: scaled cosines, for SigLIP with its bias."""
+        return self._logits(self.embed_image(images), self.embed_text(texts))
 
     def classify(
         self, images: Tensor | Sequence, names: Sequence[str], *, templates: Sequence[str] = ("{}",)
     ) -> Tensor:
-        """Probabilities `images names`; a name's vector is the mean over the templates (section 3.1.4)."""
+        """Probabilities `images names`; a name's vector is the mean over the templates (section 3.1.4).
+
+        CLIP's add up to one for each picture; SigLIP's are of each name by itself.
+        """
         names, templates = _strings("names", names), _strings("templates", templates)
         for template in templates:
             if template.count("{}") != 1:
                 raise InputError(f"the template {template!r} must hold {{}} once, where the name goes.")
         texts = [template.replace("{}", name) for name in names for template in templates]
         vectors = rearrange(self.embed_text(texts), "(k t) d -> k t d", t=len(templates)).mean(1)
-        return (self.scale() * self.embed_image(images) @ F.normalize(vectors, dim=-1).T).softmax(-1)
+        logits = self._logits(self.embed_image(images), F.normalize(vectors, dim=-1))
+        return logits.softmax(-1) if self.config.loss == "softmax" else logits.sigmoid()
 
     def scale(self) -> Tensor:
-        return bounded(self.log_scale)
+        """What cosines are multiplied by."""
+        return self.log_scale.exp()
+
+    def _logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        logits = self.scale() * images @ texts.T
+        return logits if self.bias is None else logits + self.bias
 
     # Training ------------------------------------------------------------------------------------------------------
 
@@ -148,7 +153,10 @@ class Clip(nn.Module):
         image, text = self.embed_image(batch["image"]), self.embed_text(batch["tokens"])
         label = batch.get("label")
         same = None if label is None else label[:, None] == label[None, :]
-        loss = info_nce(image, text, self.scale(), same=same)
+        if self.bias is None:
+            loss = info_nce(image, text, bounded(self.log_scale), same=same)
+        else:
+            loss = sigmoid_loss(image, text, self.scale(), self.bias, same=same)
         names = torch.arange(len(image), device=image.device) if label is None else label
         with torch.no_grad():
             accuracy = (names[(image @ text.T).argmax(-1)] == names).float().mean()

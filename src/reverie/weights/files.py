@@ -14,7 +14,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import pairwise
@@ -113,6 +113,17 @@ def header(path: str | Path) -> dict[str, Entry]:
     path = Path(path)
     with _open(path) as file:
         return _header(file, path)[0]
+
+
+def headers(paths: Sequence[Path]) -> dict[str, Entry]:
+    """The headers of the files that together hold one model. Raises `ModelFileError`, also for a name in two files."""
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        found = header(path)
+        if twice := entries.keys() & found.keys():
+            raise ModelFileError(f"{path.name} holds {min(twice)} again, which another file holds; fetch them again.")
+        entries |= found
+    return entries
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -17,6 +17,7 @@ import inspect
 import json
 import math
 import os
+import re
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -29,18 +30,18 @@ from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
 from reverie import disk
-from reverie.codecs.bpe import END, START, Bpe
+from reverie.codecs.bpe import Bpe
+from reverie.codecs.pieces import read_tokenizer
 from reverie.errors import InputError
-from reverie.weights import clip, files, remap
+from reverie.weights import clip_open_clip, clip_transformers, files, remap
 from reverie.weights.files import ModelFileError, shorten
+from reverie.weights.layout import Foreign
 
 SHIPPED = Path(__file__).parent / "shipped"
 CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-CONFIG_BYTES, TOKENIZER_BYTES = 2**20, 64 * 2**20
+CONFIG_BYTES = 2**24  # an index of weights in parts lists every tensor
 INTEGER = 2**24
-LAYOUTS = ("reverie", "transformers")
-# What `model_type` says in a folder of transformers -> the map that reads it.
-TRANSFORMERS = {"clip": clip}
+FORMATS = ("reverie", "transformers", "open_clip")
 
 Systems = Mapping[str, Callable[[], type[nn.Module]]]
 
@@ -57,36 +58,33 @@ def save(
     name: str,
     version: str,
     dtype: torch.dtype | None = None,
-    layout: Literal["reverie", "transformers"] = "reverie",
+    format: Literal["reverie", "transformers", "open_clip"] = "reverie",
 ) -> Path:
     """Write the system called `name` into a folder that `load` reads; returns the folder.
 
     `dtype` (such as torch.float16, half the size) is what floats are stored in; `load` restores the system's own.
-    `layout="transformers"` writes the folder of the public library instead, for the systems that have one. The old
-    config goes first and the new one comes last, so a folder that was interrupted is never taken for a whole one.
+    `format` is whose folder it becomes, for the systems that the public libraries have. The old config goes first
+    and the new one comes last, so a folder that was interrupted is never taken for a whole one.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {shorten(layout)} is unknown; use one of {', '.join(LAYOUTS)}.")
+    if format not in FORMATS:
+        raise InputError(f"format {shorten(format)} is unknown; use one of {', '.join(FORMATS)}.")
     if not isinstance(folder, str | Path) or not str(folder):
         raise InputError(f"{folder!r} is no folder to save into: name one, such as 'my-model'.")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save into.")
-    for mine in (CONFIG, TOKENIZER):
-        if (folder / mine).exists() and not (folder / MODEL).exists():
-            raise InputError(f"{folder} holds a {mine} of something else than a model; give a new folder.")
+    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    weights = present & {MODEL, clip_open_clip.MODEL}
+    if not weights and (others := present & {CONFIG, TOKENIZER, clip_open_clip.CONFIG}):
+        raise InputError(
+            f"{folder} holds a {min(others)} of something else than a model; give a new folder."
+        )
     config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
     tokenizer = getattr(system, "tokenizer", None)
-    records: dict[str, Any] = {CONFIG: {"reverie": version, "system": name, "config": config}}
     tensors: Mapping[str, Tensor] = system.state_dict()
-    if layout == "transformers":
-        if name not in TRANSFORMERS:
-            raise InputError(
-                f"{name!r} has no transformers layout; those that have one: {', '.join(TRANSFORMERS)}."
-            )
-        special = None if tokenizer is None else (START, END)
-        records = TRANSFORMERS[name].export_config(config, special=special)
-        tensors = remap.apply(remap.invert(TRANSFORMERS[name].TABLE), tensors)
+    model, records, table = _layout(format, name, version, config, tokenizer)
+    if table is not None:
+        tensors = remap.apply(remap.invert(table), tensors)
     if dtype is not None:
         tensors = {
             key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()
@@ -99,71 +97,129 @@ def save(
         )
 
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (CONFIG, TOKENIZER):
-        (folder / old).unlink(missing_ok=True)
-    files.write(folder / MODEL, tensors, {"format": "pt"})
+    if weights:  # a model's folder: no file of the old one may be taken for the new one's
+        for old in (CONFIG, TOKENIZER, clip_open_clip.CONFIG, *weights - {model}):
+            (folder / old).unlink(missing_ok=True)
+    files.write(folder / model, tensors, {"format": "pt"})
     if tokenizer is not None:
-        tokenizer.write(folder / TOKENIZER)
-    for file in sorted(records, key=lambda file: file == CONFIG):
+        tokenizer.write(folder / TOKENIZER, length=system.config.text.length)  # type: ignore[union-attr]
+    configs = (CONFIG, clip_open_clip.CONFIG)
+    for file in sorted(records, key=lambda file: file in configs):
         disk.write(folder / file, json.dumps(records[file], indent=2, allow_nan=False) + "\n")
     return folder
 
 
-def load(name_or_folder: str | Path, *, systems: Systems) -> nn.Module:
-    """The system of a shipped name or of a folder, on the CPU, in its own precision, in eval mode.
+def _layout(
+    format: str, name: str, version: str, config: dict[str, Any], tokenizer: Any
+) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None]:
+    """A format's file of weights, its JSON files by name, and its table (None: our own names)."""
+    if format == "reverie":
+        return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None
+    if name != "clip":
+        raise InputError(f"{format} has no {name!r}; of Reverie's systems it has clip.")
+    if format == "transformers":
+        return MODEL, *clip_transformers.write(config)
+    own = tokenizer is not None and not (isinstance(tokenizer, Bpe) and tokenizer.is_clip())
+    return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own)
 
-    A folder is one that `save` wrote in either layout. Raises `ModelFileError` (an `InputError`) in one sentence.
+
+def load(
+    name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] | None = None
+) -> nn.Module:
+    """The system of a shipped name, a folder or a checkpoint, on the CPU, in its own precision, in eval mode.
+
+    A folder is one that `save` wrote in any format, or that transformers or open_clip wrote. A checkpoint alone is a
+    safetensors file under open_clip's or OpenAI's names; `config`, plain data, says what it is where the file does
+    not. Raises `ModelFileError` (an `InputError`) in one sentence.
     """
-    folder = find(name_or_folder)
-    record = _read_json(folder / CONFIG)
-    foreign = None
-    if isinstance(record, dict) and "system" not in record and "model_type" in record:
-        foreign = _choose(TRANSFORMERS, record["model_type"], what="model_type")
-        beside = folder / foreign.PREPROCESSOR
-        more = {beside.name: _read_json(beside)} if beside.exists() else {}
-        name, values = foreign.import_config({CONFIG: record} | more)
-    else:
-        name, values = _own(record, folder)
+    place = find(name_or_path)
+    if config is not None and place.is_dir():
+        raise ModelFileError(f"{shorten(str(place))} has a config of its own; config= is for a checkpoint file.")
+    weights = [place] if place.is_file() else _weights(place)
+    what = weights[0].name if len(weights) == 1 else f"{weights[0].name} and its {len(weights) - 1} companions"
+    entries = files.headers(weights)
+    name, values, foreign = _described(place, entries, config)
     system_class = _choose(systems, name, what="system")()
-    config = config_from(_config_class(system_class), values, where=f"the config of {name!r}")
-    tokenizer = _tokenizer(folder) if "tokenizer" in inspect.signature(system_class).parameters else ()
-    parts = (config, tokenizer) if tokenizer != () else (config,)
+    made = config_from(_config_class(system_class), values, where=f"the config of {name!r}")
+    parts: tuple[Any, ...] = (made,)
+    if "tokenizer" in inspect.signature(system_class).parameters:
+        parts = (made, _tokenizer(place, values, foreign))
 
-    entries = files.header(folder / MODEL)
     try:
         with torch.random.fork_rng(devices=[]), _Within(entries):
             system = system_class(*parts)
     except InputError as error:
-        raise ModelFileError(f"{CONFIG} describes a {name!r} that cannot be built: {error}") from error
+        raise ModelFileError(f"{place.name} describes a {name!r} that cannot be built: {error}") from error
     except Exception as error:
         # Values of the right type can still contradict each other in ways that only the constructor notices.
         raise ModelFileError(
-            f"{CONFIG} describes a {name!r} that cannot be built; correct its values."
+            f"{place.name} describes a {name!r} that cannot be built; correct its config."
         ) from error
 
     outline = system.state_dict()
     expected = files.expectation(outline)
     if foreign is None:
-        tensors = files.read(folder / MODEL, expected=expected)
+        tensors = files.read(weights[0], expected=expected)
     else:
         # The table backwards says what their file must hold, so theirs too is checked before it is read.
-        theirs = dict(files.expectation(remap.apply(remap.invert(foreign.TABLE), outline)))
-        ignored = remap.matching(foreign.IGNORE, entries)
+        theirs = dict(files.expectation(remap.apply(remap.invert(foreign.table), outline)))
+        ignored = remap.matching(foreign.ignore, entries)
         theirs |= {key: (entries[key].shape, files.family(entries[key].dtype)) for key in ignored}
-        tensors = files.read(folder / MODEL, expected=theirs)
-        tensors = remap.apply(foreign.TABLE, tensors, expected=expected, ignore=foreign.IGNORE)
+        files.check({key: (e.shape, files.family(e.dtype)) for key, e in entries.items()}, theirs, what=what)
+        tensors = {key: value for file in weights for key, value in files.read(file).items()}
+        tensors = remap.apply(foreign.table, tensors, expected=expected, ignore=foreign.ignore)
     system.load_state_dict(tensors, strict=True)
     return system.eval()
 
 
-def find(name_or_folder: str | Path) -> Path:
-    """The folder of a shipped name, or the folder itself if it holds a system. Raises `ModelFileError`."""
-    if isinstance(name_or_folder, str) and name_or_folder in shipped():
-        return SHIPPED / name_or_folder
+def _described(
+    place: Path, entries: Mapping[str, files.Entry], config: dict[str, Any] | None
+) -> tuple[str, Any, Foreign | None]:
+    """The system's name, its config as plain data, and, where the files are somebody else's, how they are laid out."""
+    if place.is_file():
+        if not clip_open_clip.is_theirs(entries):
+            raise ModelFileError(
+                f"{place.name} alone does not say what it holds; give the folder it lies in, with its {CONFIG}."
+            )
+        foreign = clip_open_clip.read_alone(entries, config, what=place.name)
+    elif not (place / CONFIG).exists() or not (place / MODEL).exists() and (place / clip_open_clip.CONFIG).exists():
+        foreign = clip_open_clip.read({clip_open_clip.CONFIG: _read_json(place / clip_open_clip.CONFIG)}, entries)
+    else:
+        record = _read_json(place / CONFIG)
+        if not isinstance(record, dict) or "system" in record or "model_type" not in record:
+            return *_own(record, place), None
+        beside = [file for file in clip_transformers.RECORDS if (place / file).exists()]
+        foreign = clip_transformers.read({file: _read_json(place / file) for file in beside})
+    return foreign.system, foreign.values, foreign
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or the parts that an index lists."""
+    for name in (MODEL, clip_open_clip.MODEL):
+        if (folder / name).exists():
+            return [folder / name]
+    index = folder / f"{MODEL}.index.json"
+    record = _read_json(index)
+    parts = record.get("weight_map") if isinstance(record, dict) else None
+    names = sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
+    if not names or not all(re.fullmatch(r"[\w-]+(\.[\w-]+)*\.safetensors", name) for name in names):
+        raise ModelFileError(f"{index.name} does not list safetensors files beside it; fetch it again.")
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ModelFileError(
+            f"{shorten(str(folder))} lacks {absent[0]} and {len(absent) - 1} other parts of its weights; fetch them."
+        )
+    return [folder / name for name in names]
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The folder of a shipped name, a folder that holds a system, or a safetensors file. Raises `ModelFileError`."""
+    if isinstance(name_or_path, str) and name_or_path in shipped():
+        return SHIPPED / name_or_path
     holds = f"a folder must hold {CONFIG} and {MODEL}, as reverie.save writes them"
-    if not isinstance(name_or_folder, str | os.PathLike) or not str(name_or_folder):
-        raise ModelFileError(f"{name_or_folder!r:.60} is no folder and no shipped name; {holds}.")
-    path = Path(name_or_folder)
+    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
+        raise ModelFileError(f"{name_or_path!r:.60} is no folder and no shipped name; {holds}.")
+    path = Path(name_or_path)
     shown = shorten(str(path))
     if path.suffix.lower() in files.PICKLES:
         raise ModelFileError(files.pickle_message(path.name))
@@ -173,15 +229,17 @@ def find(name_or_folder: str | Path) -> Path:
     except (OSError, ValueError):  # too long, or with a NUL byte, or forbidden
         is_file, present = False, None
     if is_file:
-        raise ModelFileError(f"{shown} is a file; give the folder it lies in: {holds}.")
+        if path.suffix.lower() != ".safetensors":
+            raise ModelFileError(f"{shown} is no safetensors file; give one, or a folder: {holds}.")
+        return path
     if present is None:
         names = ", ".join(shipped()) or "none"
         raise ModelFileError(f"{shown} is neither a folder nor a shipped name (shipped: {names}); {holds}.")
-    if MODEL not in present and (
-        old := sorted(n for n in present if Path(n).suffix.lower() in files.PICKLES)
-    ):
+    weights = present & {MODEL, f"{MODEL}.index.json", clip_open_clip.MODEL}
+    if not weights and (old := sorted(n for n in present if Path(n).suffix.lower() in files.PICKLES)):
         raise ModelFileError(files.pickle_message(old[0]))
-    absent = [name for name in (CONFIG, MODEL) if name not in present]
+    configs = present & {CONFIG, clip_open_clip.CONFIG}
+    absent = [name for name, found in ((CONFIG, configs), (MODEL, weights)) if not found]
     if absent:
         raise ModelFileError(f"{shown} lacks {' and '.join(absent)}: {holds}.")
     return path
@@ -218,8 +276,8 @@ def _value(hint: Any, value: Any, *, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _value(inner, value, where=where)
+        inner = [argument for argument in arguments if argument is not type(None)]
+        return _value(inner[0] if len(inner) == 1 else _kind(inner, value, where), value, where=where)
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
@@ -241,6 +299,15 @@ def _value(hint: Any, value: Any, *, where: str) -> Any:
     if hint is int and abs(value) > INTEGER:
         raise ModelFileError(f"{where} is {shorten(value)}; no size may exceed {INTEGER:,}.")
     return value
+
+
+def _kind(choices: list[type], value: Any, where: str) -> type:
+    """Of several config dataclasses the one whose `kind` the value names; the first if it names none."""
+    kinds = {choice.kind: choice for choice in choices}  # type: ignore[attr-defined]
+    kind = value.get("kind", choices[0].kind) if isinstance(value, dict) else choices[0].kind  # type: ignore[attr-defined]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ModelFileError(f"{where}, 'kind' is {shorten(kind)}; use one of {', '.join(map(repr, kinds))}.")
+    return kinds[kind]
 
 
 def _type(hint: Any) -> str:
@@ -268,12 +335,13 @@ def _config_class(system_class: type) -> type:
     return get_type_hints(system_class.__init__)["config"]  # type: ignore[misc]
 
 
-def _tokenizer(folder: Path) -> Bpe | None:
-    path = folder / TOKENIZER
-    if not path.exists():
-        return None
-    _sized(path, TOKENIZER_BYTES)
-    return Bpe.read(path)
+def _tokenizer(place: Path, values: Any, foreign: Foreign | None) -> Any:
+    """The tokenizer that lies beside the weights; CLIP's own where open_clip leaves it out because it is that."""
+    if place.is_dir() and ((place / TOKENIZER).exists() or (place / "vocab.json").exists()):
+        return read_tokenizer(place)
+    text = values["text"] if foreign is not None else {}
+    from_open_clip = place.is_file() or (place / clip_open_clip.CONFIG).exists()
+    return Bpe.clip() if from_open_clip and text.get("vocab") == 49_408 and not foreign.own_words else None  # type: ignore[union-attr]
 
 
 def _read_json(path: Path) -> Any:

@@ -1,0 +1,56 @@
+"""What every `embed_image` takes: a tensor, paths or open pictures, as one batch of the size that a tower reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from reverie.errors import InputError
+from reverie.pictures import to_signal
+
+Images = Tensor | Sequence[str | Path | Image.Image]
+
+
+def open_images(
+    images: Sequence[str | Path | Image.Image], *, size: int, fit: str = "crop", resample: str = "bicubic"
+) -> Tensor:
+    """Pictures or their paths -> `b 3 size size` in [-1, 1]; `pictures.to_signal` says how they are fitted."""
+    if isinstance(images, str | Path | Image.Image):
+        raise InputError("images must be a list, but is one picture or path: write [image].")
+    if not hasattr(images, "__len__"):
+        raise InputError(f"images must be a tensor or a list, but are {images!r:.60}.")
+    if not len(images):
+        raise InputError("there is no image: give a list of one or more.")
+    for image in images:
+        if not isinstance(image, str | Path | Image.Image):
+            raise InputError(
+                f"an image is a path or a PIL picture, not {type(image).__name__}: stack to `b 3 h w`."
+            )
+    return torch.stack([torch.from_numpy(to_signal(image, size=size, fit=fit, resample=resample)) for image in images])
+
+
+def as_batch(images: Tensor, *, size: int, like: Tensor, checked: bool = True) -> Tensor:
+    """Float `b 3 h w` in [-1, 1] of any size -> `b 3 size size` with the device and data type of `like`.
+
+    `checked`: that the values are in range, which training need not ask at every step. Raises InputError.
+    """
+    images = images.to(like.device)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images must be `b 3 h w`, but have shape {tuple(images.shape)}.")
+    if not images.is_floating_point():
+        raise InputError(
+            f"images must be float in [-1, 1], but are {images.dtype}: divide bytes by 127.5, less 1."
+        )
+    if not all(images.shape[-2:]):
+        raise InputError(f"images must have pixels, but have shape {tuple(images.shape)}.")
+    images = images.to(like.dtype)  # from whatever numpy and half-precision code made
+    if checked and len(images) and not (reach := images.abs().amax()) <= 10:  # so is NaN
+        raise InputError(f"images must be in [-1, 1], but reach {reach:g}: divide bytes by 127.5, less 1.")
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    return images
