@@ -8,7 +8,9 @@ Pixels come out as sRGB with straight alpha, uint8 `f h w 4`. EXIF orientation a
 colour profiles and CMYK converted, 16-bit greys scaled. Whatever a decoder says in its errors stays inside: the
 reasons given here are ours.
 
-Resizing is antialiased and alpha-weighted. Of a clip with n frames, k are taken at i * n // k: the first frame is
+Resizing is antialiased and alpha-weighted. "crop", "squash" and "longest" give an opaque RGB picture the very pixels
+that CLIP's and SigLIP's public preprocessing gives it. That preprocessing drops transparency, orientation and colour
+profiles; here they count, so pictures that have them differ, on purpose. Of a clip with n frames, k are taken at i * n // k: the first frame is
 always among them, and k frames play at k / n of the clip's rate.
 """
 
@@ -49,6 +51,9 @@ SUFFIXES = (
     ".webm",
     ".mkv",
 )
+FITS = ("crop", "crop_even", "squash", "longest", "pad")
+RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in Pillow's order, from 0
+WIDEST = 40_000_000  # pixels of a picture that is resized whole before it is cropped
 STEPS = 4_000_000  # blocks or boxes that a header walk may take: some seconds at most
 
 
@@ -107,15 +112,21 @@ def probe(path: str | Path, limits: Limits = LIMITS) -> Probe:
 
 
 def on_white(
-    image: Image.Image, size: int | tuple[int, int] | None = None, *, fit: str = "crop"
+    image: Image.Image,
+    size: int | tuple[int, int] | None = None,
+    *,
+    fit: str = "crop",
+    resample: str = "bicubic",
+    ground: int = 255,
 ) -> np.ndarray:
-    """A picture that is open already, as `decode_array` treats files, laid on white: uint8 `h w 3`."""
+    """A picture that is open already, as `decode_array` treats files, laid on white or a grey: uint8 `h w 3`."""
+    box = _box(size, fit, resample)
     if not (image.width and image.height):
         raise MediaError(Path("the picture"), f"its {image.width} x {image.height} hold no pixel")
     turn = _TURNS.get(_orientation(image))
     picture = _srgb(image)
     picture = picture.transpose(turn) if turn is not None else picture
-    return flatten(np.asarray(_fit(picture, _box(size), fit)))
+    return flatten(np.asarray(_fit(picture, box, fit, resample)), ground)
 
 
 def flatten(pixels: np.ndarray, ground: int = 255) -> np.ndarray:
@@ -130,19 +141,22 @@ def decode_array(
     size: int | tuple[int, int] | None = None,
     frames: int | None = None,
     fit: str = "crop",
+    resample: str = "bicubic",
     limits: Limits = LIMITS,
 ) -> np.ndarray:
     """The pixels of a file: uint8 `f h w 4` (RGBA, sRGB).
 
     size: side of the square, or (height, width); None keeps the file's own size.
     frames: at most so many, evenly spaced; None takes all.
-    fit: "crop" fills the size and cuts what sticks out; "pad" fits everything in, on transparent ground.
+    fit: "crop" resizes the short side and cuts the middle out, as transformers' CLIP does; "crop_even" too, but rounds
+        the odd half pixel to even, as OpenAI's and open_clip's do; "squash" resizes each side on its own, as SigLIP's
+        do; "longest" fits everything in, on transparent ground, as open_clip does; "pad" too, but quickly: large
+        pictures are first reduced, so its pixels differ a little from any public preprocessing.
+    resample: the filter, one of RESAMPLES.
     Raises MediaError when the file is not media, damaged, or beyond `limits`.
     """
     path = Path(path)
-    box = _box(size)
-    if fit not in ("crop", "pad"):
-        raise InputError(f"Unknown fit {fit!r}: use 'crop' or 'pad'.")
+    box = _box(size, fit, resample)
     if frames is not None and frames < 1:
         raise InputError(f"frames must be at least 1, not {frames}.")
     with _our_words(path), _open(path, limits) as file:
@@ -158,14 +172,20 @@ def decode_array(
         if found.kind in ("mp4", "webm"):
             pictures = _video_frames(file, found, wanted, limits)
         else:
-            pictures = _image_frames(file, found, [start + i for i in wanted], box, limits)
-        arrays = [np.asarray(_fit(picture, box, fit)) for picture in pictures]
+            pictures = _image_frames(
+                file, found, [start + i for i in wanted], box if fit == "pad" else None, limits
+            )
+        arrays = [np.asarray(_fit(picture, box, fit, resample)) for picture in pictures]
         if len(arrays) < len(wanted):
             raise _Refusal(f"cut short: {len(arrays)} of {len(wanted)} frames could be decoded")
         return np.stack(arrays)
 
 
-def _box(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _box(size: int | tuple[int, int] | None, fit: str, resample: str) -> tuple[int, int] | None:
+    if fit not in FITS:
+        raise InputError(f"Unknown fit {fit!r}: use one of {', '.join(FITS)}.")
+    if resample not in RESAMPLES:
+        raise InputError(f"Unknown resample {resample!r}: use one of {', '.join(RESAMPLES)}.")
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
@@ -585,14 +605,14 @@ _TURNS = {
 
 
 def _image_frames(
-    file: BinaryIO, found: Probe, wanted: list[int], box: tuple[int, int] | None, limits: Limits
+    file: BinaryIO, found: Probe, wanted: list[int], rough: tuple[int, int] | None, limits: Limits
 ) -> Iterator[Image.Image]:
-    """The frames `wanted` (ascending) as RGBA pictures."""
+    """The frames `wanted` (ascending) as RGBA pictures; a JPEG may be decoded small, to fit into `rough`."""
     with _pillow(file, found, limits) as image:
         turn = _TURNS.get(_orientation(image))
-        if box is not None and found.kind == "jpeg":
+        if rough is not None and found.kind == "jpeg":
             share = min(
-                1.0, 2 * max(box) / min(image.size)
+                1.0, 2 * max(rough) / min(image.size)
             )  # twice the size wanted: the rest is resized well
             image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
         for i in wanted:
@@ -643,28 +663,51 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-def _fit(picture: Image.Image, box: tuple[int, int] | None, fit: str) -> Image.Image:
-    """Resized to box (height, width), antialiased; "crop" cuts evenly at both ends, "pad" centres."""
+def _fit(picture: Image.Image, box: tuple[int, int] | None, fit: str, resample: str) -> Image.Image:
+    """An RGBA picture resized to box (height, width), as `decode_array` says."""
     if box is None or picture.size == box[::-1]:
         return picture
     height, width = box
-    across, down = width / picture.width, height / picture.height
-    if fit == "crop":
-        scale = max(across, down)
-        left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
-        region = (
-            max(0.0, left),
-            max(0.0, top),
-            min(picture.width, left + width / scale),
-            min(picture.height, top + height / scale),
-        )
-        return picture.resize((width, height), Image.Resampling.BICUBIC, box=region, reducing_gap=2.0)
-    scale = min(across, down)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    how = Image.Resampling[resample.upper()]
+    if picture.getchannel("A").getextrema() == (255, 255):
+        picture = picture.convert("RGB")  # the same colours, without weighing them by alpha
+    if fit == "squash":
+        return picture.resize((width, height), how).convert("RGBA")
+    if fit in ("crop", "crop_even"):
+        return _crop(picture, (width, height), how, even=fit == "crop_even").convert("RGBA")
+    if fit == "longest":
+        ratio = max(picture.height / height, picture.width / width)
+        size = (max(1, round(picture.width / ratio)), max(1, round(picture.height / ratio)))
+        inner = picture.resize(size, how)
+    else:
+        scale = min(width / picture.width, height / picture.height)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        inner = picture.resize(size, how, reducing_gap=2.0)
     canvas = Image.new("RGBA", (width, height))
-    inner = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-    canvas.paste(inner, ((width - size[0]) // 2, (height - size[1]) // 2))
+    canvas.paste(inner.convert("RGBA"), ((width - size[0]) // 2, (height - size[1]) // 2))
     return canvas
+
+
+def _crop(picture: Image.Image, box: tuple[int, int], how: Image.Resampling, *, even: bool) -> Image.Image:
+    """The picture resized so that it covers box (width, height), and of that the middle.
+
+    A square: the long side is rounded down (torchvision's `Resize`, transformers' `shortest_edge`). Otherwise both
+    sides are rounded to nearest (open_clip's `ResizeKeepRatio`).
+    """
+    width, height = box
+    if width == height:
+        short = min(picture.size)
+        across, down = (int(width * side / short) for side in picture.size)
+    else:
+        ratio = min(picture.height / height, picture.width / width)
+        across, down = round(picture.width / ratio), round(picture.height / ratio)
+    left, top = (int(round(spare / 2)) if even else spare // 2 for spare in (across - width, down - height))
+    if across * down <= WIDEST:
+        return picture.resize((across, down), how).crop((left, top, left + width, top + height))
+    # Hundreds of times as long as wide: only the middle is computed, equal to within rounding.
+    unit, step = picture.width / across, picture.height / down
+    region = (left * unit, top * step, (left + width) * unit, (top + height) * step)
+    return picture.resize(box, how, box=region)
 
 
 # --- clips through PyAV ---------------------------------------------------------------------------------------------

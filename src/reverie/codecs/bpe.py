@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 FINAL = "</w>"
+MOST = 256 * 2**20  # bytes of a tokenizer's file; the largest public one, Gemma's, has 34 million
 # CLIP's pieces: contractions, runs of letters, single digits, runs of anything else that is not white space.
 # U+0345, a mark whose upper case is a letter, is in none: CLIP's pattern, which ignores case, never matches it.
 CLIP_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
@@ -104,10 +105,8 @@ class Bpe:
         """Read a `tokenizer.json`, written by `write` or by another library for a CLIP."""
         from tokenizers import Tokenizer
 
-        if not Path(path).is_file():
-            raise InputError(f"no tokenizer at {path}: give the path of a tokenizer.json")
         try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            tree = json.loads(file_text(Path(path)))
             kind, suffix, vocab = (tree["model"][key] for key in ("type", "end_of_word_suffix", "vocab"))
             bare: dict[str, Any] = {
                 "added_tokens": [],
@@ -116,15 +115,44 @@ class Bpe:
                 "truncation": None,
             }
             backend = Tokenizer.from_str(json.dumps(tree | bare))
+            whole = isinstance(vocab, dict) and {START, END} <= vocab.keys()
+        except InputError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise InputError(
-                f"{path} is not a byte-pair tokenizer.json ({error!r}): give one made for a CLIP"
+                f"{path} is not a byte-pair tokenizer.json ({str(error)[:200]!r}): give one made for a CLIP"
             ) from error
-        if kind != "BPE" or suffix != FINAL or not {START, END} <= vocab.keys():
+        if kind != "BPE" or suffix != FINAL or not whole:
             raise InputError(
                 f"{path} is a {kind} tokenizer, not byte pairs with the suffix {FINAL} and the tokens {START}"
                 f" and {END}: give one made for a CLIP"
             )
+        return cls(backend)
+
+    @classmethod
+    def read_merges(cls, folder: str | Path) -> Bpe:
+        """Read a CLIP's `vocab.json` and `merges.txt`, as they lie in old folders of transformers."""
+        from tokenizers import Tokenizer, models
+
+        folder = Path(folder)
+        lines = file_text(folder / "merges.txt").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        try:
+            vocab = json.loads(file_text(folder / "vocab.json"))
+            whole = {START, END, *_byte_letters()} <= vocab.keys()
+            backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=FINAL))
+        except InputError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"the vocab.json and merges.txt in {folder} are not CLIP's ({str(error)[:200]!r}): take both from one"
+                " public model"
+            ) from error
+        if not whole:
+            raise InputError(
+                f"the vocab.json in {folder} lacks the bytes or {START} and {END}: take a CLIP's"
+            )
+        backend.pre_tokenizer = _pieces(CLIP_PIECES)
         return cls(backend)
 
     def write(self, path: str | Path) -> None:
@@ -188,6 +216,18 @@ class Bpe:
         text = "".join(name.removesuffix(FINAL) + " " if name.endswith(FINAL) else name for name in names)
         bytes_of = {letter: byte for byte, letter in _byte_table().items()} | {" ": ord(" ")}
         return bytes(bytes_of[letter] for letter in text).decode("utf-8", errors="replace").strip()
+
+
+def file_text(path: Path) -> str:
+    """A tokenizer's file. InputError: there is none, or it is not text of a size that a tokenizer may have."""
+    if not path.is_file():
+        raise InputError(f"no tokenizer at {path}: give the path of a tokenizer.json")
+    if (size := path.stat().st_size) > MOST:
+        raise InputError(f"{path} has {size:,} bytes, more than the {MOST:,} that a tokenizer may have")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: give a tokenizer's file") from None
 
 
 def clean(text: str) -> str:
