@@ -99,7 +99,7 @@ def test_there_and_back_is_bit_equal(shape, tmp_path):
     theirs = their_model(**SHAPES[shape])
     theirs.save_pretrained(tmp_path / "theirs")
     ours = reverie.load(tmp_path / "theirs")
-    reverie.save(ours, tmp_path / "back", layout="transformers")
+    reverie.save(ours, tmp_path / "back", format="transformers")
     before = load_file(tmp_path / "theirs" / "model.safetensors")
     after = load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -128,7 +128,7 @@ def our_model(tokenizer=None) -> Clip:
 
 def test_our_folder_gives_our_numbers_in_their_library(tmp_path):
     ours = our_model(BPE)
-    reverie.save(ours, tmp_path, layout="transformers")
+    reverie.save(ours, tmp_path, format="transformers")
     theirs, report = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert_equal_numbers(ours, theirs.eval())
@@ -148,7 +148,7 @@ def test_our_folder_gives_our_numbers_in_their_library(tmp_path):
 
 def test_their_image_processor_prepares_as_we_do(tmp_path):
     ours = our_model()
-    reverie.save(ours, tmp_path, layout="transformers")
+    reverie.save(ours, tmp_path, format="transformers")
     picture = Image.effect_noise((32, 32), 60).convert("RGB")
     pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path)(
         picture, return_tensors="pt"
@@ -190,7 +190,7 @@ def test_what_they_do_not_have_is_refused(image, tmp_path):
     config = our_model().config
     model = Clip(replace(config, image=replace(config.image, **image)))
     with pytest.raises(InputError, match="own layout"):
-        reverie.save(model, tmp_path / "x", layout="transformers")
+        reverie.save(model, tmp_path / "x", format="transformers")
     assert not (tmp_path / "x").exists()
 
 

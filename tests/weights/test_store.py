@@ -234,9 +234,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(InputError, match="Toy is no system"):
         reverie.save(system, tmp_path / "x")
     with pytest.raises(InputError, match="layout"):
-        save(system, tmp_path / "x", layout="onnx")
+        save(system, tmp_path / "x", format="onnx")
     with pytest.raises(InputError, match="no transformers layout"):
-        save(system, tmp_path / "x", layout="transformers")
+        save(system, tmp_path / "x", format="transformers")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         save(system, tmp_path / "file")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reverie import disk
 from reverie.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class Bpe:
         self.vocab = max(self._names) + 1
         self.start, self.end, self.pad = ids[START], ids[END], 0
 
-    def fits(self, *, vocab: int, end: int) -> None:
-        """InputError: a text tower of `vocab` tokens, read at the token `end`, cannot read what this makes."""
-        if self.vocab > vocab or self.end != end:
+    def fits(self, *, vocab: int, end: int | None) -> None:
+        """InputError: a text tower of `vocab` tokens, read at the token `end` if at any, cannot read what this makes."""
+        if self.vocab > vocab or end not in (None, self.end):
             raise InputError(
                 f"the tokenizer has {self.vocab} tokens with the end token {self.end}, but the text tower was made for "
                 f"{vocab} and {end}: take the tokenizer that it was trained with."
@@ -155,8 +156,15 @@ class Bpe:
         backend.pre_tokenizer = _pieces(CLIP_PIECES)
         return cls(backend)
 
-    def write(self, path: str | Path) -> None:
-        """Write a `tokenizer.json` that other libraries read too (they skip the ftfy and HTML repairs)."""
+    def is_clip(self) -> bool:
+        """Whether this is CLIP's own vocabulary."""
+        return self.vocab == 49_408 and self._backend.get_vocab() == Bpe.clip()._backend.get_vocab()
+
+    def write(self, path: str | Path, *, length: int | None = None) -> None:
+        """Write a `tokenizer.json` that other libraries read too (they skip the ftfy and HTML repairs).
+
+        length: how many tokens they cut to, said in a `tokenizer_config.json` beside it; not written if not given.
+        """
         from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 
         copy = Tokenizer.from_str(self._backend.to_str())
@@ -164,7 +172,13 @@ class Bpe:
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
         copy.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (START, END)])
-        Path(path).write_text(copy.to_str(pretty=True), encoding="utf-8")
+        disk.write(Path(path), copy.to_str(pretty=True))
+        if length is not None:
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "bos_token": START,
+                "eos_token": END, "pad_token": END,
+            }  # fmt: skip
+            disk.write(Path(path).with_name("tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
 
     def encode(self, texts: Sequence[str], *, length: int | None = None) -> Tensor:
         """Texts to tokens, int64 `b n`.

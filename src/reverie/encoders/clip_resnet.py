@@ -64,7 +64,9 @@ class ClipResnet(nn.Module):
             raise InputError(f"size {config.size} is no multiple of 32, which the ResNet divides it by.")
         width, last = config.width, 32 * config.width
         if width % 2 or last % config.heads:
-            raise InputError(f"width {width} must be even and {last}, 32 x width, a multiple of {config.heads} heads.")
+            raise InputError(
+                f"width {width} must be even and {last}, 32 x width, a multiple of {config.heads} heads."
+            )
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)

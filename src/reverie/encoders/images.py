@@ -31,7 +31,9 @@ def open_images(
             raise InputError(
                 f"an image is a path or a PIL picture, not {type(image).__name__}: stack to `b 3 h w`."
             )
-    return torch.stack([torch.from_numpy(to_signal(image, size=size, fit=fit, resample=resample)) for image in images])
+    return torch.stack(
+        [torch.from_numpy(to_signal(image, size=size, fit=fit, resample=resample)) for image in images]
+    )
 
 
 def as_batch(images: Tensor, *, size: int, like: Tensor, checked: bool = True) -> Tensor:

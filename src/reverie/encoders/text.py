@@ -41,7 +41,9 @@ class Text(nn.Module):
         if config.width % config.heads:
             raise InputError(f"width {config.width} is no multiple of the {config.heads} heads.")
         if not config.causal and config.pool != "last":
-            raise InputError(f"a text tower that sees its padding is read at the last position, not {config.pool!r}.")
+            raise InputError(
+                f"a text tower that sees its padding is read at the last position, not {config.pool!r}."
+            )
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Parameter(torch.randn(config.length, config.width) * 0.01)
         blocks = [

@@ -58,9 +58,7 @@ class Classifier(nn.Module):
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
         return F.normalize(self.projection(self._features(images)), dim=-1)
 
-    def classify(
-        self, images: Images, names: Sequence[str] | None = None
-    ) -> Tensor:
+    def classify(self, images: Images, names: Sequence[str] | None = None) -> Tensor:
         """Probabilities `images names`, over the given names alone or over all. InputError: a name it never learnt."""
         prototypes = self.prototypes
         if names is not None:

@@ -45,7 +45,9 @@ class ClipConfig:
     loss: Literal["softmax", "sigmoid"] = "softmax"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of colours in [0, 1]
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    fit: Literal["crop", "crop_even", "squash"] = "crop"  # how a picture becomes a square: `media.decode_array`
+    fit: Literal["crop", "crop_even", "squash"] = (
+        "crop"  # how a picture becomes a square: `media.decode_array`
+    )
     resample: Literal["bicubic", "bilinear"] = "bicubic"
 
 

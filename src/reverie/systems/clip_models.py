@@ -22,7 +22,13 @@ def _vit(
     size: int = 224, head: int = 64, hidden: int | None = None,
 ) -> ClipConfig:  # fmt: skip
     image = VitConfig(
-        size=size, patch=patch, width=width, depth=depth, heads=width // head, hidden=hidden, activation="gelu"
+        size=size,
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=width // head,
+        hidden=hidden,
+        activation="gelu",
     )
     return ClipConfig(image=image, text=text, width=space)
 
@@ -40,7 +46,14 @@ def _siglip(vocab: int, *, activation: str, resample: str) -> ClipConfig:
         patch=16, activation=activation, stem_bias=True, norm_pre=False, pool="attention", eps=1e-6
     )
     text = TextConfig(
-        vocab=vocab, length=64, width=768, heads=12, activation="gelu_tanh", causal=False, pool="last", eps=1e-6
+        vocab=vocab,
+        length=64,
+        width=768,
+        heads=12,
+        activation="gelu_tanh",
+        causal=False,
+        pool="last",
+        eps=1e-6,
     )
     half = (0.5, 0.5, 0.5)
     return ClipConfig(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from reverie import rng
 from reverie.backbones.video_dit import VideoDit, VideoDitConfig
 from reverie.codecs.bpe import Bpe
+from reverie.codecs.pieces import Pieces
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.encoders.text import Text, TextConfig
 from reverie.errors import InputError
@@ -54,7 +55,7 @@ class SoraConfig:
 class Sora(nn.Module):
     """The backbone, the frozen text tower and, in latent space, the codec."""
 
-    def __init__(self, config: SoraConfig, tokenizer: Bpe | None = None):
+    def __init__(self, config: SoraConfig, tokenizer: Bpe | Pieces | None = None):
         super().__init__()
         self.config = config
         if tokenizer is not None:

@@ -23,7 +23,11 @@ from reverie.weights.remap import Rule
 
 CONFIG, MODEL = "open_clip_config.json", "open_clip_model.safetensors"
 COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-OPENAI = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's files hold besides weights
+OPENAI = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)  # numbers that OpenAI's files hold besides weights
 IGNORE = (*OPENAI, "attn_mask", "text.attn_mask")
 HEAD = 64  # channels of a head unless the config says otherwise
 
@@ -134,7 +138,9 @@ def table(config: Mapping[str, Any], *, text: str, scalar: bool = True, prefix: 
         return rules
     return tuple(
         Rule(
-            tuple(prefix + source for source in rule.sources) if len(rule.sources) > 1 else prefix + rule.sources[0],
+            tuple(prefix + source for source in rule.sources)
+            if len(rule.sources) > 1
+            else prefix + rule.sources[0],
             rule.target,
             rule.rearrange,
         )
@@ -168,7 +174,9 @@ def read_alone(entries: Mapping[str, Entry], values: dict[str, Any] | None, *, w
     if not all(name in entries for name in OPENAI):
         raise ModelFileError(
             f"{what} has open_clip's names but does not say what it is (GELU or QuickGELU, how many heads): load it"
-            " with config=, such as reverie.load(FILE, config='ViT-B-32'), or from a folder with " + CONFIG + "."
+            " with config=, such as reverie.load(FILE, config='ViT-B-32'), or from a folder with "
+            + CONFIG
+            + "."
         )
     return _foreign(_openai(entries, what), entries)
 
@@ -275,7 +283,9 @@ def read(records: Mapping[str, Any], entries: Mapping[str, Entry]) -> Foreign:
     seen.unlike({"mode": ("RGB",)})
     side = values["image"]["size"]
     if seen.record.get("size", side) not in (side, [side, side], [3, side, side]):
-        raise ModelFileError(f"{seen.where} gives size {shorten(seen.record['size'])}, but the tower reads {side}.")
+        raise ModelFileError(
+            f"{seen.where} gives size {shorten(seen.record['size'])}, but the tower reads {side}."
+        )
     values |= {
         "mean": seen.colour("mean", COLOURS[0]),
         "std": seen.colour("std", COLOURS[1]),
@@ -347,9 +357,7 @@ def _eps(tower: Fields) -> float:
 # ---------------------------------------------------------------- out
 
 
-def write(
-    config: Mapping[str, Any], *, own_words: bool
-) -> tuple[dict[str, Any], tuple[Rule, ...]]:
+def write(config: Mapping[str, Any], *, own_words: bool) -> tuple[dict[str, Any], tuple[Rule, ...]]:
     """Their JSON file by name and our table, from our config as plain data.
 
     `own_words`: the tokenizer is not CLIP's own, so it is written beside and they are told to read it. InputError:
@@ -436,7 +444,9 @@ def _timm_name(image: Mapping[str, Any], projected: bool) -> dict[str, Any]:
     full = {**image, "hidden": image["hidden"] or 4 * image["width"]}
     names = [name for name, tower in TIMM.items() if full == _siglip(*tower)]
     if not names or projected:
-        raise _none("an image tower with attention pooling but timm's of SigLIP, of their sizes and activation")
+        raise _none(
+            "an image tower with attention pooling but timm's of SigLIP, of their sizes and activation"
+        )
     return {
         "image_size": image["size"],
         "timm_model_name": names[0],

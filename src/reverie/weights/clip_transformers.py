@@ -218,7 +218,9 @@ def _preparation(records: Mapping[str, Any], kind: str, side: int) -> dict[str, 
         found = Fields({}, where="the absent " + PREPROCESSOR)
     found.unlike({"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
     crop = found.flag("do_center_crop", kind == "clip")
-    size = found.record.get("size", {"shortest_edge": side} if kind == "clip" else {"height": side, "width": side})
+    size = found.record.get(
+        "size", {"shortest_edge": side} if kind == "clip" else {"height": side, "width": side}
+    )
     square = {"height": side, "width": side}
     # Folders of before 2022 write one number: the short edge if it is cropped afterwards, else both.
     if size == side:

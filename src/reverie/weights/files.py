@@ -121,7 +121,9 @@ def headers(paths: Sequence[Path]) -> dict[str, Entry]:
     for path in paths:
         found = header(path)
         if twice := entries.keys() & found.keys():
-            raise ModelFileError(f"{path.name} holds {min(twice)} again, which another file holds; fetch them again.")
+            raise ModelFileError(
+                f"{path.name} holds {min(twice)} again, which another file holds; fetch them again."
+            )
         entries |= found
     return entries
 

@@ -39,6 +39,7 @@ from reverie.weights.layout import Foreign
 
 SHIPPED = Path(__file__).parent / "shipped"
 CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+WORDS = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 CONFIG_BYTES = 2**24  # an index of weights in parts lists every tensor
 INTEGER = 2**24
 FORMATS = ("reverie", "transformers", "open_clip")
@@ -76,9 +77,7 @@ def save(
     present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     weights = present & {MODEL, clip_open_clip.MODEL}
     if not weights and (others := present & {CONFIG, TOKENIZER, clip_open_clip.CONFIG}):
-        raise InputError(
-            f"{folder} holds a {min(others)} of something else than a model; give a new folder."
-        )
+        raise InputError(f"{folder} holds a {min(others)} of something else than a model; give a new folder.")
     config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
     tokenizer = getattr(system, "tokenizer", None)
     tensors: Mapping[str, Tensor] = system.state_dict()
@@ -98,11 +97,13 @@ def save(
 
     folder.mkdir(parents=True, exist_ok=True)
     if weights:  # a model's folder: no file of the old one may be taken for the new one's
-        for old in (CONFIG, TOKENIZER, clip_open_clip.CONFIG, *weights - {model}):
+        for old in (CONFIG, *WORDS, clip_open_clip.CONFIG, *weights - {model}):
             (folder / old).unlink(missing_ok=True)
     files.write(folder / model, tensors, {"format": "pt"})
     if tokenizer is not None:
-        tokenizer.write(folder / TOKENIZER, length=system.config.text.length)  # type: ignore[union-attr]
+        # Other libraries must be told what ours reads in the config.
+        length = None if format == "reverie" else config["text"]["length"]
+        tokenizer.write(folder / TOKENIZER, length=length)
     configs = (CONFIG, clip_open_clip.CONFIG)
     for file in sorted(records, key=lambda file: file in configs):
         disk.write(folder / file, json.dumps(records[file], indent=2, allow_nan=False) + "\n")
@@ -123,9 +124,7 @@ def _layout(
     return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own)
 
 
-def load(
-    name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] | None = None
-) -> nn.Module:
+def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] | None = None) -> nn.Module:
     """The system of a shipped name, a folder or a checkpoint, on the CPU, in its own precision, in eval mode.
 
     A folder is one that `save` wrote in any format, or that transformers or open_clip wrote. A checkpoint alone is a
@@ -134,9 +133,13 @@ def load(
     """
     place = find(name_or_path)
     if config is not None and place.is_dir():
-        raise ModelFileError(f"{shorten(str(place))} has a config of its own; config= is for a checkpoint file.")
+        raise ModelFileError(
+            f"{shorten(str(place))} has a config of its own; config= is for a checkpoint file."
+        )
     weights = [place] if place.is_file() else _weights(place)
-    what = weights[0].name if len(weights) == 1 else f"{weights[0].name} and its {len(weights) - 1} companions"
+    what = (
+        weights[0].name if len(weights) == 1 else f"{weights[0].name} and its {len(weights) - 1} companions"
+    )
     entries = files.headers(weights)
     name, values, foreign = _described(place, entries, config)
     system_class = _choose(systems, name, what="system")()
@@ -182,8 +185,14 @@ def _described(
                 f"{place.name} alone does not say what it holds; give the folder it lies in, with its {CONFIG}."
             )
         foreign = clip_open_clip.read_alone(entries, config, what=place.name)
-    elif not (place / CONFIG).exists() or not (place / MODEL).exists() and (place / clip_open_clip.CONFIG).exists():
-        foreign = clip_open_clip.read({clip_open_clip.CONFIG: _read_json(place / clip_open_clip.CONFIG)}, entries)
+    elif (
+        not (place / CONFIG).exists()
+        or not (place / MODEL).exists()
+        and (place / clip_open_clip.CONFIG).exists()
+    ):
+        foreign = clip_open_clip.read(
+            {clip_open_clip.CONFIG: _read_json(place / clip_open_clip.CONFIG)}, entries
+        )
     else:
         record = _read_json(place / CONFIG)
         if not isinstance(record, dict) or "system" in record or "model_type" not in record:
