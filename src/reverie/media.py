@@ -9,8 +9,10 @@ colour profiles and CMYK converted, 16-bit greys scaled. Whatever a decoder says
 reasons given here are ours.
 
 Resizing is antialiased and alpha-weighted. "crop", "squash" and "longest" give an opaque RGB picture the very pixels
-that CLIP's and SigLIP's public preprocessing gives it. That preprocessing drops transparency, orientation and colour
-profiles; here they count, so pictures that have them differ, on purpose. Of a clip with n frames, k are taken at i * n // k: the first frame is
+that CLIP's and SigLIP's public preprocessing gives it. Transparency is laid on white, as transformers does too, but
+open_clip drops it; orientation and colour profiles, which both leave out, count here.
+
+Of a clip with n frames, k are taken at i * n // k: the first frame is
 always among them, and k frames play at k / n of the clip's rate.
 """
 
@@ -701,13 +703,17 @@ def _crop(picture: Image.Image, box: tuple[int, int], how: Image.Resampling, *, 
     else:
         ratio = min(picture.height / height, picture.width / width)
         across, down = round(picture.width / ratio), round(picture.height / ratio)
-    left, top = (int(round(spare / 2)) if even else spare // 2 for spare in (across - width, down - height))
+    left, top = (round(spare / 2) if even else spare // 2 for spare in (across - width, down - height))
     if across * down <= WIDEST:
         return picture.resize((across, down), how).crop((left, top, left + width, top + height))
-    # Hundreds of times as long as wide: only the middle is computed, equal to within rounding.
-    unit, step = picture.width / across, picture.height / down
-    region = (left * unit, top * step, (left + width) * unit, (top + height) * step)
-    return picture.resize(box, how, box=region)
+    # Hundreds of times as long as wide: only what is seen is computed, one side after the other, as Pillow does.
+    sides = [(0, across, left, width), (1, down, top, height)]
+    for axis, whole, first, count in sides:
+        step = picture.size[axis] / whole
+        region, size = [0.0, 0.0, *picture.size], list(picture.size)
+        region[axis], region[axis + 2], size[axis] = first * step, (first + count) * step, count
+        picture = picture.resize((size[0], size[1]), how, box=(region[0], region[1], region[2], region[3]))
+    return picture
 
 
 # --- clips through PyAV ---------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import ftfy
 import pytest
 
 from reverie.codecs.bpe import Bpe, clean
+from reverie.codecs.pieces import read_tokenizer
 
 pytestmark = pytest.mark.reference
 regex = pytest.importorskip("regex")
@@ -186,6 +187,27 @@ def test_transformers(clip, texts, tmp_path):
     ready = [text for text in ready if "'ſ" not in text]
     assert len(ready) > 0.9 * len(texts)
     assert unequal(ready, ids_of(clip, ready), theirs(ready)["input_ids"])[:5] == []
+
+
+def test_files_that_transformers_wrote(clip, texts, tmp_path):
+    """The ids are CLIP's, from its old files too; but its tokenizer.json reads 's in one case."""
+    transformers = pytest.importorskip("transformers")
+    clip.write(tmp_path / "tokenizer.json")
+    model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    theirs = transformers.CLIPTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]]
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.backend_tokenizer.model.save(str(tmp_path / "theirs"))
+    (tmp_path / "old").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "theirs" / name).rename(tmp_path / "old" / name)
+    for folder in ("theirs", "old"):
+        again = read_tokenizer(tmp_path / folder)
+        assert isinstance(again, Bpe)
+        ready = [text for text in texts if folder == "old" or "'ſ" not in clean(text)]
+        assert len(ready) > 0.9 * len(texts)
+        assert unequal(ready, ids_of(again, ready), ids_of(clip, ready))[:5] == []
 
 
 def test_ftfy_is_needed():

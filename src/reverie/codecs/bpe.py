@@ -137,7 +137,8 @@ class Bpe:
 
         folder = Path(folder)
         lines = file_text(folder / "merges.txt").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        pairs = [line.rstrip("\r").partition(" ") for line in lines if not line.startswith("#version")]
+        merges = [(left, right) for left, _, right in pairs if left]
         try:
             vocab = json.loads(file_text(folder / "vocab.json"))
             whole = {START, END, *_byte_letters()} <= vocab.keys()

@@ -58,7 +58,8 @@ class Pieces:
         side: str = "right",
     ) -> None:
         """before, after: the tokens around every text. side: where the padding goes, "right" or "left"."""
-        assert clean in CLEANS and side in ("left", "right"), (clean, side)
+        assert clean in CLEANS, clean
+        assert side in ("left", "right"), side
         self._backend = backend  # normalises, splits and looks up; knows nothing of `before` and `after`
         self._before, self._after = list(before), list(after)
         self.vocab = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -67,7 +68,7 @@ class Pieces:
         self.pad, self.clean, self.side = pad, clean, side
 
     def fits(self, *, vocab: int, end: int | None = None) -> None:
-        """InputError: a text tower of `vocab` tokens (read at the token `end`, if given) cannot read what this makes."""
+        """InputError: a text tower of `vocab` tokens, read at the token `end` if given, cannot read these."""
         if self.vocab > vocab or (end is not None and self.end != end):
             raise InputError(
                 f"the tokenizer has {self.vocab} tokens with the end token {self.end}, but the text tower was made for "
@@ -100,6 +101,14 @@ class Pieces:
             raise InputError(
                 f"no vocabulary of {vocab} pieces can be learnt from these captions ({error}): give more of them"
             ) from error
+        # The library leaves pieces of equal score in the order of a hash map, and sums scores in that order too.
+        found = json.loads(learner.to_str())["model"]["vocab"]
+        pieces = [(name, round(score, 6)) for name, score in found if name not in specials]
+        if not pieces:
+            raise InputError("no vocabulary can be learnt from captions without a letter: give others")
+        pieces.sort(key=lambda piece: (-piece[1], piece[0]))
+        learner.model = models.Unigram([*((name, 0.0) for name in specials), *pieces], unk_id=2)
+        learner.add_special_tokens(specials)
         return cls(learner, before=[], after=[1], pad=1)
 
     @classmethod
@@ -319,7 +328,7 @@ def _backend(
         raise _mistake(error, f"{path} is no tokenizer that can be read") from None
     at = next((i for i in range(len(whole)) if whole[i : i + len(inside)] == inside), 0) if inside else 0
     before, after = whole[:at], whole[at + len(inside) :]
-    backend.post_processor = None  # type: ignore[assignment]
+    backend.post_processor = None
     ids = backend.get_vocab(with_added_tokens=True)
     if not ids:
         raise InputError(f"{path} holds no piece: give a tokenizer.json with its vocabulary")
@@ -367,7 +376,7 @@ def _refuse(path: Path, place: str, part: Any, allowed: set[str]) -> None:
             continue
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "Sequence":
-            inner = next(
+            inner: Any = next(
                 (part[key] for key in ("normalizers", "pretokenizers", "processors") if key in part), []
             )
             parts += inner if isinstance(inner, list) else [inner]
