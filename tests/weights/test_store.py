@@ -335,8 +335,8 @@ BAD_CONFIGS = {
     "its own check": (set_config(width=13), "bad luck"),
     "deep, more than the file has": (set_config(depth=10**7), "many more parts"),
     "a little deeper than the file": (set_config(depth=2), "2 missing"),
-    "as wide as all memory": (set_config(width=2**17), "more numbers than model.safetensors holds"),
-    "too wide to multiply": (set_config(width=2**24), "more numbers than model.safetensors holds"),
+    "as wide as all memory": (set_config(width=2**17), "more numbers than its weights hold"),
+    "too wide to multiply": (set_config(width=2**24), "more numbers than its weights hold"),
     "wider than the file": (set_config(width=5), "mis-shaped"),
     "impossible": (set_config(width=-4), "cannot be built"),
     "unknown system": (

@@ -18,7 +18,7 @@ from typing import Any
 
 from reverie.errors import InputError
 from reverie.weights.files import Entry, ModelFileError, shorten
-from reverie.weights.layout import Fields, Foreign, ratio
+from reverie.weights.layout import Fields, Foreign, inside, ratio
 from reverie.weights.remap import Rule
 
 CONFIG, MODEL = "open_clip_config.json", "open_clip_model.safetensors"
@@ -229,7 +229,7 @@ def _openai(entries: Mapping[str, Entry], what: str) -> dict[str, Any]:
             "out": width,
         }
         values["image_projection"] = False
-    return values | {"fit": "crop_even"}
+    return values | {"text_bias": False, "fit": "crop_even"}
 
 
 def read(records: Mapping[str, Any], entries: Mapping[str, Entry]) -> Foreign:
@@ -253,7 +253,7 @@ def read(records: Mapping[str, Any], entries: Mapping[str, Entry]) -> Foreign:
         "width": width,
         "depth": text.integer("layers", 12),
         "heads": text.integer("heads", 8),
-        "hidden": int(width * text.number("mlp_ratio", 4.0)),
+        "hidden": inside(int(width * text.number("mlp_ratio", 4.0)), width),
         "causal": causal,
         "pool": pool,
         "end": text.integer("eos_id", 2) if pool == "end" else vocab - 1,
@@ -269,11 +269,11 @@ def read(records: Mapping[str, Any], entries: Mapping[str, Entry]) -> Foreign:
     if "timm_model_name" in vision.record:
         values |= {"image": _timm(vision), "image_projection": False}
     elif isinstance(vision.record.get("layers"), list):
-        inside = vision.integer("width", 64)
-        heads = inside * 32 // vision.integer("head_width", HEAD)
+        channels = vision.integer("width", 64)
+        heads = channels * 32 // vision.integer("head_width", HEAD)
         size = vision.integer("image_size", 224)
         values["image"] = {
-            "kind": "resnet", "size": size, "width": inside, "depths": vision.record["layers"], "heads": heads,
+            "kind": "resnet", "size": size, "width": channels, "depths": vision.record["layers"], "heads": heads,
             "out": values["width"],
         }  # fmt: skip
         values["image_projection"] = False
@@ -312,7 +312,7 @@ def _vit(vision: Fields, quick: bool) -> dict[str, Any]:
         "width": width,
         "depth": vision.integer("layers", 12),
         "heads": width // vision.integer("head_width", HEAD),
-        "hidden": int(width * vision.number("mlp_ratio", 4.0)),
+        "hidden": inside(int(width * vision.number("mlp_ratio", 4.0)), width),
         "norm_pre": not vision.flag("no_ln_pre"),
         "pool": "class",
         "activation": _activation(vision, quick),
@@ -335,7 +335,7 @@ def _timm(vision: Fields) -> dict[str, Any]:
 def _siglip(size: str, patch: int, side: int, activation: str) -> dict[str, Any]:
     width, depth, heads, hidden = TIMM_SHAPES[size]
     return {
-        "kind": "vit", "size": side, "patch": patch, "width": width, "depth": depth, "heads": heads, "hidden": hidden,
+        "kind": "vit", "size": side, "patch": patch, "width": width, "depth": depth, "heads": heads, "hidden": inside(hidden, width),
         "activation": activation, "stem": "patch", "stem_bias": True, "norm_pre": False, "registers": 0,
         "pool": "attention", "eps": 1e-6,
     }  # fmt: skip
@@ -441,7 +441,7 @@ def _written(tower: Mapping[str, Any], quick: bool) -> dict[str, Any]:
 
 
 def _timm_name(image: Mapping[str, Any], projected: bool) -> dict[str, Any]:
-    full = {**image, "hidden": image["hidden"] or 4 * image["width"]}
+    full = {**image, "hidden": inside(image["hidden"] or 4 * image["width"], image["width"])}
     names = [name for name, tower in TIMM.items() if full == _siglip(*tower)]
     if not names or projected:
         raise _none(

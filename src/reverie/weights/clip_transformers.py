@@ -15,7 +15,7 @@ from typing import Any
 
 from reverie.errors import InputError
 from reverie.weights.files import ModelFileError
-from reverie.weights.layout import Fields, Foreign
+from reverie.weights.layout import Fields, Foreign, inside
 from reverie.weights.remap import Rule
 
 CONFIG, MODEL = "config.json", "model.safetensors"
@@ -105,6 +105,7 @@ def read(records: Mapping[str, Any]) -> Foreign:
     for tower, values in ((vision, image), (text, words)):
         values["activation"] = tower.choice("hidden_act", act, ACTIVATIONS)
         values["eps"] = tower.number("layer_norm_eps", eps)
+        values["hidden"] = inside(values["hidden"], values["width"])
     values = {"image": image, "text": words}
     if kind == "clip":
         end = text.integer("eos_token_id", 49_407)

@@ -81,6 +81,11 @@ class Fields:
                 )
 
 
+def inside(hidden: int, width: int) -> int | None:
+    """Channels inside an MLP as our configs say them: None where they are the usual 4 x width."""
+    return None if hidden == 4 * width else hidden
+
+
 def ratio(hidden: int, width: int) -> float:
     """hidden / width such that int(width * ratio) is hidden again."""
     found = hidden / width

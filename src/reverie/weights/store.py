@@ -412,16 +412,16 @@ class _Within(TorchFunctionMode):
     def _take(self, elements: int) -> None:
         self.total -= elements
         if elements > self.largest or self.total < 0:
-            raise ModelFileError(f"it asks for more numbers than {MODEL} holds.")
+            raise ModelFileError("it asks for more numbers than its weights hold.")
 
     def _count_tensor(self, *_: Any) -> None:
         if threading.get_ident() == self.thread:
             self.tensors -= 1
             if self.tensors < 0:
-                raise ModelFileError(f"it has many more parts than {MODEL}.")
+                raise ModelFileError("it has many more parts than its weights.")
 
     def _count_module(self, *_: Any) -> None:
         if threading.get_ident() == self.thread:
             self.modules -= 1
             if self.modules < 0:
-                raise ModelFileError(f"it has many more parts than {MODEL}.")
+                raise ModelFileError("it has many more parts than its weights.")
