@@ -7,7 +7,9 @@ from reverie.encoders.vit import Vit, VitConfig, conv_stem
 from reverie.errors import InputError
 
 SMALL = {"size": 32, "patch": 16, "width": 16, "depth": 2, "heads": 2}
-KINDS = [{"stem": stem, "pool": pool} for stem in ("patch", "conv") for pool in ("class", "mean")]
+KINDS = [
+    {"stem": stem, "pool": pool} for stem in ("patch", "conv") for pool in ("class", "mean", "attention")
+]
 
 
 def tower(**kind):
@@ -22,8 +24,9 @@ def test_features_and_their_vector(kind):
     image = torch.randn(3, 3, 32, 32)
     features = vit(image)
     assert features.shape == (3, 4 + (kind["pool"] == "class"), 16)
-    vector = features[:, 0] if kind["pool"] == "class" else features.mean(1)
-    torch.testing.assert_close(vit.pool(features), vector)
+    if kind["pool"] != "attention":
+        vector = features[:, 0] if kind["pool"] == "class" else features.mean(1)
+        torch.testing.assert_close(vit.pool(features), vector)
     for i in range(3):  # a picture's features do not depend on the rest of the batch
         torch.testing.assert_close(vit(image[i : i + 1])[0], features[i], atol=1e-5, rtol=1e-5)
 
@@ -61,7 +64,8 @@ def test_the_conv_stem_divides_by_its_patch(patch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"size": 40}, "40"),
+        ({"size": 40, "stem": "conv"}, "40"),
+        ({"size": 8}, "8"),
         ({"stem": "conv", "patch": 12, "size": 24}, "12"),
         ({"stem": "conv", "patch": 2, "size": 24}, "2"),
         ({"width": 15}, "15"),
@@ -70,3 +74,37 @@ def test_the_conv_stem_divides_by_its_patch(patch):
 def test_sizes_that_do_not_fit_are_refused(change, words):
     with pytest.raises(InputError, match=words):
         Vit(VitConfig(**SMALL | change))
+
+
+@torch.no_grad()
+def test_attention_pooling_does_not_care_for_the_order_of_features():
+    vit = tower(pool="attention")
+    features = torch.randn(2, 4, 16)
+    assert vit.pool(features).shape == (2, 16)
+    torch.testing.assert_close(vit.pool(features[:, [2, 0, 3, 1]]), vit.pool(features))
+    assert not torch.allclose(vit.pool(features + 1), vit.pool(features), atol=1e-3)
+
+
+@torch.no_grad()
+def test_registers_take_part_and_leave_no_features():
+    plain, own = tower(), tower(registers=3)
+    own.load_state_dict(own.state_dict() | plain.state_dict())
+    image = torch.randn(2, 3, 32, 32)
+    assert own(image).shape == plain(image).shape
+    assert not torch.allclose(own(image), plain(image), atol=1e-3)
+    own.registers[[0, 2]] = own.registers[[2, 0]]  # they have no places
+    features = own(image)
+    own.registers[[0, 2]] = own.registers[[2, 0]]
+    torch.testing.assert_close(own(image), features)
+
+
+@torch.no_grad()
+def test_pixels_beyond_the_last_whole_patch_are_not_seen():
+    torch.manual_seed(0)
+    vit = Vit(VitConfig(**SMALL | {"size": 39})).eval()
+    image = torch.randn(1, 3, 39, 39)
+    other = image.clone()
+    other[..., 32:, :] = 0
+    other[..., 32:] = 0
+    assert torch.equal(vit(image), vit(other))
+    assert vit(image).shape == (1, 5, 16)

@@ -74,7 +74,7 @@ def test_modulate():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_plain_block_is_two_residuals(activation):
     torch.manual_seed(0)
-    block = Block(8, 2, ratio=2.0, activation=activation)
+    block = Block(8, 2, hidden=16, activation=activation)
     x = torch.randn(2, 5, 8)
     middle = x + block.attention(block.norm1(x))
     torch.testing.assert_close(block(x), middle + block.mlp(block.norm2(middle)))

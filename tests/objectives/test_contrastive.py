@@ -1,4 +1,4 @@
-"""InfoNCE by hand, and what must not change it."""
+"""InfoNCE and the sigmoid loss by hand, and what must not change them."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from reverie.objectives.contrastive import info_nce
+from reverie.objectives.contrastive import LARGEST_SCALE, bounded, info_nce, sigmoid_loss
 
 
 def unit(n=6, d=5, seed=0):
@@ -86,3 +86,28 @@ def test_the_scale_learns():
     scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     info_nce(torch.eye(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64), scale).backward()
     assert scale.grad.item() < 0  # pairs that fit already: a larger scale lowers the loss
+
+
+def test_the_scale_stops_at_a_hundred():
+    log_scale = torch.tensor([9.0], requires_grad=True)
+    assert bounded(log_scale).item() == LARGEST_SCALE
+    bounded(log_scale).sum().backward()
+    assert log_scale.grad.item() == 0
+    assert bounded(torch.tensor(2.0)).item() == pytest.approx(math.exp(2.0))
+
+
+@pytest.mark.parametrize("label", [None, [0, 1, 0, 2, 0, 1]])
+def test_the_sigmoid_loss_asks_of_every_pair(label):
+    """2303.15343, algorithm 1: labels are 1 on the diagonal and -1 elsewhere."""
+    a, b = unit()
+    same = torch.eye(6, dtype=torch.bool)
+    if label is not None:
+        same = torch.tensor(label)[:, None] == torch.tensor(label)[None]
+    total = 0.0
+    for i in range(6):
+        for j in range(6):
+            z = 1 if same[i, j] else -1
+            total += math.log(1 + math.exp(-z * (7.0 * float(a[i] @ b[j]) - 2.0)))
+    bias = torch.tensor([-2.0], dtype=torch.float64)
+    found = sigmoid_loss(a, b, SCALE, bias, same=None if label is None else same)
+    assert float(found) == pytest.approx(total / 6)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from reverie.codecs.bpe import Bpe
 from reverie.encoders.text import TextConfig
+from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import LARGEST_SCALE, info_nce
 from reverie.systems.clip import Clip, ClipConfig
@@ -42,12 +43,81 @@ def test_similarity_is_the_scaled_cosine(clip, small, images):
     torch.testing.assert_close(clip.similarity(images, small.names), cosine / 0.07, atol=1e-4, rtol=1e-4)
 
 
-def test_the_scale_stops_at_a_hundred(small):
+def test_training_stops_the_scale_at_a_hundred_and_using_it_does_not(small, images):
+    """Some public weights were trained without the limit."""
     clip = small.clip()
     assert clip.scale().item() == pytest.approx(1 / 0.07)
+    batch = {"image": images, "tokens": clip.tokens(small.names)}
     with torch.no_grad():
+        clip.log_scale.fill_(math.log(LARGEST_SCALE))
+        least = clip.loss(batch)["loss"]
         clip.log_scale.fill_(9.0)
-    assert clip.scale().item() == LARGEST_SCALE
+        torch.testing.assert_close(clip.loss(batch)["loss"], least)
+    assert clip.scale().item() == pytest.approx(math.exp(9.0))
+
+
+@pytest.fixture(scope="module")
+def siglip(tokenizer) -> Clip:
+    torch.manual_seed(0)
+    config = ClipConfig(
+        image=VitConfig(
+            size=16, patch=8, width=16, depth=1, heads=2, stem_bias=True, norm_pre=False, pool="attention"
+        ),
+        text=TextConfig(
+            vocab=tokenizer.vocab, length=12, width=16, depth=1, heads=2, causal=False, pool="last"
+        ),
+        width=16, image_projection=False, text_bias=True, loss="sigmoid", fit="squash",
+    )  # fmt: skip
+    return Clip(config, tokenizer).eval().requires_grad_(False)
+
+
+def test_siglip_judges_every_name_by_itself(siglip, small, images):
+    logits = siglip.similarity(images, small.names)
+    cosine = siglip.embed_image(images) @ siglip.embed_text(small.names).T
+    torch.testing.assert_close(logits, 10 * cosine - 10, atol=1e-4, rtol=1e-4)
+    chances = siglip.classify(images, small.names)
+    torch.testing.assert_close(chances, logits.sigmoid())
+    torch.testing.assert_close(siglip.classify(images, small.names[:3]), chances[:, :3], **near)
+
+
+def test_siglips_padding_is_read_and_may_not_be_cut(siglip, small, tokenizer):
+    tokens = tokenizer.encode(small.names, length=12)
+    assert siglip.tokens(small.names).shape == (8, 12)
+    other = tokens.clone()
+    other[:, -2] = 5
+    assert not torch.allclose(siglip.embed_text(other), siglip.embed_text(tokens), atol=1e-3)
+    with pytest.raises(InputError, match="padded to 12 positions"):
+        siglip.embed_text(tokens[:, :8])
+
+
+def test_siglip_squashes_a_wide_picture(siglip, clip):
+    wide = Image.new("RGB", (40, 16), (255, 0, 0))
+    wide.paste((0, 0, 255), (12, 0, 28, 16))
+    assert siglip.prepare([wide])[0, 0, 8, 0] == 1  # the red edge is still there
+    assert clip.prepare([wide])[0, 0, 8, 0] == -1
+
+
+def test_siglip_learns_pairs_by_heart(siglip, small, images):
+    torch.manual_seed(0)
+    model = Clip(siglip.config, siglip.tokenizer).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batch = {"image": images, "tokens": model.tokens(small.names)}
+    first = None
+    for _ in range(150):
+        loss = model.loss(batch)["loss"]
+        first = loss.item() if first is None else first
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first / 3
+    model.eval()
+    assert model.similarity(images, small.names).argmax(-1).tolist() == list(range(8))
+
+
+def test_a_space_that_nothing_projects_into_must_fit():
+    image = VitConfig(size=16, patch=8, width=16, depth=1, heads=2)
+    with pytest.raises(InputError, match="16 channels must be the space's 8"):
+        Clip(ClipConfig(image=image, width=8, image_projection=False))
 
 
 def test_a_picture_is_embedded_alike_alone_and_in_a_batch(clip, small, images):

@@ -50,7 +50,7 @@ class Bpe:
         self.start, self.end, self.pad = ids[START], ids[END], 0
 
     def fits(self, *, vocab: int, end: int | None) -> None:
-        """InputError: a text tower of `vocab` tokens, read at the token `end` if at any, cannot read what this makes."""
+        """InputError: a text tower of `vocab` tokens, read at the token `end` if any, cannot read what this makes."""
         if self.vocab > vocab or end not in (None, self.end):
             raise InputError(
                 f"the tokenizer has {self.vocab} tokens with the end token {self.end}, but the text tower was made for "

@@ -61,7 +61,8 @@ class Clip(nn.Module):
         self.config = config
         if not config.image_projection and config.image.out != config.width:
             raise InputError(
-                f"without a projection the image tower's {config.image.out} channels must be the space's {config.width}."
+                f"without a projection the image tower's {config.image.out} channels must be the space's"
+                f" {config.width}."
             )
         if tokenizer is not None:
             sought = config.text.pool != "last"

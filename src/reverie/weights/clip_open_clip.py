@@ -1,8 +1,8 @@
 """CLIP and SigLIP <-> open_clip: its folders, its checkpoints, and OpenAI's own naming, which it kept.
 
 A folder holds open_clip_config.json beside the weights. A checkpoint alone holds names only: OpenAI's own are known by
-three numbers among the weights, and their definition (QuickGELU, heads of 64 channels, read at the highest id) goes with
-them; of any other somebody must say which model it is, since names and shapes do not tell GELU from QuickGELU.
+three numbers among the weights, and their definition (QuickGELU, heads of 64 channels, read at the highest id) goes
+with them; of any other somebody must say which model it is, since names and shapes do not tell GELU from QuickGELU.
 SigLIP's image tower there is timm's, known by its model's name.
 https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/model.py
 https://github.com/openai/CLIP/blob/main/clip/model.py
@@ -31,8 +31,8 @@ OPENAI = (
 IGNORE = (*OPENAI, "attn_mask", "text.attn_mask")
 HEAD = 64  # channels of a head unless the config says otherwise
 
-# timm's SigLIP towers: a size's width, depth, heads and hidden channels; of each tower the patch, the picture's side and
-# how it computes GELU. https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/vision_transformer.py
+# timm's SigLIP towers: a size's width, depth, heads and hidden channels; of each tower the patch, the picture's side
+# and how it computes GELU. https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/vision_transformer.py
 TIMM_SHAPES = {
     "base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "so400m": (1152, 27, 16, 4304),
     "giantopt": (1536, 40, 16, 6144),
@@ -335,7 +335,8 @@ def _timm(vision: Fields) -> dict[str, Any]:
 def _siglip(size: str, patch: int, side: int, activation: str) -> dict[str, Any]:
     width, depth, heads, hidden = TIMM_SHAPES[size]
     return {
-        "kind": "vit", "size": side, "patch": patch, "width": width, "depth": depth, "heads": heads, "hidden": inside(hidden, width),
+        "kind": "vit", "size": side, "patch": patch, "width": width, "depth": depth, "heads": heads,
+        "hidden": inside(hidden, width),
         "activation": activation, "stem": "patch", "stem_bias": True, "norm_pre": False, "registers": 0,
         "pool": "attention", "eps": 1e-6,
     }  # fmt: skip

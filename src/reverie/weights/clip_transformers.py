@@ -1,8 +1,8 @@
 """CLIP and SigLIP <-> the folders of transformers' `CLIPModel` and `SiglipModel`: weights, config, preprocessing.
 
 Their names -> ours; `remap.invert` of a table is the way back. What they have no words for (a convolutional stem,
-registers, a ResNet, other poolings) is refused on the way out; of open_clip's rule for crops, "crop_even", theirs is the
-nearest, a pixel apart where a picture's long side is over by an odd number.
+registers, a ResNet, other poolings) is refused on the way out; of open_clip's rule for crops, "crop_even", theirs is
+the nearest, a pixel apart where a picture's long side is over by an odd number.
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/clip/modeling_clip.py
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/siglip/modeling_siglip.py
 """

@@ -40,7 +40,7 @@ from reverie.weights.layout import Foreign
 SHIPPED = Path(__file__).parent / "shipped"
 CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 WORDS = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-CONFIG_BYTES = 2**24  # an index of weights in parts lists every tensor
+CONFIG_BYTES, INDEX_BYTES = 2**20, 2**24
 INTEGER = 2**24
 FORMATS = ("reverie", "transformers", "open_clip")
 
@@ -141,7 +141,7 @@ def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] |
         weights[0].name if len(weights) == 1 else f"{weights[0].name} and its {len(weights) - 1} companions"
     )
     entries = files.headers(weights)
-    name, values, foreign = _described(place, entries, config)
+    name, values, foreign = _described(place, weights, entries, config)
     system_class = _choose(systems, name, what="system")()
     made = config_from(_config_class(system_class), values, where=f"the config of {name!r}")
     parts: tuple[Any, ...] = (made,)
@@ -176,7 +176,7 @@ def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] |
 
 
 def _described(
-    place: Path, entries: Mapping[str, files.Entry], config: dict[str, Any] | None
+    place: Path, weights: list[Path], entries: Mapping[str, files.Entry], config: dict[str, Any] | None
 ) -> tuple[str, Any, Foreign | None]:
     """The system's name, its config as plain data, and, where the files are somebody else's, how they are laid out."""
     if place.is_file():
@@ -185,14 +185,9 @@ def _described(
                 f"{place.name} alone does not say what it holds; give the folder it lies in, with its {CONFIG}."
             )
         foreign = clip_open_clip.read_alone(entries, config, what=place.name)
-    elif (
-        not (place / CONFIG).exists()
-        or not (place / MODEL).exists()
-        and (place / clip_open_clip.CONFIG).exists()
-    ):
-        foreign = clip_open_clip.read(
-            {clip_open_clip.CONFIG: _read_json(place / clip_open_clip.CONFIG)}, entries
-        )
+    elif weights[0].name == clip_open_clip.MODEL or not (place / CONFIG).exists():
+        records = {clip_open_clip.CONFIG: _read_json(place / clip_open_clip.CONFIG)}
+        foreign = clip_open_clip.read(records, entries)
     else:
         record = _read_json(place / CONFIG)
         if not isinstance(record, dict) or "system" in record or "model_type" not in record:
@@ -208,7 +203,7 @@ def _weights(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
     index = folder / f"{MODEL}.index.json"
-    record = _read_json(index)
+    record = _read_json(index, most=INDEX_BYTES)
     parts = record.get("weight_map") if isinstance(record, dict) else None
     names = sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
     if not names or not all(re.fullmatch(r"[\w-]+(\.[\w-]+)*\.safetensors", name) for name in names):
@@ -353,8 +348,8 @@ def _tokenizer(place: Path, values: Any, foreign: Foreign | None) -> Any:
     return Bpe.clip() if from_open_clip and text.get("vocab") == 49_408 and not foreign.own_words else None  # type: ignore[union-attr]
 
 
-def _read_json(path: Path) -> Any:
-    _sized(path, CONFIG_BYTES)
+def _read_json(path: Path, *, most: int = CONFIG_BYTES) -> Any:
+    _sized(path, most)
     return files.load_json(path.read_bytes(), what=path.name)
 
 
