@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reverie.nn.block import Block, ModulatedBlock, modulate
+from reverie.nn.block import Block, ModulatedBlock, modulate, pick
 from reverie.nn.mlp import ACTIVATIONS, Mlp, QuickGELU
 from reverie.nn.positions import grid, rotary
 
@@ -88,6 +88,47 @@ def test_a_causal_block_does_not_see_what_follows():
     torch.manual_seed(0)
     block, x = Block(8, 2), torch.randn(2, 6, 8)
     torch.testing.assert_close(block(x[:, :4], causal=True), block(x, causal=True)[:, :4])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_position_is_that_of_the_whole(causal, masked):
+    torch.manual_seed(0)
+    block, x, at = Block(8, 2), torch.randn(3, 6, 8, requires_grad=True), torch.tensor([0, 5, 2])
+    mask = torch.rand(3, 1, 6, 6) < 0.5 if masked else None
+    if masked:
+        mask = mask | torch.eye(6, dtype=torch.bool)
+    whole, one = pick(block(x, mask=mask, causal=causal), at), block(x, mask=mask, causal=causal, at=at)
+    torch.testing.assert_close(one, whole)
+    wanted = (x, *block.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(one.square().sum(), wanted),
+        torch.autograd.grad(whole.square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_packed_is_each_alone(causal, single):
+    torch.manual_seed(0)
+    block, runs = Block(8, 2), [(2, 3), (1, 4), (3, 1)]
+    items = [torch.randn(1, length, 8) for count, length in runs for _ in range(count)]
+    packed = torch.cat([item[0] for item in items])
+    if single:
+        at = torch.tensor([0, 2, 3, 0, 0, 0])
+        alone = [block(item, causal=causal)[0, place] for item, place in zip(items, at, strict=True)]
+        out = block(packed, causal=causal, runs=runs, at=at)
+        torch.testing.assert_close(out, torch.stack(alone), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            pick(block(packed, causal=causal, runs=runs), at, runs=runs), out, atol=1e-5, rtol=1e-5
+        )
+    else:
+        alone = [block(item, causal=causal)[0] for item in items]
+        torch.testing.assert_close(
+            block(packed, causal=causal, runs=runs), torch.cat(alone), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_quick_gelu_is_written_otherwise_but_is_the_same():

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from reverie.nn.attention import CrossAttention, SelfAttention
+from reverie.nn.linear import Linear
 from reverie.nn.mlp import Mlp
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); `b n d -> b n d` (CLIP, GPT-2, ViT)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); `b n d -> b n d` (CLIP, GPT-2, ViT).
+
+    With `at`, `b`: only the vector at this position of each item, `b d`. A last block of which one position is read
+    costs a quarter, with an equal result. With `runs`, x is packed, `t d` (attention.SelfAttention).
+    """
 
     def __init__(
         self,
@@ -27,9 +35,26 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden or 4 * width, activation=activation)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        x = x + self.attention(self.norm1(x), mask=mask, causal=causal)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        at: Tensor | None = None,
+        runs: Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        mixed = self.attention(self.norm1(x), mask=mask, causal=causal, at=at, runs=runs)
+        x = mixed + (x if at is None else pick(x, at, runs=runs))
         return x + self.mlp(self.norm2(x))
+
+
+def pick(x: Tensor, at: Tensor, *, runs: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    """The vector of each item at its position `at`, `b`: from `b n d`, or with `runs` from `t d` -> `b d`."""
+    if runs is None:
+        return x[torch.arange(len(x), device=x.device), at]
+    lengths = torch.tensor([length for items, length in runs for _ in range(items)], device=x.device)
+    return x[lengths.cumsum(0) - lengths + at]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -53,7 +78,7 @@ class ModulatedBlock(nn.Module):
         self.cross = CrossAttention(width, heads, context_width=context_width, qk_norm=True)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(width, int(width * ratio), activation="gelu_tanh")
-        modulation = nn.Linear(width, 6 * width)
+        modulation = Linear(width, 6 * width)
         self.modulation = nn.Sequential(nn.SiLU(), modulation)
         for zero in (modulation, self.cross.out):
             nn.init.zeros_(zero.weight)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reverie.nn.linear import Linear
+
 
 class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), OpenAI's approximation in CLIP; written through SiLU, which is the same and quicker."""
@@ -23,13 +25,13 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Mlp(nn.Module):
-    """`b n d -> b n d` through `hidden` channels."""
+    """`... d -> ... d` through `hidden` channels."""
 
     def __init__(self, width: int, hidden: int, *, activation: str = "gelu"):
         super().__init__()
-        self.up = nn.Linear(width, hidden)
+        self.up = Linear(width, hidden)
         self.act = ACTIVATIONS[activation]()
-        self.down = nn.Linear(hidden, width)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))

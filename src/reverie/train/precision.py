@@ -6,11 +6,11 @@ bf16 keeps fp32's range, so no loss scaling is needed; weights, optimizer and EM
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 
 from reverie.errors import InputError
+from reverie.nn.linear import cpu_has_bf16
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -18,9 +18,7 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-        return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+        return cpu_has_bf16()
     return False
 
 

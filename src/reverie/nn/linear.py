@@ -1,0 +1,82 @@
+"""The linear layer, computed by the quickest equal way on this processor.
+
+Two things that torch leaves to its libraries are mended on a CPU, without any state and with gradients:
+
+- fp32 at few positions and many outputs: the library packs the whole weight before it multiplies, and is a quarter
+  slower than when it is given a few hundred outputs at a time (docs/systems/clip.md has the measurement).
+- bf16 weights where the processor has no bf16 arithmetic: torch falls back to a loop that takes five to ten times as
+  long as fp32. Here the weight widens to fp32 a part at a time, so that the part stays in the cache; sums are in fp32
+  and only the result is rounded to bf16, which is also more exact. Half the memory, about the time of fp32.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PART = 512  # outputs at a time
+FEW = (24, 256)  # positions, from and below which fp32 is computed in parts
+WIDE = 1536  # outputs from which it is
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware: AVX512-BF16, AMX, Arm BF16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products with `x` are better done in fp32: bf16 on a CPU that has none, outside of autocast."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not cpu_has_bf16()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias for `... d`, `outputs d` and `outputs`, as `F.linear`."""
+    if widens(x):
+        parts = weight.split(PART)
+        biases = [None] * len(parts) if bias is None else bias.float().split(PART)
+        wide = x.float()
+        return torch.cat([F.linear(wide, w.float(), b) for w, b in zip(parts, biases, strict=True)], -1).to(x)
+    outputs, positions = len(weight), x.numel() // x.shape[-1]
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and outputs >= WIDE
+        and FEW[0] <= positions < FEW[1]
+    ):
+        parts = weight.split(PART)
+        biases = [None] * len(parts) if bias is None else bias.split(PART)
+        return torch.cat([F.linear(x, w, b) for w, b in zip(parts, biases, strict=True)], -1)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` in name, weights and result, computed by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class PatchLinear(nn.Conv2d):
+    """A convolution whose stride is its kernel, `b c (h p) (w p) -> b d h w`, computed as the matrix product it is."""
+
+    def __init__(self, channels: int, width: int, patch: int, *, bias: bool = False):
+        super().__init__(channels, width, patch, stride=patch, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.kernel_size[0]
+        patches = rearrange(x, "b c (h ph) (w pw) -> b h w (c ph pw)", ph=p, pw=p)
+        out = linear(patches, rearrange(self.weight, "d c ph pw -> d (c ph pw)"), self.bias)
+        return rearrange(out, "b h w d -> b d h w")
