@@ -67,3 +67,25 @@ def test_causality_by_gradient(text):
 def test_the_order_of_words_matters(text):
     swapped = TOKENS[:, [0, 2, 1, *range(3, 10)]]
     assert not torch.allclose(text.pool(text(swapped), swapped), text.pool(text(TOKENS), TOKENS), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"pool": "argmax"}, {"causal": False, "pool": "last"}, {"depth": 1}, {"depth": 0}]
+)
+def test_vectors_are_what_pooling_the_features_gives_gradients_too(kind):
+    torch.manual_seed(0)
+    text = Text(
+        TextConfig(**{"vocab": 30, "length": 9, "width": 16, "depth": 3, "heads": 2, "end": 29} | kind)
+    )
+    text.double()
+    tokens = torch.randint(1, 29, (7, 9))
+    for row, place in zip(tokens, (8, 1, 4, 4, 2, 8, 1), strict=True):
+        row[place], row[place + 1 :] = 29, 0
+    found = []
+    for vectors in (text.vector(tokens), text.pool(text(tokens), tokens)):
+        text.zero_grad()
+        (vectors * torch.arange(16)).square().sum().backward()
+        found.append([vectors, *(p.grad.clone() for p in text.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import reverie
 from reverie.codecs.bpe import Bpe
+from reverie.codecs.pieces import Pieces
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
@@ -172,17 +173,25 @@ def test_our_folder_gives_our_numbers_in_their_library(tmp_path):
         assert torch.equal(again.embed_text(texts), ours.embed_text(texts))
 
 
-def test_their_image_processor_prepares_as_we_do(tmp_path):
-    ours = our_model()
-    reverie.save(ours, tmp_path, format="transformers")
-    picture = Image.effect_noise((32, 32), 60).convert("RGB")
-    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path)(
-        picture, return_tensors="pt"
-    ).pixel_values
-    theirs = transformers.CLIPModel.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        embedding = theirs.get_image_features(pixels).pooler_output
-        assert_close(ours.embed_image([picture]), embedding / embedding.norm(dim=-1, keepdim=True))
+@pytest.mark.parametrize("siglip", [False, True])
+@torch.no_grad()
+def test_from_files_to_logits_their_whole_pipeline_is_ours(siglip, tmp_path):
+    """Pictures of any size and words, through their processor, tokenizer and model, and through ours."""
+    theirs = their_folder(tmp_path, siglip=siglip)
+    if siglip:
+        words = Pieces.train([*CAPTIONS, "a red cat on a red mat"], vocab=80)
+        words.write(tmp_path, length=10)
+    else:
+        BPE.write(tmp_path / "tokenizer.json", length=10)
+    noise = Image.effect_noise((70, 50), 60).convert("RGB")
+    pictures = [noise, noise.resize((19, 130)), noise.resize((32, 32)), noise.rotate(45)]
+    texts = ["a red rocket", "a cat on a mat", "a very long tail that no tower of ten tokens can hold"]
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    read = tokenizer(texts, padding="max_length", truncation=True, max_length=10, return_tensors="pt")
+    pixels = processor(pictures, return_tensors="pt").pixel_values
+    expected = theirs(input_ids=read.input_ids, pixel_values=pixels).logits_per_image
+    assert_close(reverie.load(tmp_path).similarity(pictures, texts), expected)
 
 
 def test_position_ids_of_old_versions_are_let_be(tmp_path):

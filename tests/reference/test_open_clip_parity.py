@@ -221,18 +221,14 @@ def test_their_named_configs_are_ours(name, open_clip):
     foreign = clip_open_clip.read({clip_open_clip.CONFIG: open_clip.get_model_config(name)}, {})
     made = config_from(ClipConfig, foreign.values, where=name)
     ours = NAMED[name]
-    text = replace(ours.text, hidden=made.text.hidden, end=made.text.end)
-    image = replace(ours.image, hidden=made.image.hidden) if hasattr(ours.image, "hidden") else ours.image
     kept = {"mean", "std", "fit", "resample"}  # beside the model's config in their files
-    mine, other = asdict(replace(ours, text=text, image=image)), asdict(made)
+    mine, other = asdict(ours), asdict(made)
+    mine["text"]["end"] = other["text"]["end"]  # not read where the highest id, or the last position, is
     if name.endswith("SigLIP2"):
         mine["image"]["activation"] = "gelu"  # timm's choice for this tower
     assert {k: v for k, v in mine.items() if k not in kept} == {
         k: v for k, v in other.items() if k not in kept
     }
-    for tower, own in ((ours.image, made.image), (ours.text, made.text)):
-        if hasattr(tower, "hidden"):
-            assert (tower.hidden or 4 * tower.width) == own.hidden
 
 
 def test_without_a_tokenizer_clips_own_words_are_read(open_clip, tmp_path):

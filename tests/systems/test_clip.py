@@ -163,7 +163,7 @@ def test_other_sizes_are_brought_to_its_own(clip, images):
 
 def test_colours_are_normalised_as_the_public_weights_expect(clip, images):
     seen = []
-    hook = clip.image.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = clip.image.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         clip.embed_image(images)
     finally:

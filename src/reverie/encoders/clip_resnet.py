@@ -93,6 +93,10 @@ class ClipResnet(nn.Module):
         x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
         return rearrange(x, "b d h w -> b (h w) d")
 
+    def vector(self, image: Tensor) -> Tensor:
+        """image -> `b out`."""
+        return self.pool(self(image))
+
     def pool(self, features: Tensor) -> Tensor:
         """features `b n d` -> one vector per picture `b out`."""
         x = torch.cat([reduce(features, "b n d -> b 1 d", "mean"), features], dim=1)

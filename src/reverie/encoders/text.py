@@ -67,6 +67,31 @@ class Text(nn.Module):
             x = block(x, causal=self.config.causal)
         return self.norm(x)
 
+    def vector(self, tokens: Tensor) -> Tensor:
+        """tokens -> `b d`, as `pool` of the features, for less: of the last block only what is read is computed.
+
+        On a CPU the texts stand one after the other without padding, so that a short one costs only its own length;
+        elsewhere the few long products of a padded batch are quicker.
+        """
+        ends = self.end_position(tokens)
+        if not len(self.blocks):
+            return self.pool(self(tokens), tokens)
+        if tokens.device.type != "cpu" or self.config.pool == "last":
+            tokens = self.trim(tokens)
+            x, runs, back = self.embedding(tokens) + self.positions[: tokens.shape[1]], None, None
+        else:
+            order = ends.argsort(stable=True)
+            tokens, ends, back = tokens[order], ends[order], order.argsort()
+            lengths, items = (ends + 1).unique_consecutive(return_counts=True)
+            runs = list(zip(items.tolist(), lengths.tolist(), strict=True))
+            places = torch.arange(tokens.shape[1])
+            real = places <= ends[:, None]
+            x = self.embedding(tokens[real]) + self.positions[places.expand_as(real)[real]]
+        for block in self.blocks[:-1]:
+            x = block(x, causal=self.config.causal, runs=runs)
+        x = self.norm(self.blocks[-1](x, causal=self.config.causal, at=ends, runs=runs))
+        return x if back is None else x[back]
+
     def check(self, tokens: Tensor) -> None:
         """InputError: these are no tokens `b n` of this tower."""
         length, vocab, end = self.config.length, self.config.vocab, self.config.end

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from reverie.errors import InputError
 from reverie.nn.block import Block
+from reverie.nn.linear import PatchLinear
 from reverie.nn.mlp import Mlp
 from reverie.nn.pooling import QueryAttention
 
@@ -88,9 +89,7 @@ class Vit(nn.Module):
             raise InputError(f"width {config.width} is no multiple of the {config.heads} heads.")
         side = config.size // config.patch
         if config.stem == "patch":
-            self.stem: nn.Module = nn.Conv2d(
-                3, config.width, config.patch, stride=config.patch, bias=config.stem_bias
-            )
+            self.stem: nn.Module = PatchLinear(3, config.width, config.patch, bias=config.stem_bias)
         else:
             self.stem = conv_stem(config.width, config.patch)
         has_class = config.pool == "class"
@@ -112,6 +111,23 @@ class Vit(nn.Module):
         self.pooling = AttentionPool(config) if config.pool == "attention" else None
 
     def forward(self, image: Tensor) -> Tensor:
+        x, seen = self._tokens(image)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_post(x[:, :seen])
+
+    def vector(self, image: Tensor) -> Tensor:
+        """image -> `b d`, as `pool` of the features; a class token is all that the last block computes."""
+        if self.config.pool != "class" or not len(self.blocks):
+            return self.pool(self(image))
+        x, _ = self._tokens(image)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.norm_post(self.blocks[-1](x, at=first))
+
+    def _tokens(self, image: Tensor) -> tuple[Tensor, int]:
+        """What the blocks read, `b n d`, and how many of these are no registers."""
         x = rearrange(self.stem(image), "b d h w -> b (h w) d")
         if self.class_token is not None:
             x = torch.cat([repeat(self.class_token.to(x.dtype), "d -> b 1 d", b=len(x)), x], dim=1)
@@ -119,10 +135,7 @@ class Vit(nn.Module):
         seen = x.shape[1]
         if self.registers is not None:
             x = torch.cat([x, repeat(self.registers.to(x.dtype), "r d -> b r d", b=len(x))], dim=1)
-        x = self.norm_pre(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm_post(x[:, :seen])
+        return self.norm_pre(x), seen
 
     def pool(self, features: Tensor) -> Tensor:
         """features `b n d` -> one vector per picture `b d`."""

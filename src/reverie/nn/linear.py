@@ -77,6 +77,7 @@ class PatchLinear(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.kernel_size[0]
+        x = x[..., : x.shape[-2] // p * p, : x.shape[-1] // p * p]  # as a convolution, only whole patches
         patches = rearrange(x, "b c (h ph) (w pw) -> b h w (c ph pw)", ph=p, pw=p)
         out = linear(patches, rearrange(self.weight, "d c ph pw -> d (c ph pw)"), self.bias)
         return rearrange(out, "b h w d -> b d h w")

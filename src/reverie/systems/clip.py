@@ -91,16 +91,11 @@ class Clip(nn.Module):
         images = as_batch(images, size=size, like=self.log_scale, checked=not self.training)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
         x = ((images + 1) / 2 - colour[0]) / colour[1]
-        return F.normalize(self.image_projection(self.image.pool(self.image(x))), dim=-1)
+        return F.normalize(self.image_projection(self.image.vector(x)), dim=-1)
 
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens `b n` -> unit vectors `b d`."""
-        tokens = self.tokens(texts)
-        order = self.text.end_position(tokens).argsort(stable=True)
-        # Texts of one length stand together, so that a short one is not padded to the longest of all.
-        parts = [self.text.trim(tokens[rows]) for rows in order.tensor_split(min(len(tokens) // 32 + 1, 4))]
-        vectors = torch.cat([self.text.pool(self.text(part), part) for part in parts])
-        return F.normalize(self.text_projection(vectors[order.argsort()]), dim=-1)
+        return F.normalize(self.text_projection(self.text.vector(self.tokens(texts))), dim=-1)
 
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens -> tokens `b n`, cut to the longest text."""
