@@ -17,7 +17,8 @@ from reverie.encoders.resnet import ResnetConfig
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
-from reverie.recipes import judge, measure
+from reverie.recipes import judge, measure_clip
+from reverie.recipes import measure_generators as measure
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora, SoraConfig
@@ -144,7 +145,10 @@ def test_copies_are_right_and_shown_to_be_copies(corpus, tmp_path, serve):
     assert numbers["drawn"]["seconds"] > 0
     assert numbers["drawn"]["prompts"] == NAMES[:10]
     assert "100.0%" in str(done)
-    assert (tmp_path / "table.txt").read_text() == f"{done}\n"
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0] == f"# {done.title}"
+    assert table[2] == f"| {' | '.join(done.columns)} |"
+    assert len(table) == 4 + len(done.rows)
     for sheet in ("samples.png", "real.png", "variety.png", "nearest.png", "distances.png"):
         assert Image.open(tmp_path / sheet).width > 100
 
@@ -216,8 +220,8 @@ def test_mistakes_get_one_sentence(corpus, tmp_path, serve):
     with pytest.raises(InputError, match="cannot generate image"):
         measure.pictures(corpus, tmp_path, model="a/knows", judges=("a/knows",))
     reverie.load("a/knows").embed_text = None
-    with pytest.raises(InputError, match="pictures are by: fluent-3d, openmoji, twemoji"):
-        measure.zero_shot(corpus, tmp_path, model="a/knows", sources=("noto",))
+    with pytest.raises(InputError, match="labels are by: fluent-3d, openmoji, twemoji"):
+        measure_clip.zero_shot(corpus, tmp_path, model="a/knows", sources=("noto",))
     with pytest.raises(InputError, match="no captions in 'fr'"):
         measure.world(tmp_path, model="painter", language="fr", ask=measure.Ask(count=1))
 
@@ -250,10 +254,10 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
     assert len(done.numbers["motion"]["generator"]) == 6
     done = measure.world(tmp_path / "world", model=model, ask=ask)
     assert done.numbers["generator"]["all"]["asked"] == 6
-    done = measure.zero_shot(corpus, tmp_path / "names", model=judges[0])
+    done = measure_clip.zero_shot(corpus, tmp_path / "names", model=judges[0])
     assert done.numbers["twemoji"]["ways"] == done.numbers["openmoji"]["ways"] == 12
     assert len(done.rows) == 2
-    assert (tmp_path / "names" / "wrong-twemoji.png").exists()
+    assert (tmp_path / "names" / "confusions-twemoji.png").exists()
 
 
 def test_the_judge_learns_from_two_hands_and_knows_a_third(corpus, tmp_path):
