@@ -116,12 +116,17 @@ def test_few_shot_draws_k_of_each_class_and_ends_with_all():
     assert few_shot(x, y, test_x, test_y, classes=4, shots=(1,), draws=3)[0] == one
 
 
-def test_one_shot_is_the_nearest_example():
-    """A probe of one example a class, at unit length, ranks by cosine."""
-    x = torch.nn.functional.normalize(normal(5, 8), dim=1)
-    test = torch.nn.functional.normalize(normal(50, 8, seed=1), dim=1)
-    probe = fit(x, torch.arange(5), classes=5, strength=1e-4)
-    assert (probe(test).argmax(1) == (test @ x.T).argmax(1)).all()
+def test_one_shot_strongly_regularised_ranks_by_the_examples():
+    """To first order in the strength W = strength (x - m) and b = -W m, with m the mean: logits (x - m) (test - m)."""
+    x, test = normal(5, 8), normal(50, 8, seed=1)
+    probe = fit(x, torch.arange(5), classes=5, strength=1e-5)
+    wanted = 1e-5 * (test - x.mean(0)) @ (x - x.mean(0)).T
+    torch.testing.assert_close(
+        probe(test) - probe(test).mean(1, keepdim=True),
+        wanted - wanted.mean(1, keepdim=True),
+        atol=1e-8,
+        rtol=1e-3,
+    )
 
 
 def test_mistakes_are_one_sentence():

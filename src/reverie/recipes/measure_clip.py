@@ -75,7 +75,7 @@ def zero_shot(
         names = sorted({str(item.label) for item in items})
         _enough(names, index.folder)
         labels = _places(items, names)
-        classes = naming.class_embeddings(clip.embed_text, _spoken(names), asked).cpu()
+        classes = _classifier(clip, names, asked)
         with torch.no_grad():
             logits = clip.scale().cpu().float() * vectors @ classes.T
         result = naming.named(lambda some: some, logits, labels, names)
@@ -236,7 +236,7 @@ def probe(
     rows: list[Row] = []
     numbers: dict[str, Any] = {"split": split, "names": names, "seed": seed, "bad": bad, "zero_shot": None}
     if hasattr(system, "embed_text"):
-        classes = naming.class_embeddings(system.embed_text, _spoken(names), asked).cpu()
+        classes = _classifier(system, names, asked)
         zero = naming.named(lambda some: some, test_x @ classes.T, test_y, names)
         numbers["zero_shot"] = zero | {"templates": list(asked)}
         rows.append(("zero-shot", "0", share(zero["top1"], zero["top1_interval"]), ""))
@@ -357,9 +357,20 @@ def _places(items: Sequence[Item], names: Sequence[str]) -> Tensor:
     return torch.tensor([place[str(item.label)] for item in items])
 
 
-def _spoken(names: Sequence[str]) -> list[str]:
-    """Names as they are said: `golden_retriever` is a folder's way to write two words."""
-    return [" ".join(name.replace("_", " ").split()) for name in names]
+def _classifier(system: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Unit vectors `k d` of names as they are said: `golden_retriever` is a folder's way to write two words."""
+    spoken = [" ".join(name.replace("_", " ").split()) for name in names]
+    done = 0
+    with counting("reading names") as progress:
+
+        def embed_text(texts: list[str]) -> Tensor:
+            nonlocal done
+            done += len(texts)
+            vectors = system.embed_text(texts).cpu()
+            progress(done, len(names) * len(templates))
+            return vectors
+
+        return naming.class_embeddings(embed_text, spoken, templates)
 
 
 def _templates(templates: tuple[str, ...], ensemble: str | None) -> tuple[str, ...]:
