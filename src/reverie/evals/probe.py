@@ -35,7 +35,7 @@ class Probe:
     bias: Tensor  # k
     strength: float
     steps: int  # of L-BFGS
-    slope: float  # the largest entry left in the gradient of the mean loss
+    slope: float  # the largest entry that is left in the gradient of the mean loss
 
     def __call__(self, features: Tensor) -> Tensor:
         return features.to(self.weight) @ self.weight.T + self.bias
@@ -49,16 +49,18 @@ def fit(
     strength: float,
     start: Probe | None = None,
     steps: int = 1000,
+    slope: float = 1e-9,
 ) -> Probe:
     """The probe of `features` (`n d`) for `labels` (`n`, below `classes`), by L-BFGS in double precision.
 
     start: another strength's probe to begin from, which changes the time and not the result. steps: at most so many.
+    slope: where the largest entry of the mean loss's gradient is below it, the minimum is found.
     """
     labels = _checked(features, labels, classes)
     if not 0 < strength < float("inf"):
         raise InputError(f"strength is {strength}: give a positive number.")
     x = features.detach().double()
-    middle = x.mean(0)  # around it the free bias has nothing to do with the weight, so that far fewer steps are needed
+    middle = x.mean(0)  # around it the free bias is apart from the weight, and far fewer steps are needed
     x = x - middle
     weight = x.new_zeros(classes, x.shape[1]) if start is None else start.weight.clone()
     bias = x.new_zeros(classes) if start is None else start.bias + start.weight @ middle
@@ -66,7 +68,7 @@ def fit(
     bias.requires_grad_()
     decay = 0.5 / (strength * len(x))
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=steps, history_size=20, tolerance_grad=1e-9, tolerance_change=1e-13,
+        [weight, bias], max_iter=steps, history_size=20, tolerance_grad=slope, tolerance_change=1e-13,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 
@@ -81,12 +83,12 @@ def fit(
         loss()
     assert weight.grad is not None
     assert bias.grad is not None
-    slope = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
+    left = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
     taken = solver.state[weight]["n_iter"]
     weight, bias = weight.detach(), bias.detach()
     bias = bias - weight @ middle
     bias = bias - bias.mean()  # a constant in all of them changes nothing
-    return Probe(weight=weight, bias=bias, strength=strength, steps=taken, slope=slope)
+    return Probe(weight=weight, bias=bias, strength=strength, steps=taken, slope=left)
 
 
 def search(
@@ -111,13 +113,20 @@ def search(
     seen = torch.ones(len(labels), dtype=torch.bool)
     seen[held] = False
     tried: dict[float, tuple[float, float]] = {}  # power of ten -> share that is right, nll
-    last: Probe | None = None
+    fitted: dict[float, Probe] = {}
     total = len(FIRST) + 8
 
     def score(power: float) -> None:
-        nonlocal last
-        last = fit(features[seen], labels[seen], classes=classes, strength=10**power, start=last)
-        logits = last(features[held])
+        near = min(fitted, key=lambda other: abs(other - power), default=power)
+        fitted[power] = fit(
+            features[seen],
+            labels[seen],
+            classes=classes,
+            strength=10**power,
+            start=fitted.get(near),
+            slope=1e-6,
+        )
+        logits = fitted[power](features[held])
         right = (logits.argmax(1) == labels[held]).double().mean().item()
         tried[power] = right, F.cross_entropy(logits, labels[held]).item()
         if progress:
