@@ -501,7 +501,7 @@ def _curves(numbers: dict[str, Any], title: str, path: Path) -> None:
         left.axhline(100 * numbers["probe"]["top1"], color="#777777", ls=":", label=full)
         if numbers["zero_shot"]:
             left.axhline(100 * numbers["zero_shot"]["top1"], color="#c2502f", ls="--", label="zero-shot")
-        left.set_ylim(bottom=0)
+        left.set_ylim(0, 1.08 * left.get_ylim()[1])
         left.legend(fontsize=8, frameon=False)
     if tried:
         axes = panels[-1]
@@ -510,5 +510,5 @@ def _curves(numbers: dict[str, Any], title: str, path: Path) -> None:
         axes.axvline(numbers["strength"], color="#777777", ls=":")
         axes.set_xscale("log")
         axes.set_xlabel("strength (small: regularised)", fontsize=9)
-        axes.set_title(f"on the validation part; chosen: {numbers['strength']:.2g}", fontsize=9)
+        axes.set_title(f"on the validation part; chosen: {numbers['strength']:,.3g}", fontsize=9)
     save_figure(figure, path)
