@@ -388,7 +388,11 @@ def test_eval_probe_of_class_named_folders(classes, clip_folder, tmp_path, capsy
         ),
         (["zero-shot", "DATA", "--sources"], "zero_shot", {"sources": ()}),
         (["zero-shot", "DATA", "--ensemble", "simple"], "zero_shot", {"sources": None, "ensemble": "simple"}),
-        (["retrieval", "DATA", "--language", "zh"], "retrieve", {"language": "zh", "without": ("skin_tone",)}),
+        (
+            ["retrieval", "DATA", "--language", "zh"],
+            "retrieve",
+            {"language": "zh", "without": ("skin_tone",)},
+        ),
         (["probe", "DATA", "--shots", 1, 4, "--count", 9], "probe", {"shots": (1, 4), "count": 9}),
     ],
 )
