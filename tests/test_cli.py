@@ -293,12 +293,21 @@ def test_search_leaves_unreadable_files_out(clip_folder, tmp_path, capsys):
         ["train", "no-such-recipe", "FOLDER"],
         ["train", "clip-tiny", "EMPTY"],
         ["eval", "zero-shot", "FOLDER", "--sources", "nowhere", "--model", "CLIP"],
+        ["eval", "zero-shot", "FOLDER", "--ensemble", "openia"],
+        ["eval", "zero-shot", "FOLDER", "--ensemble", "simple", "--templates", "a {}"],
+        ["eval", "zero-shot", "FOLDER", "--model", "CLIP"],
+        ["eval", "retrieval", "FOLDER", "--language", "fr"],
+        ["eval", "retrieval", "FOLDER", "--out", "CONFIG"],
+        ["eval", "probe", "FOLDER"],
+        ["eval", "probe", "FOLDER", "--shots", "two"],
+        ["eval", "probe", "FOLDER", "--shots", "0"],
         ["data", "check", "EMPTY"],
         ["convert", "absent.pt", "out.safetensors"],
     ],
 )
 def test_mistakes_are_one_sentence(words, world, clip_folder, tmp_path, capsys):
-    places = {"FOLDER": world, "EMPTY": tmp_path, "CLIP": clip_folder, "GALLERY": tmp_path / "gallery"}
+    places = {"FOLDER": world, "EMPTY": tmp_path, "CLIP": clip_folder, "GALLERY": tmp_path / "gallery",
+              "CONFIG": clip_folder / "config.json"}  # fmt: skip
     words = [places.get(word, word) for word in words]
     if words[0] == "search" and "--model" not in words:
         words += ["--model", clip_folder]
@@ -309,12 +318,58 @@ def test_mistakes_are_one_sentence(words, world, clip_folder, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-def test_eval_prints_json(world, clip_folder, tmp_path, capsys):
-    out = tmp_path / "scores" / "retrieval.json"
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Class-named folders, imported: two colours, six pictures each."""
+    folder = tmp_path_factory.mktemp("classes")
+    for name, colour in (("a_red_circle", (220, 40, 40)), ("two blue squares", (40, 60, 220))):
+        (folder / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (40 + i, 32), tuple(c + i for c in colour)).save(folder / name / f"{i}.png")
+    assert reverie("data", "import", folder, "--val", 0.4) == 0
+    return folder
+
+
+def test_eval_retrieval(world, clip_folder, tmp_path, capsys):
+    out = tmp_path / "scores" / "retrieval"
     assert reverie("eval", "retrieval", world, "--model", clip_folder, "--language", "en", "--out", out) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["images"] == 12
-    assert json.loads(out.read_text())["text_to_image"]["recall@10"] >= printed["text_to_image"]["recall@1"]
+    assert "recall at 10" in capsys.readouterr().out
+    numbers = json.loads((out / "numbers.json").read_text())["numbers"]
+    assert numbers["images"] == 12
+    assert numbers["text_to_image"]["recall@10"] >= numbers["text_to_image"]["recall@1"]
+    assert numbers["text_to_image"]["recall@1_chance"] == pytest.approx(1 / 12, abs=0.05)
+    assert (out / "table.md").read_text().startswith("# ")
+    for sheet in ("pictures-by-text.png", "texts-by-picture.png"):
+        assert Image.open(out / sheet).width > 112 * 6
+
+
+def test_eval_zero_shot_of_class_named_folders(classes, clip_folder, tmp_path, capsys):
+    """Neither the sticker corpus nor its flags: the labels are the folders' names."""
+    out = tmp_path / "names"
+    flags = ["--model", clip_folder, "--out", out, "--ensemble", "simple"]
+    assert reverie("eval", "zero-shot", classes, *flags) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    numbers = json.loads((out / "numbers.json").read_text())["numbers"]["all"]
+    assert (numbers["images"], numbers["ways"]) == (12, 2)
+    assert numbers["per_class"].keys() == {"a_red_circle", "two blue squares"}
+    assert len(numbers["templates"]) == 7
+    assert (out / "reliability-all.png").exists()
+    assert "| a_red_circle | 6 |" in (out / "classes-all.md").read_text()
+
+
+def test_eval_probe_of_class_named_folders(classes, clip_folder, tmp_path, capsys):
+    out = tmp_path / "probe"
+    assert reverie("eval", "probe", classes, "--model", clip_folder, "--out", out, "--shots", 1, 2, 99) == 0
+    printed = capsys.readouterr().out
+    assert all(
+        row in printed for row in ("zero-shot", "1 a name", "2 a name", "linear probe on all", "guessing")
+    )
+    numbers = json.loads((out / "numbers.json").read_text())["numbers"]
+    assert numbers["split"] == "val"
+    assert numbers["probe"]["top1"] == 1  # two colours are two lumps of any features
+    assert [found["shots"] for found in numbers["few_shot"]] == [1, 2, 99]
+    assert numbers["few_shot"][-1]["examples"] == numbers["examples"]
+    assert Image.open(out / "probe.png").width > 500
 
 
 @pytest.mark.parametrize(
@@ -332,20 +387,31 @@ def test_eval_prints_json(world, clip_folder, tmp_path, capsys):
             {"model": "MODEL", "kind": "count"},
         ),
         (["zero-shot", "DATA", "--sources"], "zero_shot", {"sources": ()}),
+        (["zero-shot", "DATA", "--ensemble", "simple"], "zero_shot", {"sources": None, "ensemble": "simple"}),
+        (
+            ["retrieval", "DATA", "--language", "zh"],
+            "retrieve",
+            {"language": "zh", "without": ("skin_tone",)},
+        ),
+        (["probe", "DATA", "--shots", 1, 4, "--count", 9], "probe", {"shots": (1, 4), "count": 9}),
     ],
 )
 def test_eval_asks_what_it_was_asked(words, function, asked, monkeypatch, tmp_path, capsys):
-    from reverie.recipes import measure
+    from reverie.recipes import measure_clip
+    from reverie.recipes import measure_generators as generators
 
+    clips = function in ("zero_shot", "retrieve", "probe")
+    measure = measure_clip if clips else generators
     real, seen = inspect.signature(getattr(measure, function)), {}
 
     def stand_in(*given, **named):
         arguments = real.bind(*given, **named).arguments
-        seen.update(arguments | dataclasses.asdict(arguments.get("ask", measure.Ask())))
+        ask = {} if clips else dataclasses.asdict(arguments.get("ask", generators.Ask()))
+        seen.update(arguments | ask)
         return "a table"
 
     monkeypatch.setattr(measure, function, stand_in)
-    counting = [] if function == "zero_shot" else ["--count", 3, "--steps", 7, "--guidance", 2.5, "--seed", 5]
+    counting = [] if clips else ["--count", 3, "--steps", 7, "--guidance", 2.5, "--seed", 5]
     assert reverie("eval", *words, *counting, "--out", tmp_path) == 0
     assert capsys.readouterr().out.splitlines() == ["a table", "", str(tmp_path)]
     wanted = asked | ({"count": 3, "steps": 7, "guidance": 2.5, "seed": 5} if counting else {})

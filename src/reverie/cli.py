@@ -326,26 +326,29 @@ def eval_zero_shot(
     /,
     *,
     model: str = "clip-stickers",
-    sources: tuple[str, ...] = ("twemoji", "openmoji"),
+    sources: tuple[str, ...] | None = None,
     split: str | None = None,
     without: tuple[str, ...] = ("skin_tone",),
     templates: tuple[str, ...] = ("{}",),
+    ensemble: str | None = None,
     out: Path = Path("runs/eval-zero-shot"),
     device: str | None = None,
 ) -> None:
-    """Measure how often a CLIP names a picture right among all labels.
+    """Measure how often a CLIP names a picture right among all labels, and how far its confidence can be believed.
 
     Args:
-        data: A folder that was imported, whose pictures have labels.
+        data: A folder whose pictures have labels, such as one folder for each name.
         model: A shipped name or a folder.
-        sources: Pictures by these, each by itself; `--sources` without any takes all pictures together.
+        sources: Pictures by these, each by itself; without any, all together. If not given: twemoji and openmoji in
+            the sticker corpus, all together elsewhere.
         split: Only this split: train, val or test; all if not given.
         without: Leave out the pictures for which one of these scores of the index is above zero.
         templates: Sentences with {} where the name goes; the mean over them is taken.
-        out: Where the numbers, the table and the pictures go.
+        ensemble: A list of templates by its name: openai (80 sentences for ImageNet) or simple (7 of them).
+        out: Where the numbers, the tables and the pictures go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.measure import zero_shot
+    from reverie.recipes.measure_clip import zero_shot
 
     print(
         zero_shot(
@@ -356,6 +359,7 @@ def eval_zero_shot(
             split=split,
             without=without,
             templates=templates,
+            ensemble=ensemble,
             device=device,
         )
     )
@@ -369,39 +373,94 @@ def eval_retrieval(
     model: str = "clip-stickers",
     sources: tuple[str, ...] = (),
     split: str | None = None,
+    without: tuple[str, ...] = ("skin_tone",),
     language: str | None = None,
-    out: Path | None = None,
+    out: Path = Path("runs/eval-retrieval"),
     device: str | None = None,
 ) -> None:
     """Measure how often a CLIP finds a picture by its captions, and its captions by the picture.
 
     Args:
-        data: A folder that was imported.
+        data: A folder whose pictures have captions.
         model: A shipped name or a folder.
         sources: Only pictures of these sources; all if not given.
         split: Only this split: train, val or test; all if not given.
+        without: Leave out the pictures for which one of these scores of the index is above zero.
         language: Only captions in this language, such as en or zh.
-        out: Write everything to this JSON file.
+        out: Where the numbers, the table and the pictures go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.data.index import Index
-    from reverie.evals.retrieval import retrieval
-    from reverie.recipes.parts import capable
+    from reverie.recipes.measure_clip import retrieve
 
-    index = Index.read(data).select(split=split, video=False, sources=sources or None)
-    told = {
-        item.file_name: [c.text for c in item.captions if language in (None, c.language)] for item in index
-    }
-    items = [item for item in index if told[item.file_name]]
-    if not items:
-        raise InputError(
-            f"No picture in {data} has a caption and is wanted; look at `reverie data check {data}`."
+    print(
+        retrieve(
+            data,
+            out,
+            model=model,
+            sources=sources,
+            split=split,
+            without=without,
+            language=language,
+            device=device,
         )
-    clip = capable(model, "embed_text", device=device)
-    paths = [index.path(item) for item in items]
-    _report(
-        retrieval(clip.embed_image, clip.embed_text, paths, [told[item.file_name] for item in items]), out
     )
+    print(f"\n{out}")
+
+
+def eval_probe(
+    data: Path,
+    /,
+    *,
+    model: str = "clip-stickers",
+    sources: tuple[str, ...] = (),
+    split: str | None = None,
+    without: tuple[str, ...] = ("skin_tone",),
+    shots: tuple[int, ...] = (),
+    draws: int = 3,
+    count: int | None = None,
+    templates: tuple[str, ...] = ("{}",),
+    ensemble: str | None = None,
+    seed: int = 0,
+    out: Path = Path("runs/eval-probe"),
+    device: str | None = None,
+) -> None:
+    """Measure what a linear probe reads out of a model's features, with all examples or a few.
+
+    Args:
+        data: A folder whose pictures have labels and splits; the probe learns from the split train.
+        model: A shipped name or a folder; anything that embeds pictures.
+        sources: Only pictures of these sources; all if not given.
+        split: Where it is measured: val or test; test where there is one if not given.
+        without: Leave out the pictures for which one of these scores of the index is above zero.
+        shots: Numbers of examples for each name, such as 1 2 4 8 16, for the few-shot curve.
+        draws: How often examples are drawn for each number.
+        count: At most so many names, drawn by the seed; all if not given.
+        templates: Sentences with {} where the name goes, for zero-shot beside the probes.
+        ensemble: A list of templates by its name: openai or simple.
+        seed: Another seed, other names and examples.
+        out: Where the numbers, the tables and the pictures go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.measure_clip import probe
+
+    print(
+        probe(
+            data,
+            out,
+            model=model,
+            sources=sources,
+            split=split,
+            without=without,
+            shots=shots,
+            draws=draws,
+            count=count,
+            templates=templates,
+            ensemble=ensemble,
+            seed=seed,
+            device=device,
+        )
+    )
+    print(f"\n{out}")
 
 
 def eval_pictures(
@@ -438,7 +497,7 @@ def eval_pictures(
         out: Where the numbers, the table and the pictures go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.measure import Ask, pictures
+    from reverie.recipes.measure_generators import Ask, pictures
 
     ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(pictures(data, out, model=model, judges=judges, source=source, split=split, ask=ask))
@@ -481,7 +540,7 @@ def eval_clips(
         out: Where the numbers, the table and the clips go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.measure import Ask, clips
+    from reverie.recipes.measure_generators import Ask, clips
 
     ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(clips(data, out, model=model, judges=judges, source=source, split=split, frames=frames, ask=ask))
@@ -518,7 +577,7 @@ def eval_world(
         out: Where the numbers, the table and the pictures go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.measure import Ask, world
+    from reverie.recipes.measure_generators import Ask, world
 
     ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(world(out, model=model, frames=frames, kind=kind, language=language, ask=ask))
@@ -593,6 +652,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "search": search,
     "eval zero-shot": eval_zero_shot,
     "eval retrieval": eval_retrieval,
+    "eval probe": eval_probe,
     "eval pictures": eval_pictures,
     "eval clips": eval_clips,
     "eval world": eval_world,
@@ -656,17 +716,6 @@ def _store(signal: Any, stem: Path, *, fps: float) -> Path:
 def _slug(text: str) -> str:
     """The beginning of a prompt as a file name; letters of every script stay."""
     return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:60] or "untitled"
-
-
-def _report(result: Mapping[str, Any], out: Path | None) -> None:
-    """Print the numbers of an evaluator, without its long lists, as JSON; all of it goes to `out`."""
-    import json
-
-    long = {"per_class", "predicted"}
-    print(json.dumps({name: value for name, value in result.items() if name not in long}, indent=1))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- from words to functions
@@ -863,7 +912,12 @@ class _Command:
                 return f"{name} takes no value, but is given {value!r}: write {ways}."
             given.add(name)
             values = [value] if equals else []
-            most = {bool: 0, tuple[int, int]: 2, tuple[str, ...]: len(words)}.get(kind, 1)
+            most = {
+                bool: 0,
+                tuple[int, int]: 2,
+                tuple[str, ...]: len(words),
+                tuple[int, ...]: len(words),
+            }.get(kind, 1)
             while len(values) < most and words and not _is_flag(words[0]):
                 values.append(words.pop(0))
             if wrong := _wrong(kind, values, name):
@@ -956,13 +1010,12 @@ def _for_tyro(part: Parameter, told: str) -> Any:
 
     kind: Any = _plain(part.annotation)
     if get_origin(kind) in (tuple, list):
-        several = kind != tuple[int, int]
-        make: Callable[[list[str]], Any] = (
-            get_origin(kind) if several else lambda words: tuple(map(int, words))
-        )
-        shape = get_origin(kind)
+        shape, part_of = get_origin(kind), get_args(kind)[0]
+        several, metavar = kind != tuple[int, int], part_of.__name__.upper()
+        metavar = f"[{metavar} ...]" if several else f"{metavar} {metavar}"
         kind = Annotated[object, PrimitiveConstructorSpec(
-            nargs="*" if several else 2, metavar="[STR ...]" if several else "INT INT", instance_from_str=make,
+            nargs="*" if several else 2, metavar=metavar,
+            instance_from_str=lambda words: shape(map(part_of, words)),
             is_instance=lambda it: it is None or isinstance(it, shape),
             str_from_instance=lambda it: [*map(str, it or ())],
         )]  # fmt: skip
@@ -991,6 +1044,7 @@ def _wrong(annotation: Any, values: list[str], name: str) -> str:
         float: ("a number", float, 1),
         Path: ("a path", str, 1),
         tuple[int, int]: ("two whole numbers, such as 64 64", int, 2),
+        tuple[int, ...]: ("whole numbers, such as 1 2 4", int, 1),
     }.get(kind, ("a value", str, 1))
     try:
         if [number(text) for text in values][count - 1 :]:

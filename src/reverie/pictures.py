@@ -87,15 +87,18 @@ def grid(
     *,
     lines: int = 3,
     ground: int = 255,
+    marks: Sequence[bool | None] | None = None,
 ) -> Image.Image:
     """Pictures side by side, each with its title underneath.
 
     images: uint8 `h w c`, c = 1, 3 or 4, of any sizes; `n h w c` works as well. titles: wrapped to `lines` lines.
-    ground: the grey that shows through transparency. A character that neither Pillow's font nor a Chinese font of this
+    ground: the grey that shows through transparency. marks: a green frame around what is right, red around what is
+    wrong, none around None. A character that neither Pillow's font nor a Chinese font of this
     machine has is drawn as an empty box, and a line at the foot says so.
     """
     assert len(images) > 0
     assert titles is None or len(titles) == len(images)
+    assert marks is None or len(marks) == len(images)
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
     gap = 6
@@ -125,7 +128,11 @@ def grid(
                 break
             x = gap + column * (cell + gap)
             picture = _flat(images[i], ground)
-            sheet.paste(picture, (x + (cell - picture.width) // 2, y + (height - picture.height) // 2))
+            left, top = x + (cell - picture.width) // 2, y + (height - picture.height) // 2
+            sheet.paste(picture, (left, top))
+            if marks is not None and (mark := marks[i]) is not None:
+                box = (left - 2, top - 2, left + picture.width + 1, top + picture.height + 1)
+                draw.rectangle(box, outline=(30, 150, 60) if mark else (205, 60, 50), width=2)
             for k, text in enumerate(wrapped[i]):
                 _write(draw, (x, y + height + 1 + k * line), text, points, ink)
         y += height + gap + tall[row] * line
@@ -133,6 +140,18 @@ def grid(
         for k, text in enumerate(foot):
             _write(draw, (gap, y + k * 14), text, 10, ink)
     return sheet
+
+
+def card(text: str, side: int, *, ground: int = 243) -> np.ndarray:
+    """Words as a picture, to stand in a grid: uint8 `side side 3`, cut where they do not fit."""
+    sheet = Image.new("RGB", (side, side), (ground,) * 3)
+    points = max(10, min(18, side // 9))
+    line = round(points * 1.4)
+    rows = _wrap(text, side - 12, points, max((side - 12) // line, 1))
+    draw, top = ImageDraw.Draw(sheet), (side - len(rows) * line) // 2
+    for k, row in enumerate(rows):
+        _write(draw, (6, top + k * line), row, points, (30, 30, 30))
+    return np.asarray(sheet)
 
 
 def _flat(image: np.ndarray, ground: int) -> Image.Image:

@@ -1,7 +1,10 @@
 """Recall and search on embeddings whose answers are known, and against sorting everything."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,3 +149,39 @@ def test_mistakes_get_one_sentence():
         retrieval(same, axis, torch.eye(12)[:1], ["a 0"])
     with pytest.raises(InputError, match="not finite"):
         retrieval(same, axis, torch.full((1, 12), torch.nan), [["a 0"]])
+
+
+def test_chance_is_what_random_orders_give():
+    """Three images, of one, two and three captions: recall of the first k of all orders of the six texts."""
+    captions = [["a"], ["b", "c"], ["d", "e", "f"]]
+    vectors = {text: torch.eye(6)[i] for i, text in enumerate("abcdef")}
+    found = retrieval(
+        lambda some: some,
+        lambda texts: torch.stack([vectors[t] for t in texts]),
+        torch.eye(6)[[0, 1, 3]],
+        captions,
+    )
+    own = [{0}, {1, 2}, {3, 4, 5}]
+    for k in (1, 5):
+        orders = list(itertools.permutations(range(6)))
+        hits = sum(bool(mine & set(order[:k])) for order in orders for mine in own)
+        assert found["image_to_text"][f"recall@{k}_chance"] == pytest.approx(hits / len(orders) / 3)
+    assert found["image_to_text"]["recall@10_chance"] == 1
+    assert found["text_to_image"]["recall@1_chance"] == pytest.approx(1 / 3)
+
+
+def test_the_first_answers_are_those_of_the_search():
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(9, 4, generator=generator), dim=1)
+    words = F.normalize(torch.randn(9, 4, generator=generator), dim=1)
+    table = {str(i): words[i] for i in range(9)}
+    found = retrieval(
+        lambda some: some, lambda texts: torch.stack([table[t] for t in texts]), images,
+        [[str(i)] for i in range(9)], shown=3, batch=2,
+    )  # fmt: skip
+    assert (
+        found["image_to_text"]["first"] == (images @ words.T).argsort(dim=1, descending=True)[:, :3].tolist()
+    )
+    assert (
+        found["text_to_image"]["first"] == (words @ images.T).argsort(dim=1, descending=True)[:, :3].tolist()
+    )

@@ -1,7 +1,10 @@
 """The measurements from end to end, on a small corpus and generators of known worth; and the judge's training."""
 
+import dataclasses
 import hashlib
 import json
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +20,9 @@ from reverie.encoders.resnet import ResnetConfig
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
-from reverie.recipes import judge, measure
+from reverie.pictures import to_signal
+from reverie.recipes import judge, measure_clip
+from reverie.recipes import measure_generators as measure
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora, SoraConfig
@@ -144,7 +149,10 @@ def test_copies_are_right_and_shown_to_be_copies(corpus, tmp_path, serve):
     assert numbers["drawn"]["seconds"] > 0
     assert numbers["drawn"]["prompts"] == NAMES[:10]
     assert "100.0%" in str(done)
-    assert (tmp_path / "table.txt").read_text() == f"{done}\n"
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0] == f"# {done.title}"
+    assert table[2] == f"| {' | '.join(done.columns)} |"
+    assert len(table) == 4 + len(done.rows)
     for sheet in ("samples.png", "real.png", "variety.png", "nearest.png", "distances.png"):
         assert Image.open(tmp_path / sheet).width > 100
 
@@ -206,6 +214,102 @@ def test_a_painter_of_the_world_is_read_back(frames, tmp_path, serve):
     assert ("motion" in done.numbers["generator"]) == (frames > 1)
 
 
+class Reads:
+    """A CLIP that knows every thing by heart, from its file and from its name; `mixed` are two that it mixes up."""
+
+    def __init__(self, mixed=()):
+        self.mixed = dict(zip(mixed, reversed(mixed), strict=True))
+
+    def to(self, device):
+        return self
+
+    def scale(self):
+        return torch.tensor([20.0])
+
+    def embed_image(self, paths):
+        return self.vectors(torch.stack([torch.from_numpy(to_signal(path, size=SIDE)) for path in paths]))
+
+    def embed_text(self, texts):
+        names = [re.search(r"thing \d+", text)[0] for text in texts]
+        return self.vectors(torch.stack([signal(self.mixed.get(name, name), 1)[:, 0] for name in names]))
+
+    def vectors(self, images):
+        flat = images.flatten(1)
+        return torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+
+
+def test_a_clip_that_mixes_two_names_up_is_told_so(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(reverie, "load", lambda name: Reads(("thing 3", "thing 5")))
+    done = measure_clip.zero_shot(corpus, tmp_path, model="reads", ensemble="simple")
+    assert list(done.numbers) == ["twemoji", "openmoji"]  # what no training sees, each by itself
+    for source, found in done.numbers.items():
+        assert found["top1"] == pytest.approx(10 / 12)
+        pairs = {(pair["right"], pair["given"]) for pair in found["confusion"]["pairs"]}
+        assert pairs == {("thing 3", "thing 5"), ("thing 5", "thing 3")}
+        assert found["calibration"]["before"]["accuracy"] == pytest.approx(10 / 12)
+        table = (tmp_path / f"classes-{source}.md").read_text().splitlines()
+        assert table[4] == "| thing 3 | 1 | 0.0% | 0.0% | thing 5 (1) |"
+        assert Image.open(tmp_path / f"confusions-{source}.png").width > 400
+        assert Image.open(tmp_path / f"reliability-{source}.png").width > 400
+    together = measure_clip.zero_shot(corpus, tmp_path / "all", model="reads", sources=())
+    assert together.numbers["all"]["images"] == 36
+
+
+def test_a_file_that_cannot_be_read_is_left_out_and_listed(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reverie, "load", lambda name: Reads())
+    shutil.copytree(corpus, tmp_path / "data")
+    (tmp_path / "data" / "twemoji" / "4.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "twemoji" / "7.png").unlink()
+    done = measure_clip.zero_shot(tmp_path / "data", tmp_path / "out", model="reads", sources=("twemoji",))
+    found = done.numbers["twemoji"]
+    assert found["images"] == found["ways"] == 10
+    assert found["top1"] == 1
+    assert [file for file, _ in found["bad"]] == ["twemoji/4.png", "twemoji/7.png"]
+    assert all(reason for _, reason in found["bad"])
+    assert "2 pictures cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "confusions-twemoji.png").exists()  # nothing is confused
+
+
+def test_captions_and_pictures_find_each_other(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(reverie, "load", lambda name: Reads(("thing 3", "thing 5")))
+    done = measure_clip.retrieve(corpus, tmp_path, model="reads", sources=("twemoji",))
+    for way in ("image_to_text", "text_to_image"):
+        assert done.numbers[way]["recall@1"] == pytest.approx(10 / 12)
+        assert done.numbers[way]["recall@10_chance"] == pytest.approx(10 / 12)
+    assert done.numbers["text_to_image"]["first"][3][0] == 5
+    assert (
+        Image.open(tmp_path / "pictures-by-text.png").size
+        == Image.open(tmp_path / "texts-by-picture.png").size
+    )
+
+
+def test_a_probe_learns_from_train_what_it_names_in_test(corpus, tmp_path, monkeypatch):
+    """What the text tower mixes up the features do not."""
+    monkeypatch.setattr(reverie, "load", lambda name: Reads(("thing 3", "thing 5")))
+    done = measure_clip.probe(corpus, tmp_path, model="reads", shots=(1, 2), draws=2)
+    assert done.numbers["names"] == sorted(NAMES[:10])  # the others are not in train
+    assert done.numbers["examples"] == 10
+    assert done.numbers["probe"]["images"] == 20
+    assert done.numbers["probe"]["top1"] == 1
+    assert done.numbers["zero_shot"]["top1"] == pytest.approx(8 / 10)
+    assert [each["right"] for each in done.numbers["few_shot"]] == [[1, 1]]  # there is one example of each
+    assert len(measure_clip.probe(corpus, tmp_path, model="reads", count=4).numbers["names"]) == 4
+    with pytest.raises(InputError, match="split is train"):
+        measure_clip.probe(corpus, tmp_path, model="reads", split="train")
+    with pytest.raises(InputError, match=r"0 labels .* both splits train and test"):
+        measure_clip.probe(corpus, tmp_path, model="reads", sources=("twemoji",))
+
+
+def test_a_folder_without_labels_is_told_what_was_looked_for(corpus, tmp_path):
+    index = Index.read(corpus)
+    bare = [dataclasses.replace(item, label=None, captions=()) for item in index]
+    Index(tmp_path, bare).write()
+    for measured, what in ((measure_clip.zero_shot, "label"), (measure_clip.probe, "label"),
+                           (measure_clip.retrieve, "caption")):  # fmt: skip
+        with pytest.raises(InputError, match=f"has a {what}.*looked for .*class-named folders"):
+            measured(tmp_path, tmp_path / "out")
+
+
 def test_mistakes_get_one_sentence(corpus, tmp_path, serve):
     serve(near)
     ask = {"model": "painter", "judges": ("a/knows",), "ask": ASK}
@@ -216,8 +320,8 @@ def test_mistakes_get_one_sentence(corpus, tmp_path, serve):
     with pytest.raises(InputError, match="cannot generate image"):
         measure.pictures(corpus, tmp_path, model="a/knows", judges=("a/knows",))
     reverie.load("a/knows").embed_text = None
-    with pytest.raises(InputError, match="pictures are by: fluent-3d, openmoji, twemoji"):
-        measure.zero_shot(corpus, tmp_path, model="a/knows", sources=("noto",))
+    with pytest.raises(InputError, match="labels are by: fluent-3d, openmoji, twemoji"):
+        measure_clip.zero_shot(corpus, tmp_path, model="a/knows", sources=("noto",))
     with pytest.raises(InputError, match="no captions in 'fr'"):
         measure.world(tmp_path, model="painter", language="fr", ask=measure.Ask(count=1))
 
@@ -250,10 +354,10 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
     assert len(done.numbers["motion"]["generator"]) == 6
     done = measure.world(tmp_path / "world", model=model, ask=ask)
     assert done.numbers["generator"]["all"]["asked"] == 6
-    done = measure.zero_shot(corpus, tmp_path / "names", model=judges[0])
+    done = measure_clip.zero_shot(corpus, tmp_path / "names", model=judges[0])
     assert done.numbers["twemoji"]["ways"] == done.numbers["openmoji"]["ways"] == 12
     assert len(done.rows) == 2
-    assert (tmp_path / "names" / "wrong-twemoji.png").exists()
+    assert (tmp_path / "names" / "confusions-twemoji.png").exists()
 
 
 def test_the_judge_learns_from_two_hands_and_knows_a_third(corpus, tmp_path):

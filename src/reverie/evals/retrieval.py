@@ -8,7 +8,8 @@ The evaluator is given two functions, `embed_image(batch of images) -> b d` and 
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,12 +29,14 @@ def retrieval(
     captions: Sequence[Sequence[str]],
     *,
     ks: Sequence[int] = (1, 5, 10),
+    shown: int = 5,
     batch: int = 256,
 ) -> dict[str, Any]:
     """Recall of `images` (anything that slices, n long) and their `captions` (one or more for each image).
 
     Returns JSON-ready `{"image_to_text": way, "text_to_image": way, "images": n, "texts": m}` where a way holds
-    `recall@k` and its 95 % bootstrap interval `recall@k_interval` for each k, and `median_rank` (1 is the best).
+    `recall@k`, its 95 % bootstrap interval `recall@k_interval` and what guessing gives `recall@k_chance` for each k,
+    `median_rank` (1 is the best), and `first`: of each query the `shown` first answers, as indices.
     """
     if len(captions) != len(images) or not len(images):
         raise InputError(
@@ -55,8 +58,8 @@ def retrieval(
     right_texts = [sorted({j for caption in own for j in places[caption]}) for own in captions]
     right_images = [sorted(owners[caption]) for caption in texts]
     return {
-        "image_to_text": _way(ranks(image, words, right_texts, block=batch), ks),
-        "text_to_image": _way(ranks(words, image, right_images, block=batch), ks),
+        "image_to_text": _way(image, words, right_texts, ks, shown, batch),
+        "text_to_image": _way(words, image, right_images, ks, shown, batch),
         "images": len(images),
         "texts": len(texts),
     }
@@ -127,9 +130,25 @@ def _unit(embedding: Tensor) -> Tensor:
     return F.normalize(embedding.float(), dim=-1)
 
 
-def _way(rank: Tensor, ks: Sequence[int]) -> dict[str, Any]:
+def _way(
+    queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], ks: Sequence[int], shown: int, batch: int
+) -> dict[str, Any]:
+    rank = ranks(queries, items, right, block=batch)
+    answers = Counter(len(own) for own in right)
     result: dict[str, Any] = {}
     for k in ks:
         hit = (rank < k).double()
-        result |= {f"recall@{k}": hit.mean().item(), f"recall@{k}_interval": bootstrap(hit)}
-    return result | {"median_rank": rank.median().item() + 1}
+        missed = sum(
+            times * math.comb(len(items) - own, k) / math.comb(len(items), k)
+            for own, times in answers.items()
+            if k <= len(items)
+        )
+        result |= {
+            f"recall@{k}": hit.mean().item(),
+            f"recall@{k}_interval": bootstrap(hit),
+            f"recall@{k}_chance": 1 - missed / len(right),
+        }
+    first = [
+        search_topk(queries[i : i + batch], items, shown)[1].cpu() for i in range(0, len(queries), batch)
+    ]
+    return result | {"median_rank": rank.median().item() + 1, "first": torch.cat(first).tolist()}

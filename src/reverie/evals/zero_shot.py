@@ -2,7 +2,8 @@
 
 Paper: Radford et al. 2021, CLIP (2103.00020), section 3.1: the embedding of a class is the mean of the unit
 embeddings of its name in every template, brought back to unit length. A template is a sentence with `{}`.
-The evaluator is given two functions, `embed_image(batch of images) -> b d` and `embed_text(list of str) -> b d`.
+The evaluator is given two functions, `embed_image(batch of images) -> b d` and `embed_text(list of str) -> b d`;
+`named` measures any classifier, given `predict(batch of images) -> b k`.
 """
 
 from __future__ import annotations
@@ -71,6 +72,25 @@ def zero_shot(
     (top-1 averaged over classes), `per_class` (name -> top-1, for classes with images), `images`, `ways` (number of
     classes) and `predicted` (n indices). A class that ties with the right one counts as before it.
     """
+    classes = class_embeddings(embed_text, names, templates, batch=batch)
+
+    def predict(some: Any) -> Tensor:
+        embedding = F.normalize(embed_image(some).float(), dim=-1)
+        return embedding @ classes.to(embedding.device).T
+
+    return named(predict, images, labels, names, batch=batch)
+
+
+@torch.no_grad()
+def named(
+    predict: Callable[[Any], Tensor],
+    images: Slices,
+    labels: Tensor | Sequence[int],
+    names: Sequence[str],
+    *,
+    batch: int = 256,
+) -> dict[str, Any]:
+    """As `zero_shot`, of whatever gives scores: `predict(batch of images) -> b k`, higher is likelier."""
     targets = torch.as_tensor(labels, dtype=torch.long, device="cpu")
     if targets.shape != (len(images),) or not len(images):
         raise InputError(
@@ -79,11 +99,9 @@ def zero_shot(
     if targets.min() < 0 or targets.max() >= len(names):
         wrong = int(targets[(targets < 0) | (targets >= len(names))][0])
         raise InputError(f"label {wrong} is none of the {len(names)} classes: labels are indices into names")
-    classes = class_embeddings(embed_text, names, templates, batch=batch)
     ranks, predicted = [], []
     for i in range(0, len(images), batch):
-        embedding = F.normalize(embed_image(images[i : i + batch]).float(), dim=-1)
-        scores = (embedding @ classes.to(embedding.device).T).cpu()
+        scores = predict(images[i : i + batch]).cpu()
         if not scores.isfinite().all():
             raise InputError(
                 f"some scores of images {i} to {i + len(scores) - 1} are not finite: the model is broken"

@@ -1,6 +1,5 @@
-"""What trained systems reach: the measurements behind `reverie eval`, each a table, its numbers and its pictures.
+"""What generators of pictures and clips reach: the measurements behind `reverie eval`.
 
-    zero_shot  a CLIP names pictures among all labels                  reverie eval zero-shot DIR
     pictures   a generator draws, judges name, nothing is copied       reverie eval pictures DIR
     clips      the same on clips, and how much they move               reverie eval clips DIR
     world      the exact judge reads a generator's scenes back         reverie eval world
@@ -12,7 +11,6 @@ each sample can be drawn again with `reverie sample`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,97 +22,17 @@ from torch import Tensor
 from reverie.data.augment import on_white
 from reverie.data.index import Index
 from reverie.data.pixels import Pixels, cache_of
-from reverie.data.stickers import TEST
 from reverie.data.world import World
 from reverie.errors import InputError
 from reverie.evals import generation
-from reverie.evals import zero_shot as naming
 from reverie.evals.world_captions import read_caption
 from reverie.pictures import grid, save_clip, to_bytes
 from reverie.progress import counting
+from reverie.recipes.measured import Measured, Row, save, save_figure, share
 from reverie.recipes.parts import capable, home, peak_memory, plain_stickers
 
 JUDGES = ("clip-stickers", "judge-stickers")
 UNSEEN = 1_000_000  # the first scene of the world that is measured; recipes train on the first thousands
-
-Row = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One measurement: a table to read and all the numbers behind it, JSON-ready."""
-
-    title: str
-    columns: Row
-    rows: list[Row]
-    numbers: dict[str, Any]
-
-    def __str__(self) -> str:
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        lines.insert(1, tuple("-" * width for width in widths))
-        cells = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-        return "\n".join([self.title, "", *("  ".join(row).rstrip() for row in cells)])
-
-    def write(self, folder: Path) -> Measured:
-        """numbers.json and table.txt into the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        record = json.dumps({"title": self.title, "numbers": self.numbers}, indent=1, ensure_ascii=False)
-        (folder / "numbers.json").write_text(f"{record}\n", encoding="utf-8")
-        (folder / "table.txt").write_text(f"{self}\n", encoding="utf-8")
-        return self
-
-
-# ---------------------------------------------------------------- naming
-
-
-def zero_shot(
-    data: Path,
-    out: Path,
-    *,
-    model: str = "clip-stickers",
-    sources: tuple[str, ...] = TEST,
-    split: str | None = None,
-    without: tuple[str, ...] = ("skin_tone",),
-    templates: tuple[str, ...] = ("{}",),
-    device: str | None = None,
-) -> Measured:
-    """How often `model` names a picture right among all labels of its source, each source by itself.
-
-    No sources: every labelled picture of the folder together. `without`: scores of the index, above zero for
-    pictures that are left out.
-    """
-    clip = capable(model, "embed_text", device=device)
-    whole = Index.read(data).select(split=split, video=False)
-    rows: list[Row] = []
-    numbers: dict[str, Any] = {}
-    for source in sources or ("all",):
-        index = whole.select(sources=(source,) if sources else None)
-        items = [
-            item for item in index if item.label and not any(item.scores.get(name, 0) > 0 for name in without)
-        ]
-        if not items:
-            there = ", ".join(sorted({item.source or "-" for item in whole}))
-            raise InputError(
-                f"no picture by {source!r} in {data} has a label and is wanted; pictures are by: {there}."
-            )
-        real = Real(Index(index.folder, items), (clip.config.image.size,) * 2, 1)
-        names = sorted(real.by_label)
-        labels = [names.index(str(item.label)) for item in real.items]
-        result = naming.zero_shot(clip.embed_image, clip.embed_text, real, labels, names, templates)
-        result["predicted"] = [names[i] for i in result["predicted"]]
-        wrong = [i for i, item in enumerate(real.items) if item.label != result["predicted"][i]]
-        if shown := wrong[:: max(len(wrong) // 48, 1)][:48]:
-            titles = [f"{real.items[i].label}: {result['predicted'][i]}" for i in shown]
-            _save(grid(to_bytes(real[shown]), titles), out / f"wrong-{source}.png")
-        bad = [list(entry) for entry in real.pixels.bad]
-        numbers[source] = result | {"files": [item.file_name for item in real.items], "bad": bad}
-        rows.append((
-            source, f"{result['images']:,}", f"{result['ways']:,}", _share(result["top1"], result["top1_interval"]),
-            _share(result["top5"], result["top5_interval"]), _share(1 / result["ways"]),
-        ))  # fmt: skip
-    columns = ("pictures by", "pictures", "names", "right", "among the first five", "guessing")
-    return Measured(title=f"{model} names pictures", columns=columns, rows=rows, numbers=numbers).write(out)
 
 
 class Real:
@@ -239,8 +157,8 @@ def _generation(
         [found["generator"]["picked"][i] for found in numbers["pick"].values()] for i in range(len(names))
     ]
     titles = [f"{name}: {', '.join(guesses)}" for name, guesses in zip(names, picked, strict=True)]
-    _save(grid(to_bytes(_middle(samples[:96], frames)), titles[:96]), out / "samples.png")
-    _save(grid(to_bytes(_middle(truth[:96], frames)), names[:96]), out / "real.png")
+    save(grid(to_bytes(_middle(samples[:96], frames)), titles[:96]), out / "samples.png")
+    save(grid(to_bytes(_middle(truth[:96], frames)), names[:96]), out / "real.png")
     title = f"{model} draws {len(names)} {thing}s: labels of {source}, {split}"
     columns = ("", "generator", "real", "for comparison")
     return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
@@ -301,8 +219,8 @@ def _pick(
             if k >= ours["ways"]:
                 continue  # as many as there are says nothing
             rows.append((
-                f"{text} of {ours['ways']}, by {name}", _share(ours[f"top{k}"], ours[f"top{k}_interval"]),
-                _share(theirs[f"top{k}"], theirs[f"top{k}_interval"]), f"{_share(ours[f'chance{k}'])} by guessing",
+                f"{text} of {ours['ways']}, by {name}", share(ours[f"top{k}"], ours[f"top{k}_interval"]),
+                share(theirs[f"top{k}"], theirs[f"top{k}_interval"]), f"{share(ours[f'chance{k}'])} by guessing",
             ))  # fmt: skip
     return numbers
 
@@ -340,7 +258,7 @@ def _variety(
         ]
     pictures = rearrange(_middle(several, draw.frames), "p s ... -> (p s) ...")
     titles = [names[i] for i in places for _ in range(draw.ask.seeds)]
-    _save(grid(to_bytes(pictures), titles, columns=draw.ask.seeds), out / "variety.png")
+    save(grid(to_bytes(pictures), titles, columns=draw.ask.seeds), out / "variety.png")
     return numbers
 
 
@@ -374,7 +292,7 @@ def _nearest(
                 pictures.append(_middle(training[j], training.frames))
                 titles.append(f"{name} {distance:.3f}: {training.items[j].label}")
     columns = 1 + sum(far.shape[1] for far, _ in found.values())
-    _save(grid(to_bytes(torch.stack(pictures)), titles, columns=columns), out / "nearest.png")
+    save(grid(to_bytes(torch.stack(pictures)), titles, columns=columns), out / "nearest.png")
     _histograms(numbers, out / "distances.png")
     return numbers
 
@@ -407,14 +325,14 @@ def world(
     said = [read_caption(prompt) for prompt in prompts]
     ours, ceiling, other = (generation.scenes(some, said) for some in (samples, real, real.roll(1, dims=0)))
     rows: list[Row] = [
-        (name, f"{ours[name]['asked']}", _share(ours[name]["right"], ours[name]["interval"]),
-         _share(ceiling[name]["right"]), _share(other[name]["right"]))
+        (name, f"{ours[name]['asked']}", share(ours[name]["right"], ours[name]["interval"]),
+         share(ceiling[name]["right"]), share(other[name]["right"]))
         for name in ours
     ]  # fmt: skip
     rows += [(what, "", value, "", "") for what, value in draw.cost(drawn)]
     pairs = torch.stack([_middle(samples[:32], frames), _middle(real[:32], frames)], dim=1)
     titles = [text for prompt in prompts[:32] for text in (prompt, "as the world has it")]
-    _save(grid(to_bytes(rearrange(pairs, "n two ... -> (n two) ...")), titles), out / "samples.png")
+    save(grid(to_bytes(rearrange(pairs, "n two ... -> (n two) ...")), titles), out / "samples.png")
     if frames > 1:
         _animation(samples[:24], prompts[:24], out / "samples.webp", fps=draw.fps)
     numbers = {
@@ -452,7 +370,7 @@ def _histograms(found: dict[str, dict[str, Any]], path: Path) -> None:
                 axes.hist(values, bins=30, range=(0, top), density=True, histtype="step", label=label)
         axes.set_title(f"to the nearest training item, {name}", fontsize=9)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
+    save_figure(figure, path)
 
 
 def _animation(clips: Tensor, titles: Sequence[str], path: Path, *, fps: float) -> None:
@@ -460,12 +378,3 @@ def _animation(clips: Tensor, titles: Sequence[str], path: Path, *, fps: float) 
     frames = [grid(to_bytes(clips[:, :, f]), list(titles)) for f in range(clips.shape[2])]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_clip(path, frames, fps=fps, quality=80)
-
-
-def _save(sheet: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
-
-
-def _share(value: float, interval: tuple[float, float] | None = None) -> str:
-    return f"{value:.1%}" if interval is None else f"{value:.1%}  [{interval[0]:.1%}, {interval[1]:.1%}]"
