@@ -609,7 +609,7 @@ _TURNS = {
 def _image_frames(
     file: BinaryIO, found: Probe, wanted: list[int], rough: tuple[int, int] | None, limits: Limits
 ) -> Iterator[Image.Image]:
-    """The frames `wanted` (ascending) as RGBA pictures; a JPEG may be decoded small, to fit into `rough`."""
+    """The frames `wanted` (ascending) as RGB or RGBA pictures; a JPEG may be decoded small, to fit into `rough`."""
     with _pillow(file, found, limits) as image:
         turn = _TURNS.get(_orientation(image))
         if rough is not None and found.kind == "jpeg":
@@ -628,28 +628,29 @@ def _image_frames(
 
 
 def _srgb(image: Image.Image) -> Image.Image:
-    """RGBA in sRGB from any mode, with the embedded colour profile applied."""
+    """sRGB from any mode, with the embedded colour profile applied: RGB where nothing is transparent, else RGBA."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):  # 16-bit grey
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8)).convert(
             "RGBA"
         )
-    colours = image.convert("RGBA") if image.mode != "CMYK" else image.copy()
+    opaque = image.mode == "RGB" and "transparency" not in image.info
+    colours = image.copy() if opaque or image.mode == "CMYK" else image.convert("RGBA")
     transform = (
         _transform(profile, colours.mode)
         if profile and len(profile) < 2**22 and image.mode[0] != "L"
         else None
     )
     if transform is None:
-        return colours.convert("RGBA")
+        return colours if colours.mode in ("RGB", "RGBA") else colours.convert("RGB")
     converted = ImageCms.applyTransform(
-        colours if colours.mode == "CMYK" else colours.convert("RGB"), transform
+        colours.convert("RGB") if colours.mode == "RGBA" else colours, transform
     )
     assert converted is not None
     if colours.mode == "RGBA":
         converted.putalpha(colours.getchannel("A"))
-    return converted.convert("RGBA")
+    return converted
 
 
 @lru_cache(maxsize=8)
@@ -666,12 +667,12 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _fit(picture: Image.Image, box: tuple[int, int] | None, fit: str, resample: str) -> Image.Image:
-    """An RGBA picture resized to box (height, width), as `decode_array` says."""
+    """An RGB or RGBA picture resized to box (height, width), as `decode_array` says: RGBA."""
     if box is None or picture.size == box[::-1]:
-        return picture
+        return picture.convert("RGBA")
     height, width = box
     how = Image.Resampling[resample.upper()]
-    if picture.getchannel("A").getextrema() == (255, 255):
+    if picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (255, 255):
         picture = picture.convert("RGB")  # the same colours, without weighing them by alpha
     if fit == "squash":
         return picture.resize((width, height), how).convert("RGBA")
