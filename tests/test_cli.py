@@ -430,6 +430,45 @@ def test_convert(tmp_path, capsys):
     assert (tmp_path / "new.safetensors").exists()
 
 
+def test_convert_from_library_to_library(tmp_path, capsys):
+    import torch
+
+    import reverie as library
+    from reverie.encoders.text import TextConfig
+    from reverie.encoders.vit import VitConfig
+    from reverie.systems.clip import Clip, ClipConfig
+
+    torch.manual_seed(0)
+    config = ClipConfig(
+        image=VitConfig(size=16, patch=8, width=16, depth=1, heads=2),
+        text=TextConfig(vocab=600, length=9, width=16, depth=1, heads=2, end=599),
+        width=8,
+    )
+    library.save(Clip(config), tmp_path / "ours")
+    assert reverie("convert", tmp_path / "ours", tmp_path / "theirs", "--format", "open_clip") == 0
+    assert (tmp_path / "theirs" / "open_clip_config.json").exists()
+    assert reverie("convert", tmp_path / "theirs", tmp_path / "back", "--format", "transformers") == 0
+    assert reverie("convert", tmp_path / "back", tmp_path / "again") == 0
+    before, after = (library.load(tmp_path / name).state_dict() for name in ("ours", "again"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    capsys.readouterr()
+    for words, reason in (
+        (
+            (tmp_path / "ours", tmp_path / "x", "--format", "onnx"),
+            "use one of reverie, transformers, open_clip",
+        ),
+        ((tmp_path / "ours", tmp_path / "x.safetensors"), "name a folder"),
+        ((tmp_path / "theirs" / "open_clip_model.safetensors", tmp_path / "x"), "config="),
+        (
+            (tmp_path / "theirs" / "open_clip_model.safetensors", tmp_path / "x", "--config", "B32"),
+            "none of the names",
+        ),
+        ((tmp_path / "old.pt", tmp_path / "x", "--format", "reverie"), "pickle"),
+    ):
+        assert reverie("convert", *words) == 2
+        assert reason in capsys.readouterr().err
+
+
 class Painter:
     """Stands for Sora: paints the seed's grey, and remembers how it was asked."""
 

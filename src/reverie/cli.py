@@ -611,15 +611,34 @@ def demo(
     print(show(out, seed=seed, clip=clip, sora=sora, steps=steps, device=device))
 
 
-def convert(source: Path, target: Path, /) -> None:
-    """Turn a pickled checkpoint (.pt, .pth, .ckpt, .bin) into safetensors, in a confined process.
+def convert(source: Path, target: Path, /, *, format: str | None = None, config: str | None = None) -> None:
+    """Turn a pickled checkpoint into safetensors, or a model into the folder of another library.
+
+    A pickle (.pt, .pth, .ckpt, .bin) is read in a confined process and becomes the file TARGET. Any model that loads
+    (a folder of Reverie, transformers or open_clip, or a .safetensors file) becomes the folder TARGET.
 
     Args:
-        source: The checkpoint.
-        target: The new file, which must end in .safetensors.
+        source: The checkpoint, or the model's folder.
+        target: The new file, which must end in .safetensors; or the new folder.
+        format: Whose folder it becomes: reverie, transformers or open_clip; reverie if not given.
+        config: Which CLIP a .safetensors file holds, if it does not say so, such as ViT-B-32.
     """
+    from reverie.weights.files import PICKLES
+
+    if source.suffix.lower() not in PICKLES:
+        import reverie
+
+        if target.suffix == ".safetensors":
+            raise InputError(f"A model becomes a folder, not the file {target}: name a folder.")
+        system = reverie.load(source, config=config)
+        print(reverie.save(system, target, format=format or "reverie"))  # type: ignore[arg-type]  # save refuses others
+        return
     from reverie.weights.convert import convert as turn
 
+    if format or config:
+        raise InputError(
+            f"{source} is a pickle, which becomes a .safetensors file first; convert that file then."
+        )
     done = turn(source, target)
     print(f"{done.tensors:,} tensors in {done.path}")
     if done.left_out:
