@@ -65,7 +65,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x)
         if runs is None:
             return self.out(self._mix(qkv, mask, causal, rotary, at))
-        assert mask is None and rotary is None, "runs have neither mask nor rotary positions"
+        assert mask is None, "runs have no mask"
+        assert rotary is None, "runs have no rotary positions"
         parts = qkv.split([items * length for items, length in runs])
         ats = [None] * len(runs) if at is None else at.split([items for items, _ in runs])
         mixed = []
