@@ -67,8 +67,8 @@ def reverie(dtype: torch.dtype) -> tuple[Any, Any]:
     return model.embed_image, model.embed_text
 
 
-def open_clip_model() -> Any:
-    """open_clip's classes; torchvision's operators, which they never call, need not load."""
+def torchvision_loads() -> None:
+    """Both peers import torchvision; its operators, which they never call, need not load."""
     warnings.filterwarnings("ignore", module="timm")
     try:
         import torchvision  # noqa: F401
@@ -77,6 +77,10 @@ def open_clip_model() -> Any:
         _operators = torch.library.Library("torchvision", "DEF")
         _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def open_clip_model() -> Any:
+    torchvision_loads()
     import open_clip
 
     vision = open_clip.CLIPVisionCfg(layers=12, width=768, head_width=64, patch_size=32, image_size=224)
@@ -91,6 +95,7 @@ def open_clip(dtype: torch.dtype) -> tuple[Any, Any]:
 
 def transformers(dtype: torch.dtype) -> tuple[Any, Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torchvision_loads()
     from transformers import CLIPConfig, CLIPModel
 
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -213,7 +218,12 @@ def captions(count: int) -> Tensor:
     from reverie.data.stickers import sample_folder
 
     texts = sorted(
-        {caption.text for item in Index.read(sample_folder()) for caption in item.captions if caption.text.isascii()}
+        {
+            caption.text
+            for item in Index.read(sample_folder())
+            for caption in item.captions
+            if caption.text.isascii()
+        }
     )
     order = torch.randperm(len(texts), generator=rng.generator(0, "captions"))
     return Bpe.clip().encode([texts[i] for i in order[:count].tolist()], length=POSITIONS)
@@ -286,14 +296,23 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
 def memory(asked: argparse.Namespace) -> None:
     """In a process of its own: embed at every batch, then the peak, as JSON."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[asked.precision[0]]
+    torch.set_default_dtype(dtype)  # built in it, else the peak is that of the weights before they were rounded
     models = sides(dtype, asked.sides)
+    torch.set_default_dtype(torch.float32)
     for case in cases(asked.batch, captions(max(64, *asked.batch))):
         for model in models.values():
             embed = model[0 if case["what"] == "image" else 1]
             if embed is not None:
                 embed(case["input"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"mib": round(peak / 2**20)} if models else {}))
+    print(json.dumps({"mib": round(peak() / 2**20)} if models else {}))
+
+
+def peak() -> int:
+    """Bytes. Where the system has it, of this program alone: `getrusage` keeps what the parent had reached."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memories(asked: argparse.Namespace) -> list[dict[str, Any]]:
