@@ -204,7 +204,7 @@ def data_dedupe(
     *,
     by: str = "both",
     distance: float = 6.0,
-    cosine: float = 0.95,
+    cosine: float = 0.98,
     model: str = "clip-stickers",
     sheet: Path | None = None,
     undo: bool = False,

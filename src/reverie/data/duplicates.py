@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SIDE, LOW, MOMENTS = 32, 8, 4
 BITS = LOW * LOW
 DISTANCE = 6  # bits of 64 that two copies may differ in
-COSINE = 0.95  # that two copies have at least
+COSINE = 0.98  # that two copies have at least
 _RANK = {"test": 0, "val": 1, "train": 2}
 
 

@@ -59,7 +59,7 @@ def available() -> bool:
 def build(vectors: Tensor, *, lists: int | None = None, seed: int = 0) -> Lists:
     """Lists over `n d` of any float type, read a block at a time. InputError: faiss is not installed, or n < 1000.
 
-    lists: how many; four times the square root of n if not given.
+    lists: how many; the square root of n if not given.
     """
     import torch
 
@@ -67,7 +67,7 @@ def build(vectors: Tensor, *, lists: int | None = None, seed: int = 0) -> Lists:
     n, width = vectors.shape
     if n < 1000:
         raise InputError(f"{n} vectors need no approximate search: search them exactly.")
-    lists = lists or min(round(4 * n**0.5), n // 40)
+    lists = lists or round(n**0.5)
     draw = rng.generator(seed, "neighbours", "learn")
     some = torch.randperm(n, generator=draw)[: SAMPLE * lists].sort().values
     quantizer = faiss.IndexFlatIP(width)
