@@ -49,7 +49,9 @@ def main() -> None:
     )  # fmt: skip
     place = {name: i for i, name in enumerate(found.names)}
     vectors = found.vectors.float()
-    signs = torch.from_numpy(np.stack([hashes_of(asked.out / name)[0] for name in found.names])).float() * 2 - 1
+    signs = (
+        torch.from_numpy(np.stack([hashes_of(asked.out / name)[0] for name in found.names])).float() * 2 - 1
+    )
     own = torch.tensor([place[name] for name in names if name in place])
     bits, cosine = (64 - signs[own] @ signs[own].T) / 2, vectors[own] @ vectors[own].T
     upper = torch.ones_like(bits, dtype=torch.bool).triu(1)
@@ -58,14 +60,20 @@ def main() -> None:
     for most, least in LIMITS:
         shares = []
         for kind in KINDS:
-            pairs = [(place[names[k]], place[name]) for k, its, name in planted if its == kind and names[k] in place]
+            pairs = [
+                (place[names[k]], place[name])
+                for k, its, name in planted
+                if its == kind and names[k] in place
+            ]
             hits = [
                 (most is None or (64 - float(signs[a] @ signs[b])) / 2 <= most)
                 and (least is None or float(vectors[a] @ vectors[b]) >= least)
                 for a, b in pairs
             ]
             shares.append(f"{np.mean(hits):.1%}")
-        wrong = upper & (bits <= (64 if most is None else most)) & (cosine >= (-1 if least is None else least))
+        wrong = (
+            upper & (bits <= (64 if most is None else most)) & (cosine >= (-1 if least is None else least))
+        )
         lines.append(f"| {most or '-'} | {least or '-'} | {' | '.join(shares)} | {int(wrong.sum()):,} |")
     (asked.out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -17,8 +17,8 @@ and each is asked to name every Twemoji among all Twemoji's labels, a hand that 
 never seen the pictures that it judges, nor their captions on them; it has seen other drawings of the same things, as a
 filter of photographs has seen other photographs. That is the favourable case, and `itself` the one without any help.
 
-With --go-on every run begins with the filter's weights instead of random ones: somebody has a CLIP, filters new pictures
-by it and trains it on with them. That takes far fewer steps.
+With --go-on every run begins with the filter's weights instead of random ones: somebody has a CLIP, filters new
+pictures by it and trains it on with them. That takes far fewer steps.
 
 One thread. What has been done is kept in --out: the same command goes on after an interruption, and the result is
 written to OUT/results.json and OUT/table.md after every run.
@@ -86,7 +86,9 @@ class Bench:
         setting = {"steps": asked.steps, "batch": asked.batch, "filter_steps": asked.filter_steps,
                    "go_on": asked.go_on, **SHAPE}  # fmt: skip
         if self.found.setdefault("setting", setting) != setting:
-            raise SystemExit(f"{self.file} is of another setting, {self.found['setting']}: give another --out.")
+            raise SystemExit(
+                f"{self.file} is of another setting, {self.found['setting']}: give another --out."
+            )
         self.found.setdefault("filters", {})
         self.found.setdefault("runs", {})
 
@@ -164,11 +166,17 @@ class Bench:
                  "|---|---|---|---|---|---|"]  # fmt: skip
         for arm in dict.fromkeys(run["arm"] for run in runs):
             own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
-            mean = {key: 100 * statistics.mean(run[key] for run in own) for key in ("top1", "top5", "unseen_top1")}
+            mean = {
+                key: 100 * statistics.mean(run[key] for run in own) for key in ("top1", "top5", "unseen_top1")
+            }
             each = ", ".join(f"{100 * run['top1']:.2f}" for run in own)
             lines.append(f"| {arm} | {own[0]['pictures']:,} | {each} | {mean['top1']:.2f} | {mean['top5']:.2f} | "
                          f"{mean['unseen_top1']:.2f} |")  # fmt: skip
-        lines += ["", "| filter | kept | precision | recall | AUC by the best caption | by the mean |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| filter | kept | precision | recall | AUC by the best caption | by the mean |",
+            "|---|---|---|---|---|---|",
+        ]
         lines += [f"| {name} | {it['kept']:,} of {it['of']:,} | {it['precision']:.3f} | {it['recall']:.3f} | "
                   f"{it['auc_best']:.4f} | {it['auc_mean']:.4f} |"
                   for name, it in self.found["filters"].items()]  # fmt: skip
@@ -182,7 +190,9 @@ def mislabelled(index: Index, seed: int) -> tuple[list[Item], set[str]]:
     """The items, a third of which have the words of another of that third, and the names of those."""
     order = torch.randperm(len(index), generator=rng.generator(seed, "mislabel")).tolist()
     some = order[: round(len(order) * WRONG)]
-    some.sort(key=lambda i: (str(index[i].label), i))  # one thing's pictures stand together, so a long step leaves it
+    some.sort(
+        key=lambda i: (str(index[i].label), i)
+    )  # one thing's pictures stand together, so a long step leaves it
     most = max(sum(index[i].label == index[j].label for j in some) for i in some)
     step = most + rng.integer(seed, "mislabel", "step") % (len(some) - 2 * most)
     items = list(index)
@@ -203,7 +213,10 @@ def sift(folder: Path, model: Path, wrong: set[str]) -> dict[str, Any]:
     keep(folder, share=1 - WRONG)
     index = Index.read(folder)
     marked = {item.file_name for item in index if item.marked == "filter"}
-    scored = [(item, [s for s in index.extra_of(item.file_name)[EACH.format("clip")] if s is not None]) for item in index]
+    scored = [
+        (item, [s for s in index.extra_of(item.file_name)[EACH.format("clip")] if s is not None])
+        for item in index
+    ]
     best = {item.file_name: max(each) for item, each in scored if each}
     mean = {item.file_name: statistics.mean(each) for item, each in scored if each}
     return {

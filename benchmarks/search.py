@@ -3,10 +3,10 @@
     python benchmarks/search.py [--count 1000000] [--width 512] [--out runs/search]
 
 Each case is a process of its own that maps the file of vectors, as `reverie search` maps a folder's; so the memory is
-that of the search, pages of the file included. Seconds are the median of several calls, for one query and for 32. The
+that of the search, pages of the file included. Seconds are of the processor (on one thread, those of an idle machine), the median of several calls. The
 vectors are unit vectors in 20,000 clusters on 64 directions (real embeddings lie in far fewer dimensions than they
 have; wholly random ones would make lists worthless), and the queries are made like them, none being among them. faiss
-(extra `index`) is left out where it is not installed; its recall is the share of the ten exact neighbours that it finds.
+(extra `index`) is left out where it is not installed; its recall is the share of the ten exact neighbours it finds.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def make(out: Path, count: int, width: int) -> None:
     vectors = torch.cat([some(min(50_000, count - i)) for i in range(0, count, 50_000)])
     save_file({"vectors": vectors}, out / "fp32.safetensors")
     save_file({"vectors": vectors.half()}, out / "fp16.safetensors")
-    save_file({"queries": queries, "answers": search_topk(queries, vectors, TOP)[1].contiguous()}, out / "queries.safetensors")
+    save_file(
+        {"queries": queries, "answers": search_topk(queries, vectors, TOP)[1].contiguous()},
+        out / "queries.safetensors",
+    )
 
 
 def read(path: Path, name: str) -> Tensor:
@@ -102,7 +105,7 @@ def read(path: Path, name: str) -> Tensor:
 def measure(case: str, out: Path) -> dict[str, Any]:
     vectors = read(out / ("fp32.safetensors" if case == "exact-fp32" else "fp16.safetensors"), "vectors")
     queries, answers = (read(out / "queries.safetensors", name) for name in ("queries", "answers"))
-    begin = time.perf_counter()
+    begin = time.process_time()
     about: dict[str, Any] = {}
     if case == "faiss":
         import faiss
@@ -113,7 +116,7 @@ def measure(case: str, out: Path) -> dict[str, Any]:
         about = {"lists": lists.lists, "looks": lists.looks, "recall_when_built": lists.recall}
     else:
         find = lambda asked: search_topk(asked, vectors, TOP)  # noqa: E731
-    building = time.perf_counter() - begin
+    building = time.process_time() - begin
     found = find(queries)[1]
     recall = (found[:, :, None] == answers[:, None, :]).any(1).double().mean().item()
     one = statistics.median(seconds(find, queries[i : i + 1]) for i in range(9))
@@ -129,9 +132,9 @@ def peak() -> int:
 
 
 def seconds(find: Callable[[Tensor], Any], queries: Tensor) -> float:
-    begin = time.perf_counter()
+    begin = time.process_time()
     find(queries)
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 if __name__ == "__main__":

@@ -178,21 +178,28 @@ def data_world(
 
 
 def data_score(
-    folder: Path, /, *, model: str = "clip-stickers", name: str = "clip", device: str | None = None
+    folder: Path,
+    /,
+    *,
+    model: str = "clip-stickers",
+    name: str = "clip",
+    language: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Score how well each caption fits its picture, by CLIP, into the index.
 
-    The score of an item is that of its best caption. What was scored before and has not changed is left alone.
+    The score of an item is the mean of its captions' cosines with it. What was scored before and has not changed is left alone.
 
     Args:
         folder: A folder that was imported.
         model: The CLIP that compares: a shipped name or a folder.
         name: What the score is called in the index.
+        language: Only captions in this language count, such as en; all if not given.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.cleaning import score
 
-    now, before, bad = score(folder, model=model, name=name, device=device)
+    now, before, bad = score(folder, model=model, name=name, language=language, device=device)
     for it in bad:
         print(f"not scored: {it.path}: {it.reason}", file=sys.stderr)
     print(f"score_{name}: {now:,} scored now, {before:,} before, {len(bad):,} cannot be read")
@@ -240,7 +247,9 @@ def data_dedupe(
     leaks = sum(copy.leak for group in groups for copy in group)
     print(f"{len(groups):,} groups, {sum(map(len, groups)):,} files marked")
     if leaks:
-        print(f"warning: {leaks:,} of them were leaks: training files that are held out elsewhere under another name")
+        print(
+            f"warning: {leaks:,} of them were leaks: training files that are held out elsewhere under another name"
+        )
     if sheet is not None and groups:
         print(copies_sheet(folder, groups, sheet))
 
@@ -426,9 +435,14 @@ def search(
     pictures, others = tuple(map(Path, image)), tuple(map(Path, minus_image))
     queries = [
         finding.Query(
-            words=text, plus=plus, minus=minus, images=pictures, minus_images=others,
-            image_weight=image_weight, minus_weight=minus_weight,
-        )  # fmt: skip
+            words=text,
+            plus=plus,
+            minus=minus,
+            images=pictures,
+            minus_images=others,
+            image_weight=image_weight,
+            minus_weight=minus_weight,
+        )
         for text in (words or [""])
     ]
     if not (words or plus or minus or pictures or others):

@@ -47,7 +47,9 @@ def test_planted_copies_are_found_and_different_pictures_spared(tmp_path):
     for i, it in enumerate(originals):
         with Image.open(sample.path(it)) as image:
             picture = Image.new("RGB", (128, 128), "white")
-            picture.paste(image.convert("RGBA").resize((128, 128)), mask=image.convert("RGBA").resize((128, 128)))
+            picture.paste(
+                image.convert("RGBA").resize((128, 128)), mask=image.convert("RGBA").resize((128, 128))
+            )
         picture.save(tmp_path / f"{i}.png")
         if i % 3 == 0:
             picture.resize((61, 61)).save(tmp_path / f"copy-{i}.png")
@@ -87,8 +89,12 @@ def test_clips_are_compared_frame_by_frame_and_never_with_pictures(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_pairs_are_those_of_the_whole_product(block):
-    rows = torch.nn.functional.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    other = torch.nn.functional.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), dim=1)
+    rows = torch.nn.functional.normalize(
+        torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    other = torch.nn.functional.normalize(
+        torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     near = rows @ rows.T >= 0.5
     want = [(i, j) for i in range(40) for j in range(i + 1, 40) if near[i, j]]
     assert pairs_above(rows, 0.5, block=block) == want

@@ -210,9 +210,7 @@ def test_a_spoilt_part_is_made_again(folder):
 def test_a_folder_that_cannot_be_written_to_is_held_in_memory_and_it_says_so(folder, capsys):
     (folder / ".reverie").write_text("in the way")  # rights would not stop root
     model = Model()
-    found = embed_folder(
-        folder, media_below(folder), key="0" * 16, prepare=model.prepare, embed=model.embed
-    )
+    found = embed_folder(folder, media_below(folder), key="0" * 16, prepare=model.prepare, embed=model.embed)
     assert found.place is None
     assert len(found.names) == 5
     assert "kept in memory only" in capsys.readouterr().err

@@ -23,7 +23,9 @@ def folder(tmp_path: Path) -> Path:
     index = import_folder(tmp_path, quiet=True)
     index.items = [
         dataclasses.replace(
-            item, scores={"clip": int(Path(item.file_name).stem) / 10}, split="val" if item.file_name[0] in "89" else "train"
+            item,
+            scores={"clip": int(Path(item.file_name).stem) / 10},
+            split="val" if item.file_name[0] in "89" else "train",
         )
         if item.reject is None
         else item
@@ -58,7 +60,9 @@ def test_no_file_is_touched(folder):
     files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.[pt][nx][gt]")}
     keep(folder, share=0.1)
     undo(folder, "filter")
-    assert files == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.[pt][nx][gt]")}
+    assert files == {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.[pt][nx][gt]")
+    }
     assert len(files) == 21
 
 
@@ -81,7 +85,9 @@ def test_importing_again_keeps_marks_and_forgets_none_silently(folder):
     index = import_folder(folder, quiet=True)
     marks = {item.file_name for item in index if item.marked == "filter"}
     assert marks == {"moved.png", *(f"{i}.png" for i in range(1, 6))}
-    (folder / "1.png").write_bytes((folder / "broken.png").read_bytes())  # changed: a new file, and a broken one
+    (folder / "1.png").write_bytes(
+        (folder / "broken.png").read_bytes()
+    )  # changed: a new file, and a broken one
     index = import_folder(folder, quiet=True)
     (one,) = (item for item in index if item.file_name == "1.png")
     assert one.reject is not None

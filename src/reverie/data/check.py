@@ -26,7 +26,9 @@ class Report:
     rejected: tuple[tuple[str, str], ...]
     copies: tuple[tuple[str, ...], ...]
     across: tuple[tuple[str, ...], ...]  # those copies that are in more than one split
-    marked: tuple[tuple[str, str], ...] = ()  # left out by `data filter` and `data dedupe`, their files being sound
+    marked: tuple[
+        tuple[str, str], ...
+    ] = ()  # left out by `data filter` and `data dedupe`, their files being sound
 
     @property
     def lost(self) -> float:

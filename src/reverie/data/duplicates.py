@@ -87,7 +87,12 @@ def hashes_of(path: str | Path, *, moments: int = 1, limits: Limits = LIMITS) ->
 
 
 def hash_items(
-    index: Index, items: Sequence[Item], *, workers: int | None = None, limits: Limits = LIMITS, quiet: bool = False
+    index: Index,
+    items: Sequence[Item],
+    *,
+    workers: int | None = None,
+    limits: Limits = LIMITS,
+    quiet: bool = False,
 ) -> dict[str, np.ndarray | str]:
     """By file name the hashes of each item, `f 64` (one of a picture, up to four of a clip), or why there are none."""
 
@@ -158,7 +163,9 @@ def find_copies(
 
     assert hashes is not None or embeddings is not None
     if not 0 <= distance < BITS / 2:
-        raise InputError(f"distance is {distance:g} bits: give 0 up to {BITS // 2 - 1}; half of {BITS} is chance.")
+        raise InputError(
+            f"distance is {distance:g} bits: give 0 up to {BITS // 2 - 1}; half of {BITS} is chance."
+        )
     if not 0 < cosine <= 1:
         raise InputError(f"cosine is {cosine:g}: give a number above 0 and up to 1, such as {COSINE}.")
     found: list[list[Copy]] = []

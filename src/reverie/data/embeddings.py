@@ -74,7 +74,7 @@ def fingerprint(state: Mapping[str, Tensor], *about: object) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         whole.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        whole.update(value.reshape(-1).view(torch.uint8).numpy())
+        whole.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
@@ -194,7 +194,10 @@ class _Store:
             if (part := _read(path, dtype)) is not None:
                 self._take(part)
         if not self.writable and not quiet:
-            print(f"{folder} cannot be written to: what is embedded now is kept in memory only.", file=sys.stderr)
+            print(
+                f"{folder} cannot be written to: what is embedded now is kept in memory only.",
+                file=sys.stderr,
+            )
 
     def _take(self, part: _Part) -> None:
         if self.parts and part.vectors.shape[1] != self.parts[0].vectors.shape[1] and len(part.contents):
@@ -240,13 +243,13 @@ class _Store:
 
         steps = in_order(content_of, todo, workers or min(8, os.cpu_count() or 1))
         steps = track(steps, total=len(todo), label="reading", quiet=quiet)
-        for (name, size, changed), content in zip(todo, steps, strict=True):
-            if content is None:
+        for (name, size, changed), found in zip(todo, steps, strict=True):
+            if found is None:
                 reasons[name] = "the file cannot be read"
                 kept.pop(name, None)
             else:
-                contents[name] = content
-                kept[name] = (size, changed, content)
+                contents[name] = found
+                kept[name] = (size, changed, found)
         self.alive = {content for _, _, content in kept.values()}
         if self.writable and kept != known:
             _write_files(self.files, kept)
@@ -257,13 +260,13 @@ class _Store:
     def refuse(self, content: str, reason: str) -> None:
         self.bad[content] = self._new_bad[content] = reason
 
-    def add(
-        self, batch: list[tuple[str, Tensor, list[float]]], embed: Callable[[Tensor], Tensor]
-    ) -> None:
+    def add(self, batch: list[tuple[str, Tensor, list[float]]], embed: Callable[[Tensor], Tensor]) -> None:
         import torch
 
         with torch.no_grad():
-            vectors = embed(torch.cat([signals for _, signals, _ in batch])).to("cpu", getattr(torch, self.dtype))
+            vectors = embed(torch.cat([signals for _, signals, _ in batch])).to(
+                "cpu", getattr(torch, self.dtype)
+            )
         if not vectors.isfinite().all():
             raise InputError(
                 f"some of the model's vectors are not finite numbers in {self.dtype}: the model is broken."
@@ -302,7 +305,10 @@ class _Store:
             written = _read(_write(self.place, part), self.dtype)
         except OSError as error:  # a full disk must not cost the vectors
             self.writable = False
-            print(f"{self.place}: {error.strerror or error}; embeddings are kept in memory only.", file=sys.stderr)
+            print(
+                f"{self.place}: {error.strerror or error}; embeddings are kept in memory only.",
+                file=sys.stderr,
+            )
             return part
         assert written is not None
         return written
@@ -437,7 +443,12 @@ def _read(path: Path, dtype: str) -> _Part | None:
     text = contents.numpy().tobytes().hex()
     names = [text[i : i + 64] for i in range(0, len(text), 64)]
     return _Part(
-        path=path, contents=names, start=start.numpy(), seconds=tensors["seconds"].float(), vectors=vectors, bad=bad
+        path=path,
+        contents=names,
+        start=start.numpy(),
+        seconds=tensors["seconds"].float(),
+        vectors=vectors,
+        bad=bad,
     )
 
 
@@ -456,7 +467,10 @@ def _read_files(path: Path) -> dict[str, tuple[int, int, str]]:
         known = dict(zip(table["file_name"], rows, strict=True))
     except (OSError, pa.ArrowException):
         return {}
-    sound = all(isinstance(h, str) and len(h) == 64 and set(h) <= set("0123456789abcdef") for _, _, h in known.values())
+    sound = all(
+        isinstance(h, str) and len(h) == 64 and set(h) <= set("0123456789abcdef")
+        for _, _, h in known.values()
+    )
     return known if sound else {}
 
 

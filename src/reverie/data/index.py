@@ -94,7 +94,8 @@ class Index:
         marked = sum(item.marked is not None for item in self.items)
         return (
             f"{self.folder}: {len(accepted) - clips:,} pictures and {clips:,} clips accepted ({splits}), "
-            f"{len(self.items) - len(accepted) - marked:,} rejected" + (f", {marked:,} marked" if marked else "")
+            f"{len(self.items) - len(accepted) - marked:,} rejected"
+            + (f", {marked:,} marked" if marked else "")
         )
 
     def extra_of(self, file_name: str) -> dict[str, Any]:

@@ -21,7 +21,9 @@ DUPLICATE, OF = "duplicate of ", " ("  # a duplicate's reason names the file tha
 def mark(index: Index, by: str, reasons: Mapping[str, str]) -> Index:
     """The whole index with the marks of `by` on these files alone (file name -> reason), written."""
     items = [
-        replace(item, reject=f"{MARK_WORDS}{by}: {reasons[item.file_name]}") if item.file_name in reasons else item
+        replace(item, reject=f"{MARK_WORDS}{by}: {reasons[item.file_name]}")
+        if item.file_name in reasons
+        else item
         for item in unmarked(index, by)
     ]
     marked = Index(index.folder, items, extra=index.extra)
@@ -58,7 +60,9 @@ def keep(
     InputError: neither or both are given, a share outside (0, 1], or nothing has this score.
     """
     if (share is None) == (above is None):
-        raise InputError("Say what to keep: either a share, such as --keep 0.3, or --above and the least score.")
+        raise InputError(
+            "Say what to keep: either a share, such as --keep 0.3, or --above and the least score."
+        )
     if share is not None and not 0 < share <= 1:
         raise InputError(f"keep is {share:g}: give a share above 0 and up to 1, such as 0.3.")
     if split not in SPLITS:
@@ -77,6 +81,7 @@ def keep(
         low = ranked[max(round(share * len(ranked)), 1) :]
         why = f"is not among the best {share:.4g} of {len(ranked):,}"
     else:
+        assert above is not None
         low = [item for item in scored if not item.scores[score] >= above]
         why = f"is below {above:g}"
     mark(index, "filter", {item.file_name: f"score_{score} {item.scores[score]:.4f} {why}" for item in low})

@@ -74,7 +74,11 @@ def build(vectors: Tensor, *, lists: int | None = None, seed: int = 0) -> Lists:
     index = faiss.IndexIVFScalarQuantizer(
         quantizer, width, lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
     )
-    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = rng.integer(seed, "neighbours") % 2**31, 10, 1
+    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = (
+        rng.integer(seed, "neighbours") % 2**31,
+        10,
+        1,
+    )
     index.train(vectors[some].float().numpy())
     for i in range(0, n, BLOCK):
         index.add(vectors[i : i + BLOCK].float().numpy())

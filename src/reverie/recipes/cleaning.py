@@ -11,6 +11,7 @@ share. Nothing is deleted; docs/cleaning.md has the measure of what it brings.
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reverie.data.duplicates import COSINE, DISTANCE, Copy, find_copies, hash_items
-from reverie.data.index import Index, Item
+from reverie.data.index import Caption, Index, Item
 from reverie.data.marks import mark, unmarked
 from reverie.data.pixels import Bad
 from reverie.errors import InputError
@@ -44,45 +45,57 @@ def score(
     *,
     model: str | Path = "clip-stickers",
     name: str = "clip",
+    language: str | None = None,
     device: str | None = None,
     quiet: bool = False,
 ) -> tuple[int, int, tuple[Bad, ...]]:
     """Score every item that has captions; returns how many were scored now, how many before, and the files left out.
 
-    `score_NAME` is the best cosine of the item's captions with its picture (of a clip: with its best frame), so that
-    captions in a language that the model does not read cost an item nothing; `caption_scores_NAME` lists each
-    caption's. What was scored by the same model with the same captions is not scored again. Marked items are scored
-    too, as they may be taken back. InputError: no index, nothing with captions, a model that cannot read.
+    `score_NAME` is the mean cosine of the item's captions with its picture (of a clip: each with its best frame):
+    training draws any of them, and the mean tells wrong captions better than the best does (docs/cleaning.md).
+    `caption_scores_NAME` lists each caption's, in the index's order, null where it is not counted. language: only
+    captions in this language count, where the model reads no other. What was scored by the same model with the same
+    captions is not scored again. Marked items are scored too, as they may be taken back.
+    InputError: no index, nothing with captions, a model that cannot read.
     """
     if not name.replace("_", "").isalnum():
         raise InputError(f"A score cannot be called {name!r}: use letters, digits and _.")
     index = Index.read(folder)
-    wanted = [item for item in index if (item.reject is None or item.marked) and _texts(item)]
+    wanted = [item for item in index if (item.reject is None or item.marked) and _texts(item, language)]
     if not wanted:
-        raise InputError(f"Nothing in {folder} is accepted and has a caption: look at `reverie data check {folder}`.")
+        has = "a caption" if language is None else f"a caption in {language!r}"
+        raise InputError(
+            f"Nothing in {folder} is accepted and has {has}: look at `reverie data check {folder}`."
+        )
     clip = capable(model, "embed_text", device=device)
     key = key_of(clip)
-    todo = [item for item in wanted if index.extra_of(item.file_name).get(DONE.format(name)) != _done(item, key)]
+    todo = [
+        item
+        for item in wanted
+        if index.extra_of(item.file_name).get(DONE.format(name)) != _done(item, key, language)
+    ]
     if not todo:
         return 0, len(wanted), ()
     found = embed_pictures(clip, index.folder, items=todo, present=index.items, quiet=quiet)
-    texts = sorted({text for item in todo for text in _texts(item)})
+    texts = sorted({text for item in todo for text in _texts(item, language)})
     steps = track(range(0, len(texts), TEXTS), total=-(-len(texts) // TEXTS), label="reading", quiet=quiet)
-    words = torch.cat([F.normalize(clip.embed_text(texts[i : i + TEXTS]).float().cpu(), dim=-1) for i in steps])
+    words = torch.cat(
+        [F.normalize(clip.embed_text(texts[i : i + TEXTS]).float().cpu(), dim=-1) for i in steps]
+    )
     place = {text: i for i, text in enumerate(texts)}
     rows = torch.bincount(found.file, minlength=len(found.names)).tolist()
     items = {item.file_name: item for item in todo}
     each: dict[str, list[float | None]] = {}
     for file_name, own in zip(found.names, found.vectors.split(rows), strict=True):
         item = items[file_name]
-        wording = words[[place[text] for text in _texts(item)]]
-        best = iter((wording @ own.float().T).amax(1).tolist())
-        each[file_name] = [next(best) if c.text.strip() else None for c in item.captions]
-    done = {file_name: _done(items[file_name], key) for file_name in each}
+        wording = words[[place[text] for text in _texts(item, language)]]
+        cosines = iter((wording @ own.float().T).amax(1).tolist())
+        each[file_name] = [next(cosines) if _counts(c, language) else None for c in item.captions]
+    done = {file_name: _done(items[file_name], key, language) for file_name in each}
     fresh = Index.read(folder)  # somebody may have written it meanwhile
-    top = {file_name: max(s for s in own if s is not None) for file_name, own in each.items()}
+    mean = {file_name: statistics.mean(s for s in own if s is not None) for file_name, own in each.items()}
     fresh.items = [
-        replace(item, scores=item.scores | {name: top[item.file_name]}) if item.file_name in top else item
+        replace(item, scores=item.scores | {name: mean[item.file_name]}) if item.file_name in mean else item
         for item in fresh
     ]
     fresh.extra = _with_columns(fresh, {EACH.format(name): each, DONE.format(name): done})
@@ -90,12 +103,16 @@ def score(
     return len(each), len(wanted) - len(todo), found.bad
 
 
-def _texts(item: Item) -> list[str]:
-    return [caption.text for caption in item.captions if caption.text.strip()]
+def _counts(caption: Caption, language: str | None) -> bool:
+    return bool(caption.text.strip()) and language in (None, caption.language)
 
 
-def _done(item: Item, key: str) -> str:
-    words = "\x1f".join((key, item.hash, *(caption.text for caption in item.captions)))
+def _texts(item: Item, language: str | None) -> list[str]:
+    return [caption.text for caption in item.captions if _counts(caption, language)]
+
+
+def _done(item: Item, key: str, language: str | None) -> str:
+    words = "\x1f".join((key, str(language), item.hash, *(caption.text for caption in item.captions)))
     return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
 
 
@@ -105,11 +122,10 @@ def _with_columns(index: Index, columns: dict[str, dict[str, Any]]) -> Any:
 
     names = [item.file_name for item in index]
     before = [index.extra_of(name) for name in names]
-    others = [name for name in (index.extra.column_names if index.extra is not None else []) if name != "file_name"]
     table: dict[str, Any] = {"file_name": pa.array(names, pa.string())}
-    for column in others:
-        if column not in columns:
-            table[column] = pa.array([row.get(column) for row in before], index.extra.schema.field(column).type)
+    for old in index.extra.schema if index.extra is not None else ():
+        if old.name != "file_name" and old.name not in columns:
+            table[old.name] = pa.array([row.get(old.name) for row in before], old.type)
     for column, values in columns.items():
         kind = pa.list_(pa.float64()) if column.startswith("caption_scores") else pa.string()
         table[column] = pa.array(
@@ -190,5 +206,7 @@ def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, 
             titles.append("")
     more = f", the first {most}" if len(groups) > most else ""
     marked = sum(len(group) for group in groups)
-    head = f"{len(groups):,} groups of near duplicates{more}: {marked:,} files marked. Left what is kept, then what is marked."
+    head = (
+        f"{len(groups):,} groups of near duplicates{more}: {marked:,} files marked. What is kept stands left."
+    )
     return stack([(head, grid(shown, titles, columns))], path)

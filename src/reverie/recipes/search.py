@@ -2,8 +2,8 @@
 
 The rule of combination: a query's vector is the sum of the unit vectors of its words, of what is added (`plus`) and,
 times `image_weight`, of its pictures, less `minus_weight` times those of what is taken away (`minus`), brought to
-length 1. A score is the cosine with a file's vector. A clip scores by its best frame, not by the mean of its frames: what is seen for one second
-of a minute is there, and the answer can say when.
+length 1. A score is the cosine with a file's vector. A clip scores by its best frame, not by the mean of its frames:
+what is seen for one second of a minute is there, and the answer can say when.
 
 Words and pictures lie in two parts of the space, so the scores of a query in words and of one by a picture do not
 compare, and where both are asked the picture decides more; a smaller `image_weight` gives words more say. The vectors
@@ -103,12 +103,16 @@ def open_folder(
         items = index.select(split=split, sources=sources or None).items
         if not items and index.items:
             there = ", ".join(sorted({str(item.source) for item in index if item.source})) or "none is named"
-            raise InputError(f"No accepted file of {folder} is of the split and sources asked for; sources: {there}.")
+            raise InputError(
+                f"No accepted file of {folder} is of the split and sources asked for; sources: {there}."
+            )
         found = embed_pictures(clip, folder, items=items, present=index.items, quiet=quiet)
         by_name = {item.file_name: item for item in items}
     else:
         if sources or split:
-            raise InputError(f"{folder} has no index, so no sources or splits: run `reverie data import {folder}`.")
+            raise InputError(
+                f"{folder} has no index, so no sources or splits: run `reverie data import {folder}`."
+            )
         found, by_name = embed_pictures(clip, folder, quiet=quiet), {}
     if not found.names:
         why = f" ({found.bad[0].path}: {found.bad[0].reason})" if found.bad else ""
@@ -180,7 +184,11 @@ def search(
 
 
 def sheet(
-    path: Path, folder: Path, queries: Sequence[Query], answers: Sequence[Sequence[Found]], items: dict[str, Item]
+    path: Path,
+    folder: Path,
+    queries: Sequence[Query],
+    answers: Sequence[Sequence[Found]],
+    items: dict[str, Item],
 ) -> Path:
     """One PNG: each query at the head of what it found, with scores and captions; of clips the best frame."""
     parts = []
@@ -190,7 +198,9 @@ def sheet(
             try:
                 frames = decode_array(folder / it.name, size=128, frames=FRAMES, fit="pad")
             except MediaError as error:
-                raise InputError(f"{it.name} cannot be shown any more: {error.reason}; search again.") from None
+                raise InputError(
+                    f"{it.name} cannot be shown any more: {error.reason}; search again."
+                ) from None
             shown.append(frames[min(it.frame, len(frames) - 1)])
             item = items.get(it.name)
             words = item.captions[0].text if item is not None and item.captions else Path(it.name).stem
