@@ -3,7 +3,8 @@
     python benchmarks/search.py [--count 1000000] [--width 512] [--out runs/search]
 
 Each case is a process of its own that maps the file of vectors, as `reverie search` maps a folder's; so the memory is
-that of the search, pages of the file included. Seconds are of the processor (on one thread, those of an idle machine), the median of several calls. The
+that of the search, pages of the file included. Seconds are of the processor, which on one thread are those of an idle
+machine, and the median of several calls; the vectors have been read once before. The
 vectors are unit vectors in 20,000 clusters on 64 directions (real embeddings lie in far fewer dimensions than they
 have; wholly random ones would make lists worthless), and the queries are made like them, none being among them. faiss
 (extra `index`) is left out where it is not installed; its recall is the share of the ten exact neighbours it finds.

@@ -188,7 +188,8 @@ def data_score(
 ) -> None:
     """Score how well each caption fits its picture, by CLIP, into the index.
 
-    The score of an item is the mean of its captions' cosines with it. What was scored before and has not changed is left alone.
+    The score of an item is the mean of its captions' cosines with it. What was scored before and has not changed is
+    left alone.
 
     Args:
         folder: A folder that was imported.
@@ -244,11 +245,11 @@ def data_dedupe(
     for group in groups:
         for copy in group:
             print(f"{copy.item.file_name}: {copy}")
+    print(f"groups: {len(groups):,}, files marked: {sum(map(len, groups)):,}")
     leaks = sum(copy.leak for group in groups for copy in group)
-    print(f"{len(groups):,} groups, {sum(map(len, groups)):,} files marked")
     if leaks:
         print(
-            f"warning: {leaks:,} of them were leaks: training files that are held out elsewhere under another name"
+            f"warning: {leaks:,} of these files were leaks: copies, in the training split, of what is held out"
         )
     if sheet is not None and groups:
         print(copies_sheet(folder, groups, sheet))
@@ -264,7 +265,7 @@ def data_filter(
     split: str = "train",
     undo: bool = False,
 ) -> None:
-    """Mark the items that score too low, so that no training draws them; nothing is deleted.
+    """Mark the items that score too low, so that no recipe draws them; nothing is deleted.
 
     Running it again with another share starts from the items without its marks.
 

@@ -195,7 +195,7 @@ def test_dedupe_marks_copies_and_leaks_and_spares_the_rest(model, folder, tmp_pa
     leak = "marked by dedupe: leak into training of split test, duplicate of squeezed.jpg ("
     assert marks["red.png"].startswith(leak)
     assert marks["z-copy.png"] == "marked by dedupe: duplicate of blue.png (0 of 64 bits differ)"
-    assert "2 of them were leaks" in out
+    assert "2 of these files were leaks" in out
     assert sheet.exists()
     dedupe(folder, by="both", model=model, quiet=True)
     both = {item.file_name: item.reject for item in Index.read(folder) if item.marked}

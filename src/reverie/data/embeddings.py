@@ -42,6 +42,7 @@ from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, decode_array, pi
 from reverie.progress import track
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PLACE = ".reverie"
@@ -264,9 +265,7 @@ class _Store:
         import torch
 
         with torch.no_grad():
-            vectors = embed(torch.cat([signals for _, signals, _ in batch])).to(
-                "cpu", getattr(torch, self.dtype)
-            )
+            vectors = embed(torch.cat([signals for _, signals, _ in batch])).to("cpu", _type(self.dtype))
         if not vectors.isfinite().all():
             raise InputError(
                 f"some of the model's vectors are not finite numbers in {self.dtype}: the model is broken."
@@ -291,7 +290,7 @@ class _Store:
             contents=[content for content, _, _ in self._new],
             start=np.cumsum([0] + [len(own) for _, own, _ in self._new], dtype=np.int64),
             seconds=torch.tensor([s for _, _, seconds in self._new for s in seconds], dtype=torch.float32),
-            vectors=vectors.to(getattr(torch, self.dtype)),
+            vectors=vectors.to(_type(self.dtype)),
             bad=self._new_bad,
         )
         self._new, self._new_bad = [], {}
@@ -361,7 +360,7 @@ class _Store:
         assert self.parts
         if len(self.parts) == 1 and np.array_equal(rows, np.arange(len(self.parts[0].vectors))):
             return self.parts[0].vectors
-        out = torch.empty(len(rows), self.parts[0].vectors.shape[1], dtype=getattr(torch, self.dtype))
+        out = torch.empty(len(rows), self.parts[0].vectors.shape[1], dtype=_type(self.dtype))
         offset = 0
         for part in self.parts:
             mine = np.flatnonzero((rows >= offset) & (rows < offset + len(part.vectors)))
@@ -385,7 +384,7 @@ class _Store:
         ]
         rows, start, seconds = self._rows(contents[name] for name in good)
         file = torch.from_numpy(np.repeat(np.arange(len(good)), np.diff(start)))
-        vectors = self._vectors(rows) if good else torch.empty(0, 0, dtype=getattr(torch, self.dtype))
+        vectors = self._vectors(rows) if good else torch.empty(0, 0, dtype=_type(self.dtype))
         return Embeddings(
             folder=folder, names=good, vectors=vectors, file=file, seconds=seconds, bad=tuple(bad),
             place=self.place if self.writable else None, digest=whole.hexdigest(),
@@ -424,7 +423,7 @@ def _read(path: Path, dtype: str) -> _Part | None:
         vectors, start, contents = tensors["vectors"], tensors["start"], tensors["contents"]
         sound = (
             vectors.ndim == 2
-            and vectors.dtype == getattr(torch, dtype)
+            and vectors.dtype == _type(dtype)
             and start.shape == (len(contents) + 1,)
             and contents.dtype == torch.uint8
             and contents.shape[1:] == (32,)
@@ -450,6 +449,12 @@ def _read(path: Path, dtype: str) -> _Part | None:
         vectors=vectors,
         bad=bad,
     )
+
+
+def _type(name: str) -> torch.dtype:
+    import torch
+
+    return {"float16": torch.float16, "float32": torch.float32}[name]
 
 
 def _video() -> bool:

@@ -187,7 +187,7 @@ def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, 
     if not ranked:
         raise InputError(f"There are no near duplicates in {folder} to show: no sheet was written.")
     shown, titles = [], []
-    columns = 8
+    columns = min(8, 1 + max(len(group) for group in ranked))
     for group in ranked:
         kept = group[0].original
         row = [(kept, f"kept {kept.width}x{kept.height} {kept.split} {kept.file_name}")]
@@ -207,6 +207,6 @@ def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, 
     more = f", the first {most}" if len(groups) > most else ""
     marked = sum(len(group) for group in groups)
     head = (
-        f"{len(groups):,} groups of near duplicates{more}: {marked:,} files marked. What is kept stands left."
+        f"near duplicates: {len(groups):,} groups{more}, {marked:,} files marked. What is kept stands left."
     )
     return stack([(head, grid(shown, titles, columns))], path)
