@@ -122,7 +122,10 @@ def open_folder(
 
 @torch.no_grad()
 def vectors_of(clip: Any, queries: Sequence[Query]) -> Tensor:
-    """The unit vector of each query, `q d`. InputError: it asks for nothing, its parts cancel out, a bad picture."""
+    """The unit vector of each query, `q d`; a clip that is asked with counts by the mean of its frames.
+
+    InputError: a query asks for nothing, its parts cancel out, or its picture cannot be read.
+    """
     texts = sorted({text for q in queries for text in (*filter(None, [q.words]), *q.plus, *q.minus)})
     paths = sorted({path for q in queries for path in (*q.images, *q.minus_images)})
     parts: dict[str | Path, Tensor] = {}
