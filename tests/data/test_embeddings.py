@@ -162,6 +162,26 @@ def test_bad_files_are_listed_and_not_tried_again_before_they_change(folder, mon
     assert "bad.png" in model.run(folder).names
 
 
+def test_bad_files_alone_are_kept_too_and_good_ones_join_them(tmp_path):
+    model = Model()
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    assert model.run(tmp_path).names == ()
+    paint(tmp_path / "good.png", 0)
+    for _ in range(2):
+        found = model.run(tmp_path)
+        assert found.names == ("good.png",)
+        assert found.vectors.shape == (1, 4)
+        assert [bad.path for bad in found.bad] == ["bad.png"]
+    assert model.seen == 1
+
+
+def test_a_store_of_another_width_is_named(folder):
+    Model(width=4).run(folder)
+    paint(folder / "new.png", 50)
+    with pytest.raises(InputError, match="4 numbers, but the model makes 6"):
+        Model(width=6).run(folder)
+
+
 def test_a_file_that_is_not_there_is_listed(folder):
     found = Model().run(folder, ["0.png", "absent.png"])
     assert found.names == ("0.png",)
@@ -190,6 +210,9 @@ def test_many_parts_are_joined_and_say_the_same(folder, monkeypatch):
     model = Model()
     some = model.run(folder, media_below(folder)[:3], batch=1)
     assert len(list(some.place.glob("*.safetensors"))) == 3
+    for name in media_below(folder)[:3]:  # each part by itself, wherever it stands
+        own = model.run(folder, [name], present=media_below(folder))
+        assert by_name(own) == {name: by_name(some)[name]}
     found = model.run(folder, batch=1)
     assert len(list(found.place.glob("*.safetensors"))) == 1
     fresh = Model()

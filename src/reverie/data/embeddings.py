@@ -201,12 +201,17 @@ class _Store:
             )
 
     def _take(self, part: _Part) -> None:
-        if self.parts and part.vectors.shape[1] != self.parts[0].vectors.shape[1] and len(part.contents):
+        if part.contents and self.width not in (0, part.vectors.shape[1]):
             return  # of no model that has this fingerprint
         self.parts.append(part)
         for i, content in enumerate(part.contents):
             self.where.setdefault(content, (len(self.parts) - 1, i))
         self.bad |= part.bad
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector; 0 where there is none yet."""
+        return next((part.vectors.shape[1] for part in self.parts if part.contents), 0)
 
     def knows(self, content: str) -> bool:
         return content in self.where or content in self.bad
@@ -270,6 +275,10 @@ class _Store:
             raise InputError(
                 f"some of the model's vectors are not finite numbers in {self.dtype}: the model is broken."
             )
+        if self.width not in (0, vectors.shape[1]):
+            raise InputError(
+                f"{self.place} holds vectors of {self.width} numbers, but the model makes {vectors.shape[1]}: remove it."
+            )
         lengths = [len(seconds) for _, _, seconds in batch]
         for (content, _, seconds), own in zip(batch, vectors.split(lengths), strict=True):
             self._new.append((content, own, seconds))
@@ -283,8 +292,7 @@ class _Store:
         self._since = time.monotonic()
         if not self._new and not self._new_bad:
             return
-        width = self._new[0][1].shape[1] if self._new else self.parts[0].vectors.shape[1] if self.parts else 0
-        vectors = torch.cat([own for _, own, _ in self._new]) if self._new else torch.empty(0, width)
+        vectors = torch.cat([own for _, own, _ in self._new]) if self._new else torch.empty(0, 0)
         part = _Part(
             path=None,
             contents=[content for content, _, _ in self._new],
@@ -360,11 +368,12 @@ class _Store:
         assert self.parts
         if len(self.parts) == 1 and np.array_equal(rows, np.arange(len(self.parts[0].vectors))):
             return self.parts[0].vectors
-        out = torch.empty(len(rows), self.parts[0].vectors.shape[1], dtype=_type(self.dtype))
+        out = torch.empty(len(rows), self.width, dtype=_type(self.dtype))
         offset = 0
         for part in self.parts:
             mine = np.flatnonzero((rows >= offset) & (rows < offset + len(part.vectors)))
-            out[torch.from_numpy(mine)] = part.vectors[torch.from_numpy(rows[mine] - offset)]
+            if len(mine):  # an empty part is of no width
+                out[torch.from_numpy(mine)] = part.vectors[torch.from_numpy(rows[mine] - offset)]
             offset += len(part.vectors)
         return out
 
