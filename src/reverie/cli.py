@@ -177,6 +177,118 @@ def data_world(
     print(f"{len(index):,} scenes in {folder}")
 
 
+def data_score(
+    folder: Path,
+    /,
+    *,
+    model: str = "clip-stickers",
+    name: str = "clip",
+    language: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Score how well each caption fits its picture, by CLIP, into the index.
+
+    The score of an item is the mean of its captions' cosines with it. What was scored before and has not changed is
+    left alone.
+
+    Args:
+        folder: A folder that was imported.
+        model: The CLIP that compares: a shipped name or a folder.
+        name: What the score is called in the index.
+        language: Only captions in this language count, such as en; all if not given.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.cleaning import score
+
+    now, before, bad = score(folder, model=model, name=name, language=language, device=device)
+    for it in bad:
+        print(f"not scored: {it.path}: {it.reason}", file=sys.stderr)
+    print(f"score_{name}: {now:,} scored now, {before:,} before, {len(bad):,} cannot be read")
+
+
+def data_dedupe(
+    folder: Path,
+    /,
+    *,
+    by: str = "both",
+    distance: float = 6.0,
+    cosine: float = 0.98,
+    model: str = "clip-stickers",
+    sheet: Path | None = None,
+    undo: bool = False,
+    device: str | None = None,
+) -> None:
+    """Mark near duplicates, all but the best of each group; nothing is deleted.
+
+    What is held out stays and its copies in the training split are marked, since they would flatter every score.
+
+    Args:
+        folder: A folder that was imported.
+        by: hash (perceptual hash, no model), embedding, or both, where two files must be alike in both.
+        distance: How many of the 64 bits of their hashes may differ.
+        cosine: How close their embeddings must be.
+        model: The CLIP that compares: a shipped name or a folder.
+        sheet: Draw the groups to this PNG.
+        undo: Take back the marks of this command.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    if undo:
+        from reverie.data.marks import undo as take_back
+
+        print(f"{take_back(folder, 'dedupe'):,} marks taken back")
+        return
+    from reverie.recipes.cleaning import copies_sheet, dedupe
+
+    groups, bad = dedupe(folder, by=by, distance=distance, cosine=cosine, model=model, device=device)
+    for it in bad:
+        print(f"not compared: {it.path}: {it.reason}", file=sys.stderr)
+    for group in groups:
+        for copy in group:
+            print(f"{copy.item.file_name}: {copy}")
+    print(f"groups: {len(groups):,}, files marked: {sum(map(len, groups)):,}")
+    leaks = sum(copy.leak for group in groups for copy in group)
+    if leaks:
+        print(
+            f"warning: {leaks:,} of these files were leaks: copies, in the training split, of what is held out"
+        )
+    if sheet is not None and groups:
+        print(copies_sheet(folder, groups, sheet))
+
+
+def data_filter(
+    folder: Path,
+    /,
+    *,
+    keep: float | None = None,
+    above: float | None = None,
+    score: str = "clip",
+    split: str = "train",
+    undo: bool = False,
+) -> None:
+    """Mark the items that score too low, so that no recipe draws them; nothing is deleted.
+
+    Running it again with another share starts from the items without its marks.
+
+    Args:
+        folder: A folder that was imported and scored.
+        keep: The share of the best that stays, such as 0.3.
+        above: The least score that stays, instead of a share.
+        score: Which score of the index; clip is what data score writes.
+        split: What is held out is measured on and stays as it is, unless another split is named.
+        undo: Take back the marks of this command.
+    """
+    from reverie.data import marks
+
+    if undo:
+        if keep is not None or above is not None:
+            raise InputError("undo takes back all marks: leave --keep and --above out.")
+        print(f"{marks.undo(folder, 'filter'):,} marks taken back")
+        return
+    kept, marked, without = marks.keep(folder, share=keep, above=above, score=score, split=split)
+    stay = f", {without:,} without a score stay" if without else ""
+    print(f"{split}: {kept:,} kept, {marked:,} marked{stay}")
+
+
 # ---------------------------------------------------------------- train
 
 
@@ -275,47 +387,88 @@ def sample(
 
 def search(
     folder: Path,
-    words: str = "",
+    words: list[str],
     /,
     *,
-    image: Path | None = None,
+    plus: tuple[str, ...] = (),
+    minus: tuple[str, ...] = (),
+    image: tuple[str, ...] = (),
+    minus_image: tuple[str, ...] = (),
+    image_weight: float = 1.0,
+    minus_weight: float = 0.5,
     top: int = 10,
+    sources: tuple[str, ...] = (),
+    split: str | None = None,
     model: str = "clip-stickers",
+    approximate: bool = False,
+    json: bool = False,
     sheet: Path | None = None,
     device: str | None = None,
 ) -> None:
-    """Find the pictures of a folder that fit words best, or another picture.
+    """Find the pictures and clips of a folder that fit words best, or a picture, or both.
+
+    A query is a sum: its words, plus others, plus pictures, minus others. Several queries at once are answered one
+    after the other, and what is added or taken away counts for each. A folder's pictures are embedded once.
 
     Args:
         folder: A folder that was imported, or any folder of pictures.
-        words: What to look for.
-        image: Look for pictures like this one instead.
-        top: How many to list.
+        words: What to look for; each in quotes is a query of its own.
+        plus: Words that are added to every query.
+        minus: Words that are taken away from every query.
+        image: Pictures that are added to every query; alone, what is like them is found.
+        minus_image: Pictures that are taken away from every query.
+        image_weight: How much a picture counts in the sum; words count 1.
+        minus_weight: How much of what is taken away counts.
+        top: How many to list of each query.
+        sources: Only items of these sources; all if not given.
+        split: Only this split: train, val or test; all if not given.
         model: The CLIP that compares: a shipped name or a folder.
+        approximate: Search by faiss even where exact search is quick.
+        json: Answer as one JSON document.
         sheet: Draw what was found to this PNG as well.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    import torch
-
-    from reverie.evals.retrieval import search_topk
-    from reverie.media import decode_array
-    from reverie.pictures import grid
+    from reverie.recipes import search as finding
     from reverie.recipes.parts import capable
 
-    if bool(words) == (image is not None):
-        raise InputError("Give either words or --image to look for.")
+    if empty := [number for number, text in enumerate(words, 1) if not text.strip()]:
+        raise InputError(f"Query {empty[0]} of {len(words)} is empty: say what to look for, or leave it out.")
+    pictures, others = tuple(map(Path, image)), tuple(map(Path, minus_image))
+    queries = [
+        finding.Query(
+            words=text,
+            plus=plus,
+            minus=minus,
+            images=pictures,
+            minus_images=others,
+            image_weight=image_weight,
+            minus_weight=minus_weight,
+        )
+        for text in (words or [""])
+    ]
+    if not (words or plus or minus or pictures or others):
+        raise InputError("Say what to look for: words, --plus, --minus, or --image.")
     clip = capable(model, "embed_text", device=device)
-    with torch.no_grad():
-        paths, pictures = _embed_folder(clip, folder)
-        query = clip.embed_text([words]) if image is None else clip.embed_image([image])
-        scores, found = search_topk(query, pictures, top)
-    for score, place in zip(scores[0].tolist(), found[0].tolist(), strict=True):
-        print(f"{score:.3f}  {paths[place]}")
+    finding.vectors_of(clip, queries)  # a mistake in a query shows before a large folder is embedded
+    found, items = finding.open_folder(clip, folder, sources=sources, split=split)
+    for bad in found.bad[:5]:
+        print(f"left out: {bad.path}: {bad.reason}", file=sys.stderr)
+    if len(found.bad) > 5:
+        print(f"left out: {len(found.bad) - 5:,} more, which --json lists", file=sys.stderr)
+    answers = finding.search(clip, found, queries, top=top, approximate=approximate)
+    if json:
+        print(_search_json(folder, model, found, queries, answers))
+    else:
+        for query, answer in zip(queries, answers, strict=True):
+            if len(queries) > 1:
+                print(f"# {query}")
+            for it in answer:
+                moment = f"  at {it.seconds:.1f} s" if it.seconds is not None else ""
+                print(f"{it.score:.3f}  {folder / it.name}{moment}")
     if sheet is not None:
-        shown = [decode_array(paths[place], size=128, frames=1, fit="pad")[0] for place in found[0].tolist()]
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        grid(shown, [f"{score:.3f}" for score in scores[0].tolist()]).save(sheet, format="PNG")
-        print(sheet)
+        path = finding.sheet(sheet, folder, queries, answers, items)
+        if not json:
+            print(path)
 
 
 # ---------------------------------------------------------------- measure
@@ -663,6 +816,9 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data import": data_import,
     "data check": data_check,
     "data show": data_show,
+    "data score": data_score,
+    "data dedupe": data_dedupe,
+    "data filter": data_filter,
     "data shrink": data_shrink,
     "data stickers": data_stickers,
     "data world": data_world,
@@ -684,36 +840,29 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 # ---------------------------------------------------------------- what several commands need
 
 
-def _embed_folder(clip: Any, folder: Path) -> tuple[list[Path], Any]:
-    """The readable pictures of a folder (of a clip its first frame) and their unit embeddings `n d`."""
-    import torch
+def _search_json(folder: Path, model: str, found: Any, queries: Sequence[Any], answers: Sequence[Any]) -> str:
+    """The answers as one document: paths are relative to `folder`, `seconds` is null for pictures."""
+    import json
 
-    from reverie.data.index import FILE, Index
-    from reverie.media import SUFFIXES, MediaError
-    from reverie.pictures import to_signal
-    from reverie.progress import track
-
-    if (folder / FILE).exists():
-        index = Index.read(folder).select()
-        paths = [index.path(item) for item in index]
-    else:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    readable, signals, embedded = [], [], []
-    for path in track(paths, total=len(paths), label="embedding"):
-        try:
-            signals.append(torch.from_numpy(to_signal(path, size=clip.config.image.size)))
-        except MediaError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        readable.append(path)
-        if len(signals) == 64:
-            embedded.append(clip.embed_image(torch.stack(signals)))
-            signals.clear()
-    if signals:
-        embedded.append(clip.embed_image(torch.stack(signals)))
-    if not readable:
-        raise InputError(f"{folder} holds no picture that can be read: give a folder with pictures.")
-    return readable, torch.cat(embedded)
+    told = [
+        {
+            "words": query.words,
+            "plus": query.plus,
+            "minus": query.minus,
+            "images": [str(path) for path in query.images],
+            "minus_images": [str(path) for path in query.minus_images],
+            "results": [{"path": it.name, "score": it.score, "seconds": it.seconds} for it in answer],
+        }
+        for query, answer in zip(queries, answers, strict=True)
+    ]
+    whole = {
+        "folder": str(folder),
+        "model": model,
+        "files": len(found.names),
+        "queries": told,
+        "left_out": [{"path": bad.path, "reason": bad.reason} for bad in found.bad],
+    }
+    return json.dumps(whole, indent=1, ensure_ascii=False)
 
 
 def _store(signal: Any, stem: Path, *, fps: float) -> Path:

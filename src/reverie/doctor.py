@@ -23,7 +23,7 @@ SHIPPED = Path(__file__).parent / "weights" / "shipped"
 SUMS = "SHA256SUMS"
 MEMORY = 2 * 2**30
 DISK = 2 * 2**30
-IMPORTS = {"pillow": "PIL", "resvg-py": "resvg_py"}
+IMPORTS = {"pillow": "PIL", "resvg-py": "resvg_py", "faiss-cpu": "faiss"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def installed() -> Iterator[Finding]:
     for need in needs:
         if need.extra is None:
             yield _check(need, "!!")
-        elif need.extra in ("video", "track", "stickers"):
+        elif need.extra in ("video", "track", "stickers", "index"):
             extras.setdefault(need.extra, []).append(need)
     for extra, members in extras.items():
         for need in members:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from reverie.errors import InputError
 from reverie.media import decode_array, flatten, on_white
 
 _FONTS = (  # that hold Chinese, by the beginning of the file name, best first
@@ -152,6 +153,31 @@ def card(text: str, side: int, *, ground: int = 243) -> np.ndarray:
     for k, row in enumerate(rows):
         _write(draw, (6, top + k * line), row, points, (30, 30, 30))
     return np.asarray(sheet)
+
+
+def stack(parts: Sequence[tuple[str, Image.Image]], path: str | Path) -> Path:
+    """Grids one above the other, each under its heading, written as a PNG. InputError: `path` cannot be written."""
+    assert len(parts) > 0
+    points, gap = 16, 8
+    width = max(picture.width for _, picture in parts)
+    heads = [_wrap(head, width - 2 * gap, points, 3) for head, _ in parts]
+    line = round(points * 1.4)
+    tall = [len(head) * line + gap for head in heads]
+    whole = Image.new("RGB", (width, sum(tall) + sum(picture.height for _, picture in parts)), (255,) * 3)
+    draw = ImageDraw.Draw(whole)
+    y = 0
+    for head, space, (_, picture) in zip(heads, tall, parts, strict=True):
+        for k, text in enumerate(head):
+            _write(draw, (gap, y + gap // 2 + k * line), text, points, (30, 30, 30))
+        whole.paste(picture, (0, y + space))
+        y += space + picture.height
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.save(path, format="PNG")
+    except OSError:
+        raise InputError(f"Cannot write {path}: give another place for the sheet.") from None
+    return path
 
 
 def _flat(image: np.ndarray, ground: int) -> Image.Image:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reverie import disk
-from reverie.data.index import Index
+from reverie.data.index import MARK_WORDS, Index
 from reverie.errors import InputError
 from reverie.media import SUFFIXES
 from reverie.progress import track
@@ -15,7 +15,7 @@ from reverie.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The state of an index. `rejected`: file name and reason; `copies`: file names with the same bytes."""
+    """The state of an index. `rejected`, `marked`: file name and reason; `copies`: file names with the same bytes."""
 
     folder: Path
     total: int
@@ -26,6 +26,9 @@ class Report:
     rejected: tuple[tuple[str, str], ...]
     copies: tuple[tuple[str, ...], ...]
     across: tuple[tuple[str, ...], ...]  # those copies that are in more than one split
+    marked: tuple[
+        tuple[str, str], ...
+    ] = ()  # left out by `data filter` and `data dedupe`, their files being sound
 
     @property
     def lost(self) -> float:
@@ -46,6 +49,11 @@ class Report:
             by_reason[reason].append(name)
         for reason, names in sorted(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0])):
             lines += [f"  {name}: {reason}" for name in names]
+        if self.marked:
+            by = Counter(reason.removeprefix(MARK_WORDS).partition(":")[0] for _, reason in self.marked)
+            listed = ", ".join(f"{count:,} by `reverie data {name}`" for name, count in sorted(by.items()))
+            lines.append(f"marked, which --undo takes back: {listed}")
+            lines += [f"  {name}: {reason}" for name, reason in self.marked]
         if self.copies:
             lines.append(f"same content more than once: {len(self.copies):,} groups")
             lines += [f"  {' = '.join(names)}" for names in self.copies]
@@ -62,9 +70,9 @@ def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = F
     contents: compare content hashes, not only sizes. InputError: no index, or nothing usable in the folder.
     """
     index = folder if isinstance(folder, Index) else Index.read(folder)
-    rejected, accepted, same = [], [], defaultdict(list)
+    rejected, marked, accepted, same = [], [], [], defaultdict(list)
     for item in track(index, total=len(index), label="checking", quiet=quiet):
-        reason = item.reject
+        reason = None if item.marked else item.reject
         if reason is None:
             path = index.path(item)
             try:
@@ -72,14 +80,16 @@ def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = F
                 reason = "changed since the import: import the folder again" if changed else None
             except OSError:
                 reason = "gone since the import: import the folder again"
-        if reason is None:
+        if reason is None and item.marked:
+            marked.append((item.file_name, str(item.reject)))
+        elif reason is None:
             accepted.append(item)
             same[item.hash].append(item)
         else:
             rejected.append((item.file_name, reason))
     if not accepted:
         raise nothing_usable(
-            index.folder, count_extensions(index.folder), Counter(reason for _, reason in rejected)
+            index.folder, count_extensions(index.folder), Counter(reason for _, reason in rejected + marked)
         )
     copies = [group for group in same.values() if len(group) > 1]
     return Report(
@@ -90,6 +100,7 @@ def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = F
         splits=dict(sorted(Counter(item.split for item in accepted).items())),
         captions=dict(Counter(c.language for item in accepted for c in item.captions).most_common()),
         rejected=tuple(rejected),
+        marked=tuple(marked),
         copies=tuple(tuple(item.file_name for item in group) for group in copies),
         across=tuple(
             tuple(item.file_name for item in group)

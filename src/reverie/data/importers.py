@@ -45,6 +45,7 @@ from typing import IO, Any
 from reverie import disk
 from reverie.data.check import nothing_usable
 from reverie.data.index import FILE, SPLITS, Caption, Index, Item, is_ours
+from reverie.data.marks import still_marked
 from reverie.data.threads import in_order
 from reverie.errors import InputError
 from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, decode_array, probe, sniff
@@ -141,9 +142,8 @@ def import_folder(
         Item(file_name=name, hash="", bytes=0, width=0, height=0, reject=reason)
         for name, reason in problems.items()
     ]
-    index = Index(
-        target, sorted(_at_least_one(finished, free, val) + refused, key=lambda item: item.file_name)
-    )
+    items = still_marked(_at_least_one(finished, free, val) + refused)
+    index = Index(target, sorted(items, key=lambda item: item.file_name))
     index.extra = _extra_table(extra, previous)
     if index.items:
         index.write()
@@ -644,6 +644,8 @@ def _finish(
         reject = (
             f"no caption: write one into {stem}.txt, a metadata table, or name the folder after its class"
         )
+    if reject is None and old is not None and old.marked:
+        reject = old.reject
     return replace(
         item,
         captions=tuple(captions),

@@ -5,6 +5,9 @@ open it. Every stage reads it and adds columns; a rejected file stays in it, wit
 
 Columns: the fields of `Item`; `captions` is a list of structs (text, source, language); each score is a float column
 `score_<name>` (null where an item has none). Columns that Reverie does not know are kept when the table is rewritten.
+
+A reason in `reject` is either what is wrong with the file, or a mark: "marked by filter: ..." or "marked by dedupe:
+...", which `data/marks.py` sets and takes back. To all who select, both are rejected.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 FILE = "metadata.parquet"
 MARK = b"reverie.index"  # schema metadata: this table is ours, with the version of its layout
 SPLITS = ("train", "val", "test")
+MARK_WORDS = "marked by "  # begin the reason of a mark; then the command and a colon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,13 @@ class Item:
     scores: dict[str, float] = field(default_factory=dict)
     reject: str | None = None
 
+    @property
+    def marked(self) -> str | None:
+        """The command that left the item out ("filter", "dedupe"); None: none did, the file may be broken though."""
+        if self.reject is None or not self.reject.startswith(MARK_WORDS):
+            return None
+        return self.reject.removeprefix(MARK_WORDS).partition(":")[0]
+
 
 class Index:
     """The items of one dataset folder. `extra` holds the columns that Reverie does not know, keyed by file_name."""
@@ -76,13 +87,15 @@ class Index:
         return self.items[i]
 
     def __str__(self) -> str:
-        """One line: how much was accepted, of what, in which split, and how much was rejected."""
+        """One line: how much was accepted, of what, in which split, and how much was rejected and marked."""
         accepted = [item for item in self.items if item.reject is None]
         clips = sum(item.frames > 1 for item in accepted)
         splits = ", ".join(f"{sum(item.split == name for item in accepted):,} {name}" for name in SPLITS)
+        marked = sum(item.marked is not None for item in self.items)
         return (
             f"{self.folder}: {len(accepted) - clips:,} pictures and {clips:,} clips accepted ({splits}), "
-            f"{len(self.items) - len(accepted):,} rejected"
+            f"{len(self.items) - len(accepted) - marked:,} rejected"
+            + (f", {marked:,} marked" if marked else "")
         )
 
     def extra_of(self, file_name: str) -> dict[str, Any]:

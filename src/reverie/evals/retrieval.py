@@ -87,7 +87,7 @@ def ranks(queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], *, blo
 
 
 @torch.no_grad()
-def search_topk(queries: Tensor, items: Tensor, k: int, *, block: int = 65_536) -> tuple[Tensor, Tensor]:
+def search_topk(queries: Tensor, items: Tensor, k: int, *, block: int = 16_384) -> tuple[Tensor, Tensor]:
     """The `min(k, n)` best of `items` (`n d`) for each of `queries` (`q d`): scores and indices `q k`, best first.
 
     Exact: what sorting all dot products gives, the lower index first among equals, in memory for `block` items at a
@@ -102,8 +102,12 @@ def search_topk(queries: Tensor, items: Tensor, k: int, *, block: int = 65_536) 
         raise InputError(f"k is {k}: ask for at least one result")
     scores = queries.new_empty(len(queries), 0)
     indices = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    alike = items.dtype == queries.dtype and items.device == queries.device
+    # one buffer for all blocks: fresh memory for each would cost ten times the conversion
+    room = None if alike else queries.new_empty(min(block, len(items)), items.shape[1])
     for start in range(0, len(items), block):
-        part = queries @ items[start : start + block].to(queries).T
+        own = items[start : start + block]
+        part = queries @ (own if room is None else room[: len(own)].copy_(own)).T
         place = _top(part, min(k, part.shape[1]))
         # the earlier items stand first, so a stable sort keeps the lower index first among equals
         scores, order = torch.cat([scores, part.gather(1, place)], dim=1).sort(
@@ -116,13 +120,15 @@ def search_topk(queries: Tensor, items: Tensor, k: int, *, block: int = 65_536) 
 
 def _top(scores: Tensor, k: int) -> Tensor:
     """Indices `q k` of the k largest in each row, best first, the lower index first among equals (topk picks any)."""
-    least = scores.topk(k, dim=1).values
+    least, place = scores.topk(k, dim=1)
     if least.isnan().any():  # topk puts NaN first, so none can hide
         raise InputError("some scores are not numbers: the embeddings are broken, embed again")
     least = least[:, -1:]
-    above, equal = scores > least, scores == least
-    room = k - above.sum(dim=1, keepdim=True)
-    place = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].view(len(scores), k)
+    if ((scores >= least).sum(dim=1) > k).any():  # more than k share the last place
+        above, equal = scores > least, scores == least
+        room = k - above.sum(dim=1, keepdim=True)
+        place = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].view(len(scores), k)
+    place = place.sort(dim=1).values
     return place.gather(1, scores.gather(1, place).sort(dim=1, descending=True, stable=True).indices)
 
 

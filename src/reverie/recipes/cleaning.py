@@ -1,0 +1,212 @@
+"""Cleaning a dataset with CLIP: does each caption fit its picture, and what is there twice?
+
+    score     `reverie data score`: the cosine of each caption with its picture, into the index
+    dedupe    `reverie data dedupe`: near duplicates by perceptual hash and embedding, all but the best marked
+    keep      `reverie data filter` (data/marks.py): what scores too low marked
+
+As DataComp (2304.14108, section 5.1) filters: score everything by a model that was trained elsewhere, keep the best
+share. Nothing is deleted; docs/cleaning.md has the measure of what it brings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reverie.data.duplicates import COSINE, DISTANCE, Copy, find_copies, hash_items
+from reverie.data.index import Caption, Index, Item
+from reverie.data.marks import mark, unmarked
+from reverie.data.pixels import Bad
+from reverie.errors import InputError
+from reverie.media import MediaError, decode_array
+from reverie.pictures import grid, stack
+from reverie.progress import track
+from reverie.recipes.parts import capable
+from reverie.recipes.search import embed_pictures, key_of
+
+EACH = "caption_scores_{}"  # column of the index: the score of each caption, in the order of `captions`
+DONE = "scored_{}"  # column: what the scores were made of
+TEXTS = 256  # captions of a batch
+WAYS = ("both", "hash", "embedding")
+
+
+@torch.no_grad()
+def score(
+    folder: str | Path,
+    *,
+    model: str | Path = "clip-stickers",
+    name: str = "clip",
+    language: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> tuple[int, int, tuple[Bad, ...]]:
+    """Score every item that has captions; returns how many were scored now, how many before, and the files left out.
+
+    `score_NAME` is the mean cosine of the item's captions with its picture (of a clip: each with its best frame):
+    training draws any of them, and the mean tells wrong captions better than the best does (docs/cleaning.md).
+    `caption_scores_NAME` lists each caption's, in the index's order, null where it is not counted. language: only
+    captions in this language count, where the model reads no other. What was scored by the same model with the same
+    captions is not scored again. Marked items are scored too, as they may be taken back.
+    InputError: no index, nothing with captions, a model that cannot read.
+    """
+    if not name.replace("_", "").isalnum():
+        raise InputError(f"A score cannot be called {name!r}: use letters, digits and _.")
+    index = Index.read(folder)
+    wanted = [item for item in index if (item.reject is None or item.marked) and _texts(item, language)]
+    if not wanted:
+        has = "a caption" if language is None else f"a caption in {language!r}"
+        raise InputError(
+            f"Nothing in {folder} is accepted and has {has}: look at `reverie data check {folder}`."
+        )
+    clip = capable(model, "embed_text", device=device)
+    key = key_of(clip)
+    todo = [
+        item
+        for item in wanted
+        if index.extra_of(item.file_name).get(DONE.format(name)) != _done(item, key, language)
+    ]
+    if not todo:
+        return 0, len(wanted), ()
+    found = embed_pictures(clip, index.folder, items=todo, present=index.items, quiet=quiet)
+    texts = sorted({text for item in todo for text in _texts(item, language)})
+    steps = track(range(0, len(texts), TEXTS), total=-(-len(texts) // TEXTS), label="reading", quiet=quiet)
+    words = torch.cat(
+        [F.normalize(clip.embed_text(texts[i : i + TEXTS]).float().cpu(), dim=-1) for i in steps]
+    )
+    place = {text: i for i, text in enumerate(texts)}
+    rows = torch.bincount(found.file, minlength=len(found.names)).tolist()
+    items = {item.file_name: item for item in todo}
+    each: dict[str, list[float | None]] = {}
+    for file_name, own in zip(found.names, found.vectors.split(rows), strict=True):
+        item = items[file_name]
+        wording = words[[place[text] for text in _texts(item, language)]]
+        cosines = iter((wording @ own.float().T).amax(1).tolist())
+        each[file_name] = [next(cosines) if _counts(c, language) else None for c in item.captions]
+    done = {file_name: _done(items[file_name], key, language) for file_name in each}
+    fresh = Index.read(folder)  # somebody may have written it meanwhile
+    mean = {file_name: statistics.mean(s for s in own if s is not None) for file_name, own in each.items()}
+    fresh.items = [
+        replace(item, scores=item.scores | {name: mean[item.file_name]}) if item.file_name in mean else item
+        for item in fresh
+    ]
+    fresh.extra = _with_columns(fresh, {EACH.format(name): each, DONE.format(name): done})
+    fresh.write()
+    return len(each), len(wanted) - len(todo), found.bad
+
+
+def _counts(caption: Caption, language: str | None) -> bool:
+    return bool(caption.text.strip()) and language in (None, caption.language)
+
+
+def _texts(item: Item, language: str | None) -> list[str]:
+    return [caption.text for caption in item.captions if _counts(caption, language)]
+
+
+def _done(item: Item, key: str, language: str | None) -> str:
+    words = "\x1f".join((key, str(language), item.hash, *(caption.text for caption in item.captions)))
+    return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
+
+
+def _with_columns(index: Index, columns: dict[str, dict[str, Any]]) -> Any:
+    """The index's unknown columns with these, given by file name; files that are not named keep what they have."""
+    import pyarrow as pa
+
+    names = [item.file_name for item in index]
+    before = [index.extra_of(name) for name in names]
+    table: dict[str, Any] = {"file_name": pa.array(names, pa.string())}
+    for old in index.extra.schema if index.extra is not None else ():
+        if old.name != "file_name" and old.name not in columns:
+            table[old.name] = pa.array([row.get(old.name) for row in before], old.type)
+    for column, values in columns.items():
+        kind = pa.list_(pa.float64()) if column.startswith("caption_scores") else pa.string()
+        table[column] = pa.array(
+            [values.get(name, row.get(column)) for name, row in zip(names, before, strict=True)], kind
+        )
+    return pa.table(table)
+
+
+def dedupe(
+    folder: str | Path,
+    *,
+    by: str = "both",
+    distance: float = DISTANCE,
+    cosine: float = COSINE,
+    model: str | Path = "clip-stickers",
+    device: str | None = None,
+    quiet: bool = False,
+) -> tuple[list[list[Copy]], tuple[Bad, ...]]:
+    """Mark all but the best of each group of near duplicates; returns the groups and the files left out.
+
+    by: "hash", "embedding", or "both", where a pair must pass both. What `data filter` marked is compared too, and
+    keeps its mark. It starts from the items without its own marks. InputError: an unknown `by`, a limit out of range.
+    """
+    if by not in WAYS:
+        raise InputError(f"Duplicates are not found by {by!r}: use {', '.join(WAYS)}.")
+    index = Index.read(folder)
+    items = [item for item in unmarked(index, "dedupe") if item.reject is None or item.marked]
+    if not items:
+        raise InputError(f"No file of {folder} is accepted: look at `reverie data check {folder}`.")
+    hashes: list[np.ndarray] | None = None
+    embeddings: list[Tensor] | None = None
+    bad: list[Bad] = []
+    if by != "embedding":
+        found = hash_items(index, items, quiet=quiet)
+        bad += [Bad(name, why) for name, why in found.items() if isinstance(why, str)]
+        items = [item for item in items if not isinstance(found[item.file_name], str)]
+        hashes = [np.asarray(found[item.file_name]) for item in items]
+    if by != "hash":
+        clip = capable(model, "embed_image", device=device)
+        seen = embed_pictures(clip, index.folder, items=items, present=index.items, quiet=quiet)
+        bad += seen.bad
+        rows = torch.bincount(seen.file, minlength=len(seen.names)).tolist()
+        own = dict(zip(seen.names, seen.vectors.split(rows), strict=True))
+        if hashes is not None:
+            hashes = [h for h, item in zip(hashes, items, strict=True) if item.file_name in own]
+        items = [item for item in items if item.file_name in own]
+        embeddings = [own[item.file_name] for item in items]
+    groups = find_copies(items, hashes=hashes, embeddings=embeddings, distance=distance, cosine=cosine)
+    fresh = Index.read(folder)
+    other = {item.file_name for item in fresh if item.marked not in (None, "dedupe")}
+    copies = [copy for group in groups for copy in group]
+    mark(fresh, "dedupe", {c.item.file_name: str(c) for c in copies if c.item.file_name not in other})
+    return groups, tuple(bad)
+
+
+def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, most: int = 60) -> Path:
+    """Up to `most` groups as one PNG, leaks first: what is kept, and what is marked with the signs that found it."""
+    ranked = sorted(groups, key=lambda group: not any(copy.leak for copy in group))[:most]
+    if not ranked:
+        raise InputError(f"There are no near duplicates in {folder} to show: no sheet was written.")
+    shown, titles = [], []
+    columns = min(8, 1 + max(len(group) for group in ranked))
+    for group in ranked:
+        kept = group[0].original
+        row = [(kept, f"kept {kept.width}x{kept.height} {kept.split} {kept.file_name}")]
+        for copy in group[: columns - 1]:
+            signs = str(copy).rpartition(" (")[2].rstrip(")")
+            row.append((copy.item, f"{'LEAK ' * copy.leak}{signs} {copy.item.file_name}"))
+        for item, title in row:
+            try:
+                shown.append(decode_array(folder / item.file_name, size=112, frames=1, fit="pad")[0])
+            except MediaError as error:
+                shown.append(np.full((112, 112, 4), 200, np.uint8))
+                title = f"{item.file_name}: {error.reason}"
+            titles.append(title)
+        for _ in range(columns - len(row)):
+            shown.append(np.full((112, 112, 4), 255, np.uint8))
+            titles.append("")
+    more = f", the first {most}" if len(groups) > most else ""
+    marked = sum(len(group) for group in groups)
+    head = (
+        f"near duplicates: {len(groups):,} groups{more}, {marked:,} files marked. What is kept stands left."
+    )
+    return stack([(head, grid(shown, titles, columns))], path)

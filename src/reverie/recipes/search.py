@@ -1,0 +1,213 @@
+"""`reverie search`: the pictures and clips of a folder that fit words, pictures, or both, by a model's embeddings.
+
+The rule of combination: a query's vector is the sum of the unit vectors of its words, of what is added (`plus`) and,
+times `image_weight`, of its pictures, less `minus_weight` times those of what is taken away (`minus`), brought to
+length 1. A score is the cosine with a file's vector. A clip scores by its best frame, not by the mean of its frames:
+what is seen for one second of a minute is there, and the answer can say when.
+
+Words and pictures lie in two parts of the space, so the scores of a query in words and of one by a picture do not
+compare, and where both are asked the picture decides more; a smaller `image_weight` gives words more say. The vectors
+of two wordings are close to each other, and a difference of equals keeps little of either; hence half for `minus`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reverie.data import neighbours
+from reverie.data.embeddings import FRAMES, Embeddings, embed_folder, fingerprint, frames_of, media_below
+from reverie.data.index import FILE, Index, Item
+from reverie.errors import InputError
+from reverie.evals.retrieval import search_topk
+from reverie.media import MediaError, decode_array
+from reverie.pictures import grid, stack
+
+EXACT = 5_000_000  # vectors that are searched exactly; beyond, faiss looks into a part of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What to look for."""
+
+    words: str = ""
+    plus: tuple[str, ...] = ()
+    minus: tuple[str, ...] = ()
+    images: tuple[Path, ...] = ()
+    minus_images: tuple[Path, ...] = ()
+    image_weight: float = 1.0
+    minus_weight: float = 0.5
+
+    def __str__(self) -> str:
+        parts = [f'"{text}"' for text in (*filter(None, [self.words]), *self.plus)]
+        parts += [path.name for path in self.images]
+        text = " + ".join(parts)
+        taken = [f'"{text}"' for text in self.minus] + [path.name for path in self.minus_images]
+        return " - ".join(filter(None, [text, *taken])) if text else f"- {' - '.join(taken)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A file that was found. `seconds`: where in a clip its best frame stands; None of a picture. `frame`: which."""
+
+    name: str
+    score: float
+    seconds: float | None
+    frame: int
+
+
+def embed_pictures(
+    clip: Any,
+    folder: Path,
+    *,
+    items: Sequence[Item] | None = None,
+    present: Sequence[Item] | None = None,
+    quiet: bool = False,
+) -> Embeddings:
+    """The embeddings of a folder's files by a CLIP, or of some `items` of an index (of all its items `present`)."""
+    everything = None if present is None else [item.file_name for item in present]
+    return embed_folder(
+        folder,
+        media_below(folder) if items is None else [item.file_name for item in items],
+        key=key_of(clip),
+        prepare=clip.prepare,
+        embed=lambda signals: clip.embed_image(signals),
+        present=everything,
+        quiet=quiet,
+    )
+
+
+def key_of(clip: Any) -> str:
+    """The fingerprint of a system's weights and configuration."""
+    return fingerprint(clip.state_dict(), type(clip).__name__, clip.config)
+
+
+def open_folder(
+    clip: Any, folder: Path, *, sources: Sequence[str] = (), split: str | None = None, quiet: bool = False
+) -> tuple[Embeddings, dict[str, Item]]:
+    """The embeddings to search, and the items of the index by file name where there is one.
+
+    InputError: no folder, filters without an index, or nothing that can be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
+    if (folder / FILE).exists():
+        index = Index.read(folder)
+        items = index.select(split=split, sources=sources or None).items
+        if not items and index.items:
+            there = ", ".join(sorted({str(item.source) for item in index if item.source})) or "none is named"
+            raise InputError(
+                f"No accepted file of {folder} is of the split and sources asked for; sources: {there}."
+            )
+        found = embed_pictures(clip, folder, items=items, present=index.items, quiet=quiet)
+        by_name = {item.file_name: item for item in items}
+    else:
+        if sources or split:
+            raise InputError(
+                f"{folder} has no index, so no sources or splits: run `reverie data import {folder}`."
+            )
+        found, by_name = embed_pictures(clip, folder, quiet=quiet), {}
+    if not found.names:
+        why = f" ({found.bad[0].path}: {found.bad[0].reason})" if found.bad else ""
+        raise InputError(f"{folder} holds no picture that can be read{why}: give a folder with pictures.")
+    return found, by_name
+
+
+@torch.no_grad()
+def vectors_of(clip: Any, queries: Sequence[Query]) -> Tensor:
+    """The unit vector of each query, `q d`; a clip that is asked with counts by the mean of its frames.
+
+    InputError: a query asks for nothing, its parts cancel out, or its picture cannot be read.
+    """
+    texts = sorted({text for q in queries for text in (*filter(None, [q.words]), *q.plus, *q.minus)})
+    paths = sorted({path for q in queries for path in (*q.images, *q.minus_images)})
+    parts: dict[str | Path, Tensor] = {}
+    if texts:
+        parts |= zip(texts, F.normalize(clip.embed_text(texts).float(), dim=-1), strict=True)
+    for path in paths:
+        pictures, _ = frames_of(path)
+        own = F.normalize(clip.embed_image(clip.prepare(pictures)).float(), dim=-1)
+        parts[path] = F.normalize(own.mean(0), dim=-1)
+    rows = []
+    for q in queries:
+        added = [parts[text] for text in (*filter(None, [q.words]), *q.plus)]
+        added += [q.image_weight * parts[path] for path in q.images]
+        added += [-q.minus_weight * parts[text] for text in q.minus]
+        added += [-q.minus_weight * q.image_weight * parts[path] for path in q.minus_images]
+        if not added:
+            raise InputError("Say what to look for: words, --plus, --minus, or --image.")
+        whole = torch.stack(added).sum(0)
+        if whole.norm() < 1e-4:
+            raise InputError(f"The parts of the query {q} cancel out: nothing is left to look for.")
+        rows.append(F.normalize(whole, dim=-1))
+    return torch.stack(rows)
+
+
+def search(
+    clip: Any, embeddings: Embeddings, queries: Sequence[Query], *, top: int = 10, approximate: bool = False
+) -> list[list[Found]]:
+    """The `top` files for each query, best first; exact, the earlier file first among equals.
+
+    approximate: by faiss, as beyond EXACT vectors where it is installed. InputError: `top` below 1, or no faiss.
+    """
+    if top < 1:
+        raise InputError(f"top is {top}: ask for at least one result.")
+    asked = vectors_of(clip, queries)
+    rows = torch.bincount(embeddings.file, minlength=len(embeddings.names))
+    some = min(top * int(rows.max()), len(embeddings.vectors))  # so many rows hold `top` files at least
+    if approximate or (len(embeddings.vectors) > EXACT and neighbours.available()):
+        scores, places = neighbours.kept(embeddings.vectors, embeddings.digest).topk(asked, some)
+    else:
+        if len(embeddings.vectors) > EXACT:
+            print(f"searching {len(embeddings.vectors):,} vectors exactly: pip install 'reverie[index]' for speed",
+                  file=sys.stderr)  # fmt: skip
+        scores, places = search_topk(asked, embeddings.vectors, some)
+    first = rows.cumsum(0) - rows
+    answers = []
+    for own, where in zip(scores.cpu().tolist(), places.cpu().tolist(), strict=True):
+        found: dict[int, Found] = {}
+        for score, row in zip(own, where, strict=True):
+            if row < 0 or len(found) == top:
+                break
+            file = int(embeddings.file[row])
+            moving = int(rows[file]) > 1
+            found.setdefault(file, Found(
+                name=embeddings.names[file], score=score, frame=row - int(first[file]),
+                seconds=float(embeddings.seconds[row]) if moving else None,
+            ))  # fmt: skip
+        answers.append(list(found.values()))
+    return answers
+
+
+def sheet(
+    path: Path,
+    folder: Path,
+    queries: Sequence[Query],
+    answers: Sequence[Sequence[Found]],
+    items: dict[str, Item],
+) -> Path:
+    """One PNG: each query at the head of what it found, with scores and captions; of clips the best frame."""
+    parts = []
+    for query, found in zip(queries, answers, strict=True):
+        shown, titles = [], []
+        for it in found:
+            try:
+                frames = decode_array(folder / it.name, size=128, frames=FRAMES, fit="pad")
+            except MediaError as error:
+                raise InputError(
+                    f"{it.name} cannot be shown any more: {error.reason}; search again."
+                ) from None
+            shown.append(frames[min(it.frame, len(frames) - 1)])
+            item = items.get(it.name)
+            words = item.captions[0].text if item is not None and item.captions else Path(it.name).stem
+            moment = f" at {it.seconds:.1f} s" if it.seconds is not None else ""
+            titles.append(f"{it.score:.3f}{moment} {words}")
+        parts.append((str(query), grid(shown, titles)))
+    return stack(parts, path)
