@@ -54,8 +54,6 @@ class ClipConfig:
 class Clip(nn.Module):
     """The two towers and the temperature. `tokenizer` may be left out when only tokens are embedded."""
 
-    no_decay = ("log_scale", "bias")
-
     def __init__(self, config: ClipConfig, tokenizer: Bpe | Pieces | None = None):
         super().__init__()
         self.config = config
@@ -80,6 +78,7 @@ class Clip(nn.Module):
         first = 1 / 0.07 if config.loss == "softmax" else 10.0
         self.log_scale = nn.Parameter(torch.full((1,), math.log(first)))
         self.bias = nn.Parameter(torch.full((1,), -10.0)) if config.loss == "sigmoid" else None
+        self.no_decay = ("log_scale",) if self.bias is None else ("log_scale", "bias")
 
     # Embeddings ----------------------------------------------------------------------------------------------------
 
