@@ -84,7 +84,9 @@ def test_every_import_is_declared():
     own = {"PIL": "pillow", "resvg_py": "resvg-py", "faiss": "faiss-cpu", "reverie": "reverie"}
     groups = PROJECT["project"]["optional-dependencies"]
     declared = {name_and_floor(line)[0] for line in PROJECT["project"]["dependencies"]}
-    extras = {name_and_floor(line)[0] for name in ("video", "track", "stickers", "index") for line in groups[name]}
+    extras = {
+        name_and_floor(line)[0] for name in ("video", "track", "stickers", "index") for line in groups[name]
+    }
     found = set()
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -150,6 +150,14 @@ def test_tensors_pictures_and_paths_are_the_same(clip, tmp_path):
         torch.testing.assert_close(clip.embed_image(images), expected, **near)
 
 
+def test_a_long_list_is_embedded_a_part_at_a_time(clip, small, images, monkeypatch):
+    pictures = [Image.new("RGB", (20, 16), (i, 2 * i, 250 - i)) for i in range(7)]
+    whole, words = clip.embed_image(pictures), clip.embed_text(small.names * 5)
+    monkeypatch.setattr("reverie.systems.clip.AT_ONCE", 3)
+    torch.testing.assert_close(clip.embed_image(tuple(pictures)), whole, **near)
+    torch.testing.assert_close(clip.embed_text(small.names * 5), words, **near)
+
+
 def test_other_sizes_are_brought_to_its_own(clip, images):
     flat = torch.tensor([0.5, -0.2, 0.9])[None, :, None, None]
     expected = clip.embed_image(flat.expand(1, 3, 16, 16))

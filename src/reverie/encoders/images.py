@@ -16,10 +16,8 @@ from reverie.pictures import to_signal
 Images = Tensor | Sequence[str | Path | Image.Image]
 
 
-def open_images(
-    images: Sequence[str | Path | Image.Image], *, size: int, fit: str = "crop", resample: str = "bicubic"
-) -> Tensor:
-    """Pictures or their paths -> `b 3 size size` in [-1, 1]; `pictures.to_signal` says how they are fitted."""
+def check_images(images: Sequence[str | Path | Image.Image]) -> None:
+    """InputError: this is no list of one picture or path, or more."""
     if isinstance(images, str | Path | Image.Image):
         raise InputError("images must be a list, but is one picture or path: write [image].")
     if not hasattr(images, "__len__"):
@@ -31,9 +29,15 @@ def open_images(
             raise InputError(
                 f"an image is a path or a PIL picture, not {type(image).__name__}: stack to `b 3 h w`."
             )
-    return torch.stack(
-        [torch.from_numpy(to_signal(image, size=size, fit=fit, resample=resample)) for image in images]
-    )
+
+
+def open_images(
+    images: Sequence[str | Path | Image.Image], *, size: int, fit: str = "crop", resample: str = "bicubic"
+) -> Tensor:
+    """Pictures or their paths -> `b 3 size size` in [-1, 1]; `media.decode_array` says how they are fitted."""
+    check_images(images)
+    signals = [to_signal(image, size=size, fit=fit, resample=resample) for image in images]
+    return torch.stack([torch.from_numpy(signal) for signal in signals])
 
 
 def as_batch(images: Tensor, *, size: int, like: Tensor, checked: bool = True) -> Tensor:

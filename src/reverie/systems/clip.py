@@ -28,11 +28,14 @@ from torch.nn import functional as F
 from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import Pieces
 from reverie.encoders.clip_resnet import ClipResnet, ClipResnetConfig
-from reverie.encoders.images import Images, as_batch, open_images
+from reverie.encoders.images import Images, as_batch, check_images, open_images
 from reverie.encoders.text import Text, TextConfig
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import bounded, info_nce, sigmoid_loss
+
+
+AT_ONCE = 64  # pictures of a list that are open at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,9 @@ class Clip(nn.Module):
     def embed_image(self, images: Images) -> Tensor:
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
         if not isinstance(images, Tensor):
-            images = self.prepare(images)
+            check_images(images)
+            parts = [list(images)[at : at + AT_ONCE] for at in range(0, len(images), AT_ONCE)]
+            return torch.cat([self.embed_image(self.prepare(part)) for part in parts])
         size = self.config.image.size
         images = as_batch(images, size=size, like=self.log_scale, checked=not self.training)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
@@ -94,7 +99,8 @@ class Clip(nn.Module):
 
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens `b n` -> unit vectors `b d`."""
-        return F.normalize(self.text_projection(self.text.vector(self.tokens(texts))), dim=-1)
+        vectors = torch.cat([self.text.vector(part) for part in self.tokens(texts).split(8 * AT_ONCE)])
+        return F.normalize(self.text_projection(vectors), dim=-1)
 
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens -> tokens `b n`, cut to the longest text."""
