@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reverie import catalog, cli
+from reverie import catalog, cli, command
 from reverie.errors import InputError
 
 
@@ -634,14 +634,14 @@ def test_a_recipe_is_a_command_with_its_own_flags(monkeypatch, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", catalog.RECIPES)
 def test_every_flag_of_a_recipe_has_a_sentence_and_its_outline_is_its_signature(name, capsys):
-    parameters, doc = cli.outline(catalog.RECIPES[name])
+    parameters, doc = command.outline(catalog.RECIPES[name])
     real = catalog.recipe(name)
     wanted = [part.replace() for part in inspect.signature(real, eval_str=True).parameters.values()]
     assert parameters == wanted
     assert doc == inspect.getdoc(real)
     assert reverie("train", name, "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    told = cli._read_doc(doc)[1]
+    told = command.read_doc(doc)[1]
     assert list(told) == [part.name for part in parameters]
     for part in parameters[2:]:
         assert told[part.name].endswith(".")

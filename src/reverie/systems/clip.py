@@ -34,7 +34,6 @@ from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import bounded, info_nce, sigmoid_loss
 
-
 AT_ONCE = 64  # pictures of a list that are open at a time
 
 
