@@ -247,6 +247,7 @@ def drawn(recipe, folder: Path, out: Path, settings: dict) -> set[str]:
         ["search", "FOLDER", "red", " ", "--model", "MODEL"],
         ["search", "FOLDER", "red", "--top", "0", "--model", "MODEL"],
         ["search", "FOLDER", "red", "--split", "tset", "--model", "MODEL"],
+        ["search", "FOLDER", "red", "--approximate", "--model", "MODEL"],
         ["data", "filter", "FOLDER", "--keep", "0.5"],
         ["data", "filter", "FOLDER"],
         ["data", "filter", "FOLDER", "--undo", "--keep", "0.5"],

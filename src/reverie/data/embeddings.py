@@ -277,7 +277,8 @@ class _Store:
             )
         if self.width not in (0, vectors.shape[1]):
             raise InputError(
-                f"{self.place} holds vectors of {self.width} numbers, but the model makes {vectors.shape[1]}: remove it."
+                f"{self.place} holds vectors of {self.width} numbers, but the model makes {vectors.shape[1]}: "
+                "remove that folder."
             )
         lengths = [len(seconds) for _, _, seconds in batch]
         for (content, _, seconds), own in zip(batch, vectors.split(lengths), strict=True):
