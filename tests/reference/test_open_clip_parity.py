@@ -14,7 +14,8 @@ from reverie.errors import InputError
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS as NAMED
 from reverie.weights import clip_open_clip, remap
-from reverie.weights.files import ModelFileError
+from reverie.weights.convert import convert
+from reverie.weights.files import ModelFileError, header
 from reverie.weights.store import config_from
 
 pytestmark = pytest.mark.reference
@@ -164,6 +165,46 @@ def test_openais_own_state_dict_is_known_by_its_names(image, open_clip, tmp_path
     assert ours.config.text.activation == "quick_gelu"
     assert ours.config.image.size == vision["image_size"]
     assert_equal_numbers(ours, theirs)
+
+
+@pytest.mark.parametrize("image", ["vit", "resnet"])
+def test_openais_own_archive_is_converted_and_loads(image, open_clip, tmp_path):
+    """As openai/CLIP downloads them: a traced program in half precision, with the three numbers as tensors of it."""
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2}
+    if image == "resnet":
+        vision = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None}
+    config = {"quick_gelu": True, "vision_cfg": vision, "text_cfg": TEXT | {"width": 64, "heads": 1}}
+    theirs = their_model(open_clip, config)
+    for name, value in (
+        ("input_resolution", vision["image_size"]),
+        ("context_length", 12),
+        ("vocab_size", 300),
+    ):
+        vars(theirs).pop(name, None)
+        theirs.register_buffer(name, torch.tensor(value))
+    with torch.no_grad():
+        for tensor in (*theirs.parameters(), *theirs.buffers()):
+            tensor.copy_(tensor.half())  # numbers that half precision has, so that both sides are equal
+    images, tokens = inputs(vision["image_size"])
+    traced = torch.jit.trace(theirs, (images, tokens), check_trace=False, strict=False)
+    for tensor in (*traced.parameters(), *traced.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.half()
+    for (
+        block
+    ) in traced.transformer.resblocks.children():  # as a scripted one has it: a tensor that is no buffer
+        block._c._register_attribute("attn_mask", torch._C.TensorType.get(), theirs.attn_mask.clone())
+    traced.save(tmp_path / "ViT-B-32.pt")
+    names = torch.jit.load(tmp_path / "ViT-B-32.pt").state_dict().keys()
+    done = convert(tmp_path / "ViT-B-32.pt", tmp_path / "clip.safetensors")
+    entries = header(done.path)
+    assert names <= entries.keys()
+    assert {name.rpartition(".")[2] for name in entries.keys() - names} <= {"attn_mask"}
+    assert "transformer.resblocks.0.attn_mask" in entries
+    assert entries["visual.conv1.weight"].dtype == torch.float16
+    ours = reverie.load(done.path)
+    assert ours.config.text.activation == "quick_gelu"
+    assert_equal_numbers(ours, theirs.float())  # the trace shares its tensors
 
 
 def test_how_pictures_are_seen_comes_from_the_config(open_clip, tmp_path):

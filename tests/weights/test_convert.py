@@ -59,8 +59,10 @@ def poison(folder: Path, canary: Path) -> dict[str, Path]:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             add(archive, name, pickle.dumps(evil))
         add(archive, "nested.tar", inner.getvalue())
-    module = torch.jit.script(torch.nn.Linear(2, 2))
-    module.save(made["script.pt"])
+    with zipfile.ZipFile(made["script.pt"], "w") as archive:  # a TorchScript archive
+        archive.writestr("script/data.pkl", pickle.dumps(evil, protocol=2))
+        archive.writestr("script/code/__torch__.py", f"import os; os.system('touch {canary}')")
+        archive.writestr("script/constants.pkl", pickle.dumps(evil, protocol=2))
     with zipfile.ZipFile(made["deflated.pt"], "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(evil))
         archive.writestr("archive/data/0", bytes(10**8))
@@ -88,13 +90,9 @@ def test_no_payload_runs(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         said = dict(zip(made, pool.map(refuse, made.values()), strict=True))
-    for name in (
-        "plain.pt",
-        "legacy.pth",
-        "zip.safetensors",
-    ):
+    for name in ("plain.pt", "legacy.pth", "zip.safetensors", "script.pt"):
         assert "holds code or objects, not weights alone" in said[name], said[name]
-    assert "TorchScript" in said["script.pt"]
+    assert "(posix.system)" in said["script.pt"]
     assert "packed in a way" in said["deflated.pt"]
     for name in ("tar.pt", "objects.npy", "objects.pt"):
         assert "no checkpoint that torch.save wrote" in said[name]

@@ -28,7 +28,9 @@ OPENAI = (
     "context_length",
     "vocab_size",
 )  # numbers that OpenAI's files hold besides weights
-IGNORE = (*OPENAI, "attn_mask", "text.attn_mask")
+# The mask is a buffer of the text tower; of a TorchScript archive it comes with every block, since each holds it.
+MASK = ("attn_mask", "transformer.resblocks.{i}.attn_mask")
+IGNORE = (*OPENAI, *MASK, *(f"text.{mask}" for mask in MASK))
 HEAD = 64  # channels of a head unless the config says otherwise
 
 # timm's SigLIP towers: a size's width, depth, heads and hidden channels; of each tower the patch, the picture's side

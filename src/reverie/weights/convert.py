@@ -3,6 +3,7 @@
 The file is sniffed first: a torch zip whose entries are stored uncompressed, or a bare pickle. The child then takes
 away its own network, processes, imports by pickle, memory, time and the right to write anywhere but one draft file,
 loads with `weights_only=True`, and writes plain tensors; the parent trusts the draft no more than any other file.
+A TorchScript archive, as OpenAI's CLIP files are, goes the same way, but torch never sees it: `torchscript` reads it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Converted:
 def convert(source: str | Path, target: str | Path, *, seconds: float = SECONDS) -> Converted:
     """Convert a `.pt`, `.pth`, `.ckpt` or `.bin` file into a new safetensors file.
 
-    Raises `InputError` in one sentence when the file is no such checkpoint, holds anything that only running code
-    could load, or needs more than four times its size in memory.
+    Of a TorchScript archive the tensors among the attributes of its modules are taken, by their dotted paths; its
+    program is neither read nor run. Raises `InputError` in one sentence when the file is no such checkpoint, holds
+    anything that only running code could load, or needs more than four times its size in memory.
     """
     from reverie.weights.files import ModelFileError, header, shorten
 
@@ -54,10 +56,10 @@ def convert(source: str | Path, target: str | Path, *, seconds: float = SECONDS)
         raise InputError(f"{shorten(str(target))} exists already; delete it or give another name.")
     if not target.parent.is_dir():
         raise InputError(f"{shorten(str(target.parent))} is no folder; make it first.")
-    _sniff(source)
+    scripted = _sniff(source)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as folder:
         draft = Path(folder) / "model.safetensors"
-        report = _confined(source, draft, seconds)
+        report = _confined(source, draft, seconds, scripted=scripted)
         if "error" in report:
             raise ModelFileError(f"cannot convert {shorten(source.name)}: {report['error']}.")
         tensors = header(draft)
@@ -65,7 +67,9 @@ def convert(source: str | Path, target: str | Path, *, seconds: float = SECONDS)
     return Converted(path=target, tensors=len(tensors), left_out=tuple(report["left_out"]))
 
 
-def _sniff(source: Path) -> None:
+def _sniff(source: Path) -> bool:
+    """Whether the file is a TorchScript archive; `ModelFileError` when it is nothing that can be converted."""
+    from reverie.weights import torchscript
     from reverie.weights.files import ModelFileError, shorten
 
     name = shorten(source.name)
@@ -74,7 +78,7 @@ def _sniff(source: Path) -> None:
     with source.open("rb") as file:
         first = file.read(9)
     if first[:1] == b"\x80":
-        return
+        return False
     if first[8:] == b"{":
         raise ModelFileError(f"{name} is a safetensors file already and needs no converting.")
     if first[:4] != b"PK\x03\x04":
@@ -85,23 +89,27 @@ def _sniff(source: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RecursionError):
         raise ModelFileError(f"{name} is a damaged zip file; fetch it again.") from None
     names = [entry.filename for entry in entries]
-    if any(re.search(r"(^|/)(code/|constants\.pkl$)", each) for each in names):
-        raise ModelFileError(f"{name} is a TorchScript program, not weights; ask its author for the weights.")
+    scripted = torchscript.is_script(names)
+    if scripted:  # code/ lies there compressed, and is never read
+        entries = [entry for entry in entries if torchscript.is_read(entry.filename)]
     size = source.stat().st_size
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or len(entries) > ENTRIES or sum(entry.file_size for entry in entries) > size:
+    twice = len(set(names)) != len(names)
+    if packed or twice or len(names) > ENTRIES or sum(entry.file_size for entry in entries) > size:
         raise ModelFileError(f"{name} is packed in a way that torch.save never does; it is refused.")
     if sum(each.endswith("data.pkl") for each in names) != 1:
         raise ModelFileError(f"{name} is a zip file without one data.pkl, so torch.save did not write it.")
+    return scripted
 
 
-def _confined(source: Path, draft: Path, seconds: float) -> dict[str, Any]:
+def _confined(source: Path, draft: Path, seconds: float, *, scripted: bool) -> dict[str, Any]:
     """Run this file as a child and return its one line of JSON."""
+    kind = "scripted" if scripted else "saved"
     package = str(Path(__file__).resolve().parents[2])
     kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if key in os.environ}
     # OMP and MKL: threads cost address space, which is limited.
     environment = {**kept, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-B", "-m", "reverie.weights.convert", str(source), str(draft)]
+    command = [sys.executable, "-P", "-B", "-m", "reverie.weights.convert", str(source), str(draft), kind]
     try:
         done = subprocess.run(
             command,
@@ -127,18 +135,23 @@ def _confined(source: Path, draft: Path, seconds: float) -> dict[str, Any]:
 # ---------------------------------------------------------------- in the child
 
 
-def _main(source: str, draft: str) -> dict[str, Any]:
+def _main(source: str, draft: str, kind: str) -> dict[str, Any]:
     size = os.stat(source).st_size
     _leave_network()  # first, while there is but one thread
     import torch
 
-    import reverie.weights.files  # noqa: F401  # before the doors close
+    from reverie.weights import torchscript  # before the doors close
 
     _limit(size)  # now, for an interpreter with torch takes gigabytes of address space on some machines
     _close_doors(Path(draft).parent)
     try:
         with open(source, "rb") as file:  # a file, not its name, from which torch would guess another format
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            if kind == "scripted":
+                loaded: Any = torchscript.load(file, size)
+            else:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except torchscript.Refused as error:
+        return {"error": str(error)}
     except Exception as error:
         return {"error": _reason(error)}
     return _write(loaded, Path(draft), size)

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import pairwise
@@ -75,12 +75,17 @@ def expectation(tensors: Mapping[str, Tensor]) -> Expected:
 
 
 def read(
-    path: str | Path, *, expected: Expected | None = None, only_finite: bool = True
+    path: str | Path,
+    *,
+    expected: Expected | None = None,
+    only_finite: bool = True,
+    without: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, on the CPU, in the file's data types and order.
 
     `expected`, usually from a freshly built system, must be covered exactly. With `only_finite`, NaN and
-    infinity are refused. Raises `ModelFileError`, before anything is allocated unless a value itself is at fault.
+    infinity are refused. What `without` names is not read. Raises `ModelFileError`, before anything is
+    allocated unless a value itself is at fault.
     """
     path = Path(path)
     with _open(path) as file:
@@ -90,6 +95,9 @@ def read(
         file.seek(start)
         tensors = {}
         for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+            if name in without:
+                file.seek(start + entry.end)
+                continue
             raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
             view: Any = raw.numpy()
             if raw.numel() and file.readinto(view) != raw.numel():
@@ -105,7 +113,7 @@ def read(
                     " earlier checkpoint."
                 )
             tensors[name] = tensor
-    return {name: tensors[name] for name in entries}
+    return {name: tensors[name] for name in entries if name in tensors}
 
 
 def header(path: str | Path) -> dict[str, Entry]:

@@ -169,7 +169,9 @@ def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] |
         ignored = remap.matching(foreign.ignore, entries)
         theirs |= {key: (entries[key].shape, files.family(entries[key].dtype)) for key in ignored}
         files.check({key: (e.shape, files.family(e.dtype)) for key, e in entries.items()}, theirs, what=what)
-        tensors = {key: value for file in weights for key, value in files.read(file).items()}
+        # A mask, full of minus infinity, is none of the weights that must be finite.
+        read = (files.read(file, without=ignored) for file in weights)
+        tensors = {key: value for part in read for key, value in part.items()}
         tensors = remap.apply(foreign.table, tensors, expected=expected, ignore=foreign.ignore)
     system.load_state_dict(tensors, strict=True)
     return system.eval()
