@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import pickletools
+import random
 import re
 import struct
 import sys
@@ -316,6 +317,29 @@ def test_deep_nesting_is_read_or_refused_and_let_go_without_a_crash():
 
 
 @pytest.mark.hostile
+def test_a_changed_tree_is_refused_in_our_words_or_read(script):
+    with zipfile.ZipFile(script) as file:
+        parts = {e.filename: file.read(e) for e in file.infolist() if torchscript.is_read(e.filename)}
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        tree = bytearray(parts["model/data.pkl"])
+        place = draw.randrange(len(tree))
+        tree[place : place + draw.randrange(3)] = draw.choices(
+            b"()t]}aeubR\x81QqhNKXc.\0\xff", k=draw.randrange(3)
+        )
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as file:
+            for name, content in (parts | {"model/data.pkl": tree}).items():
+                file.writestr(name, bytes(content))
+        try:
+            torchscript.load(made, len(made.getvalue()))
+        except torchscript.Refused:
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.hostile
 def test_words_of_the_file_stay_words():
     """Nothing is imported for the classes that a file names."""
     before = set(sys.modules)
@@ -375,7 +399,7 @@ def test_hostile_zip_files_are_refused(tmp_path):
 
 
 @pytest.mark.hostile
-@pytest.mark.parametrize("case", ["a payload", "a stride outside", "a memo bomb"])
+@pytest.mark.parametrize("case", ["a payload", "a memo bomb"])
 def test_the_refusal_comes_out_of_the_child_as_one_sentence(case, tmp_path):
     tree, reason = BAD[case]
     (tmp_path / "x.pt").write_bytes(archive(tree).getvalue())
