@@ -761,7 +761,8 @@ def demo(
 def convert(source: Path, target: Path, /, *, format: str | None = None, config: str | None = None) -> None:
     """Turn a pickled checkpoint into safetensors, or a model into the folder of another library.
 
-    A pickle (.pt, .pth, .ckpt, .bin) is read in a confined process and becomes the file TARGET. Any model that loads
+    A pickle or a TorchScript archive (.pt, .pth, .ckpt, .bin) is read in a confined process, without running what it
+    holds, and becomes the file TARGET. Any model that loads
     (a folder of Reverie, transformers or open_clip, or a .safetensors file) becomes the folder TARGET.
 
     Args:
