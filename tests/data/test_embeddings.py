@@ -12,6 +12,7 @@ from reverie import disk
 from reverie.data import embeddings
 from reverie.data.embeddings import embed_folder, fingerprint, media_below
 from reverie.errors import InputError
+from reverie.pictures import to_signal
 
 
 def paint(path: Path, seed: int) -> Path:
@@ -32,9 +33,10 @@ class Model:
     def __init__(self, width: int = 4) -> None:
         self.seen, self.width = 0, width
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
-        arrays = [np.asarray(p.convert("RGB").resize((4, 4)), np.float32) / 127.5 - 1 for p in pictures]
-        return torch.from_numpy(np.stack(arrays)).movedim(-1, 1)
+    def prepare(self, pictures: list[Path] | list[Image.Image]) -> torch.Tensor:
+        return torch.stack(
+            [torch.from_numpy(to_signal(picture, size=4, fit="squash")) for picture in pictures]
+        )
 
     def embed(self, signals: torch.Tensor) -> torch.Tensor:
         self.seen += len(signals)

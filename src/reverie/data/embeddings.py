@@ -98,7 +98,7 @@ def embed_folder(
     names: Sequence[str],
     *,
     key: str,
-    prepare: Callable[[list[Image.Image]], Tensor],
+    prepare: Callable[[list[Path] | list[Image.Image]], Tensor],
     embed: Callable[[Tensor], Tensor],
     present: Collection[str] | None = None,
     batch: int = 64,
@@ -109,8 +109,8 @@ def embed_folder(
 ) -> Embeddings:
     """The vectors of the files `names` of a folder: those that the store has, and the others made now.
 
-    key: the `fingerprint` of what makes them. prepare: pictures -> signals `b 3 h w`, called on `workers` threads.
-    embed: signals -> vectors `b d`, called with `batch` of them. present: every file of the folder, where `names` are
+    key: the `fingerprint` of what makes them. prepare: pictures or their paths -> signals `b 3 h w`, called on
+    `workers` threads. embed: signals -> vectors `b d`, called with `batch` of them. present: every file of the folder, where `names` are
     some of them; the vectors of others leave the store. dtype: "float16" or "float32".
     InputError: vectors that are not finite, or whose values dtype cannot hold.
     """
@@ -151,13 +151,15 @@ def embed_folder(
     return store.gather(folder, names, contents, reasons)
 
 
-def frames_of(path: Path, *, limits: Limits = LIMITS) -> tuple[list[Image.Image], list[float]]:
-    """The pictures of a file that are embedded, RGBA, and the seconds at which they stand. MediaError: none."""
-    pixels = decode_array(path, frames=FRAMES, limits=limits)
-    pictures = [Image.fromarray(frame) for frame in pixels]
-    if len(pictures) == 1:
-        return pictures, [0.0]
+def frames_of(path: Path, *, limits: Limits = LIMITS) -> tuple[list[Path] | list[Image.Image], list[float]]:
+    """What of a file is embedded, and the seconds at which it stands: a picture as it lies there, of a clip its frames.
+
+    MediaError: nothing.
+    """
     found = probe(path, limits)
+    if found.frames == 1:
+        return [path], [0.0]
+    pictures = [Image.fromarray(frame) for frame in decode_array(path, frames=FRAMES, limits=limits)]
     return pictures, [i / found.fps if found.fps else 0.0 for i in pick(found.frames, FRAMES)]
 
 

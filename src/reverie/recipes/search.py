@@ -133,7 +133,7 @@ def vectors_of(clip: Any, queries: Sequence[Query]) -> Tensor:
         parts |= zip(texts, F.normalize(clip.embed_text(texts).float(), dim=-1), strict=True)
     for path in paths:
         pictures, _ = frames_of(path)
-        own = F.normalize(clip.embed_image(clip.prepare(pictures)).float(), dim=-1)
+        own = F.normalize(clip.embed_image(pictures).float(), dim=-1)
         parts[path] = F.normalize(own.mean(0), dim=-1)
     rows = []
     for q in queries:
