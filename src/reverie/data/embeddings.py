@@ -110,8 +110,8 @@ def embed_folder(
     """The vectors of the files `names` of a folder: those that the store has, and the others made now.
 
     key: the `fingerprint` of what makes them. prepare: pictures or their paths -> signals `b 3 h w`, called on
-    `workers` threads. embed: signals -> vectors `b d`, called with `batch` of them. present: every file of the folder, where `names` are
-    some of them; the vectors of others leave the store. dtype: "float16" or "float32".
+    `workers` threads. embed: signals -> vectors `b d`, called with `batch` of them. present: every file of the folder,
+    where `names` are some of them; the vectors of others leave the store. dtype: "float16" or "float32".
     InputError: vectors that are not finite, or whose values dtype cannot hold.
     """
     assert dtype in ("float16", "float32"), dtype
