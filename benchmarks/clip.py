@@ -22,7 +22,7 @@ What is quick in ours, and why, for docs/systems/clip.md:
 - Linear layers of many outputs at few positions are computed 512 outputs at a time, since the library under torch
   otherwise packs the whole weight first.
 - bf16 weights on a processor without bf16 arithmetic widen to fp32 part by part. That halves the memory of the weights
-  and takes about the time of fp32: such a processor cannot be quicker in bf16.
+  and takes somewhat longer than fp32: such a processor cannot be quicker in bf16.
 """
 
 from __future__ import annotations
