@@ -148,12 +148,17 @@ def onnxruntime(dtype: torch.dtype) -> tuple[Any, Any]:
     return embed, None
 
 
+MAKERS = {
+    "reverie": reverie, "open_clip": open_clip, "transformers": transformers, "onnxruntime": onnxruntime,
+}  # fmt: skip
+
+
 def sides(dtype: torch.dtype, names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """name -> (embed images, embed tokens); what is missing is said in one line and left out."""
     found = {}
     for name in names:
         try:
-            found[name] = globals()[name](dtype)
+            found[name] = MAKERS[name](dtype)
         except ImportError as error:
             print(f"{name} is left out ({error}): `{MISSING[name]}`", file=sys.stderr)
     return found
@@ -296,7 +301,9 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
 def memory(asked: argparse.Namespace) -> None:
     """In a process of its own: embed at every batch, then the peak, as JSON."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[asked.precision[0]]
-    torch.set_default_dtype(dtype)  # built in it, else the peak is that of the weights before they were rounded
+    torch.set_default_dtype(
+        dtype
+    )  # built in it, else the peak is that of the weights before they were rounded
     models = sides(dtype, asked.sides)
     torch.set_default_dtype(torch.float32)
     for case in cases(asked.batch, captions(max(64, *asked.batch))):

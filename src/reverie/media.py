@@ -8,7 +8,7 @@ Pixels come out as sRGB with straight alpha, uint8 `f h w 4`. EXIF orientation a
 colour profiles and CMYK converted, 16-bit greys scaled. Whatever a decoder says in its errors stays inside: the
 reasons given here are ours.
 
-Resizing is antialiased and alpha-weighted. "crop", "squash" and "longest" give an opaque RGB picture the very pixels
+Resizing is antialiased and alpha-weighted. "crop", "crop_even" and "squash" give an opaque RGB picture the very pixels
 that CLIP's and SigLIP's public preprocessing gives it. Transparency is laid on white, as transformers does too, but
 open_clip drops it; orientation and colour profiles, which both leave out, count here.
 
@@ -53,8 +53,8 @@ SUFFIXES = (
     ".webm",
     ".mkv",
 )
-FITS = ("crop", "crop_even", "squash", "longest", "pad")
-RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in Pillow's order, from 0
+FITS = ("crop", "crop_even", "squash", "pad")
+RESAMPLES = ("bilinear", "bicubic")
 WIDEST = 40_000_000  # pixels of a picture that is resized whole before it is cropped
 STEPS = 4_000_000  # blocks or boxes that a header walk may take: some seconds at most
 
@@ -119,16 +119,15 @@ def on_white(
     *,
     fit: str = "crop",
     resample: str = "bicubic",
-    ground: int = 255,
 ) -> np.ndarray:
-    """A picture that is open already, as `decode_array` treats files, laid on white or a grey: uint8 `h w 3`."""
+    """A picture that is open already, as `decode_array` treats files, laid on white: uint8 `h w 3`."""
     box = _box(size, fit, resample)
     if not (image.width and image.height):
         raise MediaError(Path("the picture"), f"its {image.width} x {image.height} hold no pixel")
     turn = _TURNS.get(_orientation(image))
     picture = _srgb(image)
     picture = picture.transpose(turn) if turn is not None else picture
-    return flatten(np.asarray(_fit(picture, box, fit, resample)), ground)
+    return flatten(np.asarray(_fit(picture, box, fit, resample)))
 
 
 def flatten(pixels: np.ndarray, ground: int = 255) -> np.ndarray:
@@ -152,8 +151,8 @@ def decode_array(
     frames: at most so many, evenly spaced; None takes all.
     fit: "crop" resizes the short side and cuts the middle out, as transformers' CLIP does; "crop_even" too, but rounds
         the odd half pixel to even, as OpenAI's and open_clip's do; "squash" resizes each side on its own, as SigLIP's
-        do; "longest" fits everything in, on transparent ground, as open_clip does; "pad" too, but quickly: large
-        pictures are first reduced, so its pixels differ a little from any public preprocessing.
+        do; "pad" fits everything in, on transparent ground, quickly: large pictures are first reduced, so its
+        pixels differ a little from any public preprocessing.
     resample: the filter, one of RESAMPLES.
     Raises MediaError when the file is not media, damaged, or beyond `limits`.
     """
@@ -678,14 +677,9 @@ def _fit(picture: Image.Image, box: tuple[int, int] | None, fit: str, resample: 
         return picture.resize((width, height), how).convert("RGBA")
     if fit in ("crop", "crop_even"):
         return _crop(picture, (width, height), how, even=fit == "crop_even").convert("RGBA")
-    if fit == "longest":
-        ratio = max(picture.height / height, picture.width / width)
-        size = (max(1, round(picture.width / ratio)), max(1, round(picture.height / ratio)))
-        inner = picture.resize(size, how)
-    else:
-        scale = min(width / picture.width, height / picture.height)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        inner = picture.resize(size, how, reducing_gap=2.0)
+    scale = min(width / picture.width, height / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    inner = picture.resize(size, how, reducing_gap=2.0)
     canvas = Image.new("RGBA", (width, height))
     canvas.paste(inner.convert("RGBA"), ((width - size[0]) // 2, (height - size[1]) // 2))
     return canvas

@@ -43,19 +43,17 @@ def to_signal(
     size: int | tuple[int, int] | None = None,
     fit: str = "crop",
     resample: str = "bicubic",
-    ground: int = 255,
 ) -> np.ndarray:
     """A picture, or the first frame of a file: float32 `3 h w` in [-1, 1], on white.
 
     size: side of the square or (height, width); None keeps the picture's own.
     fit, resample: how it comes to that size, as `reverie.media.decode_array` says; the defaults are CLIP's.
-    ground: the grey, 0 to 255, below transparency and around a picture that is fitted in.
     Raises MediaError (an InputError) for a file that is not a picture, damaged, or too large.
     """
     if isinstance(image, Image.Image):
-        pixels = on_white(image, size, fit=fit, resample=resample, ground=ground)
+        pixels = on_white(image, size, fit=fit, resample=resample)
     else:
-        pixels = flatten(decode_array(image, size=size, frames=1, fit=fit, resample=resample)[0], ground)
+        pixels = flatten(decode_array(image, size=size, frames=1, fit=fit, resample=resample)[0])
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
 
 

@@ -82,7 +82,7 @@ def test_vectors_are_what_pooling_the_features_gives_gradients_too(kind):
     for row, place in zip(tokens, (8, 1, 4, 4, 2, 8, 1), strict=True):
         row[place], row[place + 1 :] = 29, 0
     found = []
-    for vectors in (text.vector(tokens), text.pool(text(tokens), tokens)):
+    for vectors in (text.embed(tokens), text.pool(text(tokens), tokens)):
         text.zero_grad()
         (vectors * torch.arange(16)).square().sum().backward()
         found.append([vectors, *(p.grad.clone() for p in text.parameters() if p.grad is not None)])

@@ -115,4 +115,4 @@ def test_pixels_beyond_the_last_whole_patch_are_not_seen():
 def test_the_vector_is_what_pooling_the_features_gives(kind):
     vit = tower(**kind)
     image = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(vit.vector(image), vit.pool(vit(image)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vit.embed(image), vit.pool(vit(image)), atol=1e-5, rtol=1e-5)

@@ -153,7 +153,8 @@ def test_tensors_pictures_and_paths_are_the_same(clip, tmp_path):
 def test_a_long_list_is_embedded_a_part_at_a_time(clip, small, images, monkeypatch):
     pictures = [Image.new("RGB", (20, 16), (i, 2 * i, 250 - i)) for i in range(7)]
     whole, words = clip.embed_image(pictures), clip.embed_text(small.names * 5)
-    monkeypatch.setattr("reverie.systems.clip.AT_ONCE", 3)
+    monkeypatch.setattr("reverie.encoders.images.AT_ONCE", 3)
+    monkeypatch.setattr("reverie.systems.clip.TEXTS_AT_ONCE", 7)
     torch.testing.assert_close(clip.embed_image(tuple(pictures)), whole, **near)
     torch.testing.assert_close(clip.embed_text(small.names * 5), words, **near)
 

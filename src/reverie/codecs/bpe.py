@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 FINAL = "</w>"
-MOST = 256 * 2**20  # bytes of a tokenizer's file; the largest public one, Gemma's, has 34 million
+MOST = 64 * 2**20  # bytes of a tokenizer's file; the largest public one, Gemma's, has 34 million
 # CLIP's pieces: contractions, runs of letters, single digits, runs of anything else that is not white space.
 # U+0345, a mark whose upper case is a letter, is in none: CLIP's pattern, which ignores case, never matches it.
 CLIP_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"

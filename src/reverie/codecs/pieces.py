@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 CLEANS = ("none", "siglip", "canonicalize", "lower", "whitespace")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-# What a tokenizer.json may be made of: components that cannot be slow, or large, by what a stranger writes in them.
+# What a tokenizer.json may be made of. A stranger's regular expression (Split, Replace) may still be slow: the library
+# gives up after a number of steps, which `_mistake` says.
 PARTS = {
     "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend",
                    "Precompiled", "BertNormalizer"},

@@ -8,7 +8,7 @@ sees in both, which knows colour, but takes a thing drawn twice for nearly the s
 duplicates; either may be asked for alone.
 
 Pictures are compared with pictures, and clips with clips, by four evenly spaced frames, in order. All pairs are
-compared, a block at a time, so the time grows with the square of their number: `docs/data.md` has the measure.
+compared, a block at a time, so the time grows with the square of their number: docs/cleaning.md has the measure.
 
 Groups are what is connected by pairs. The best of a group stays: held out before training (test, val, train), since
 what is both would flatter every score; then the largest; then the first.
@@ -16,8 +16,7 @@ what is both would flatter every score; then the largest; then the first.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -102,20 +101,19 @@ def hash_items(
         except MediaError as error:
             return error.reason
 
-    steps = in_order(of, items, workers or min(8, os.cpu_count() or 1))
+    steps = in_order(of, items, workers)
     found = track(steps, total=len(items), label="hashing", quiet=quiet)
     return {item.file_name: value for item, value in zip(items, found, strict=True)}
 
 
 def pairs_above(
-    rows: Tensor, least: float, *, also: Tensor | None = None, also_least: float = 0.0, block: int = 2048
-) -> list[tuple[int, int]]:
-    """Every pair (i, j), i < j, of rows `n d` whose product is at least `least`, in order.
+    rows: Tensor, least: float, *, also: Tensor | None = None, also_least: float = 0.0, block: int = 1024
+) -> Iterator[tuple[int, int]]:
+    """Every pair (i, j), i < j, of rows `n d` whose product is at least `least`, a block of products at a time.
 
     also: other rows `n e` of the same things; a pair must then reach `also_least` there too. Exact, in memory for
-    `block` times `block` products at a time, in the rows' own type.
+    `block` times `block` products, in the rows' own type.
     """
-    pairs: list[tuple[int, int]] = []
     for i in range(0, len(rows), block):
         for j in range(i, len(rows), block):
             near = rows[i : i + block] @ rows[j : j + block].T >= least
@@ -123,11 +121,11 @@ def pairs_above(
                 near &= also[i : i + block] @ also[j : j + block].T >= also_least
             if i == j:
                 near = near.triu(diagonal=1)
-            pairs += [(i + a, j + b) for a, b in near.nonzero().tolist()]
-    return sorted(pairs)
+            for a, b in near.nonzero().tolist():
+                yield i + a, j + b
 
 
-def groups(count: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+def groups(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     """What `pairs` connect among `count` things (union-find): groups of two or more, each and all in order."""
     parent = list(range(count))
 

@@ -134,7 +134,7 @@ def embed_folder(
 
     try:
         waiting: list[tuple[str, Tensor, list[float]]] = []
-        steps = in_order(load, todo, workers or min(8, os.cpu_count() or 1))
+        steps = in_order(load, todo, workers)
         for result in track(steps, total=len(todo), label="embedding", quiet=quiet):
             if len(result) == 2:
                 store.refuse(*result)
@@ -249,7 +249,7 @@ class _Store:
             except OSError:
                 return None
 
-        steps = in_order(content_of, todo, workers or min(8, os.cpu_count() or 1))
+        steps = in_order(content_of, todo, workers)
         steps = track(steps, total=len(todo), label="reading", quiet=quiet)
         for (name, size, changed), found in zip(todo, steps, strict=True):
             if found is None:
@@ -434,7 +434,7 @@ def _read(path: Path, dtype: str) -> _Part | None:
         bad = json.loads(about.get("bad", "{}"))
         vectors, start, contents = tensors["vectors"], tensors["start"], tensors["contents"]
         sound = (
-            vectors.ndim == 2
+            vectors.ndim == contents.ndim == 2
             and vectors.dtype == _type(dtype)
             and start.shape == (len(contents) + 1,)
             and contents.dtype == torch.uint8
@@ -442,10 +442,11 @@ def _read(path: Path, dtype: str) -> _Part | None:
             and start.dtype == torch.int64
             and int(start[0]) == 0
             and bool((start.diff() > 0).all())
-            and int(start[-1]) == len(vectors) == len(tensors["seconds"])
+            and int(start[-1]) == len(vectors)
+            and tensors["seconds"].shape == (len(vectors),)
             and all(isinstance(text, str) for pair in bad.items() for text in pair)
         )
-    except (SafetensorError, OSError, KeyError, ValueError, AttributeError):
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError, TypeError, RecursionError):
         return None
     if not sound:
         return None

@@ -124,7 +124,7 @@ def import_folder(
         return _examine(files[name], name, verify, limits)
 
     names = sorted(files)
-    steps = in_order(examine, names, workers or min(8, os.cpu_count() or 1))
+    steps = in_order(examine, names, workers)
     items = list(track(steps, total=len(names), label="reading", quiet=quiet))
     _name_classes(items, words, prefix)
     known = {item.hash: item for item in previous or () if item.hash}

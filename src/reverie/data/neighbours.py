@@ -110,7 +110,7 @@ def _tuned(index: Any, vectors: Tensor, seed: int) -> Lists:
 
 
 def kept(vectors: Tensor, name: str) -> Lists:
-    """The lists of that name from the user's cache, built and put there if it has none.
+    """The lists of that name from the user's cache, built and put there in place of any others if it has none.
 
     name: what tells these vectors from all others (`Embeddings.digest`).
     """
@@ -126,6 +126,8 @@ def kept(vectors: Tensor, name: str) -> Lists:
     built = build(vectors)
     with contextlib.suppress(OSError):  # a full disk costs the building again
         place.mkdir(parents=True, exist_ok=True)
+        for old in place.glob("lists-*"):  # they are as large as the vectors
+            old.unlink(missing_ok=True)
         with disk.whole(file, durable=False) as draft:
             faiss.write_index(built.index, str(draft))
         disk.write(about, json.dumps({"looks": built.looks, "recall": built.recall}), durable=False)

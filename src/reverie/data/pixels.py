@@ -183,7 +183,7 @@ class Pixels:
 
     def _decode_all(self, file: BinaryIO, workers: int | None, quiet: bool) -> dict[str, Any]:
         counts, bad, crc = [], [], 0
-        steps = in_order(self._frames_of, self.index.items, workers or min(8, os.cpu_count() or 1))
+        steps = in_order(self._frames_of, self.index.items, workers)
         for i, frames in enumerate(track(steps, total=len(self.index), label="decoding", quiet=quiet)):
             if isinstance(frames, str):
                 counts.append(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,8 +14,12 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def in_order(function: Callable[[T], U], items: Sequence[T], workers: int) -> Iterator[U]:
-    """`function` of each item on `workers` threads, in the order of the items, a few ahead of the consumer."""
+def in_order(function: Callable[[T], U], items: Sequence[T], workers: int | None = None) -> Iterator[U]:
+    """`function` of each item on `workers` threads, in the order of the items, a few ahead of the consumer.
+
+    One thread for each processor, up to eight, if not given.
+    """
+    workers = workers or min(8, os.cpu_count() or 1)
     tune_allocator()
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[U]] = deque()

@@ -93,7 +93,7 @@ class ClipResnet(nn.Module):
         x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
         return rearrange(x, "b d h w -> b (h w) d")
 
-    def vector(self, image: Tensor) -> Tensor:
+    def embed(self, image: Tensor) -> Tensor:
         """image -> `b out`."""
         return self.pool(self(image))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from reverie.errors import InputError
 from reverie.pictures import to_signal
 
 Images = Tensor | Sequence[str | Path | Image.Image]
+AT_ONCE = 64  # pictures of a list that are open at a time
 
 
 def check_images(images: Sequence[str | Path | Image.Image]) -> None:
@@ -38,6 +39,13 @@ def open_images(
     check_images(images)
     signals = [to_signal(image, size=size, fit=fit, resample=resample) for image in images]
     return torch.stack([torch.from_numpy(signal) for signal in signals])
+
+
+def in_parts(images: Sequence[str | Path | Image.Image], embed: Callable[[Sequence], Tensor]) -> Tensor:
+    """`embed` of AT_ONCE pictures at a time, so that a long list does not stand in memory: `b d`."""
+    check_images(images)
+    images = list(images)
+    return torch.cat([embed(images[at : at + AT_ONCE]) for at in range(0, len(images), AT_ONCE)])
 
 
 def as_batch(images: Tensor, *, size: int, like: Tensor, checked: bool = True) -> Tensor:

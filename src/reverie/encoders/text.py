@@ -67,7 +67,7 @@ class Text(nn.Module):
             x = block(x, causal=self.config.causal)
         return self.norm(x)
 
-    def vector(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """tokens -> `b d`, as `pool` of the features, for less: of the last block only what is read is computed.
 
         On a CPU the texts stand one after the other without padding, so that a short one costs only its own length;

@@ -116,7 +116,7 @@ class Vit(nn.Module):
             x = block(x)
         return self.norm_post(x[:, :seen])
 
-    def vector(self, image: Tensor) -> Tensor:
+    def embed(self, image: Tensor) -> Tensor:
         """image -> `b d`, as `pool` of the features; a class token is all that the last block computes."""
         if self.config.pool != "class" or not len(self.blocks):
             return self.pool(self(image))

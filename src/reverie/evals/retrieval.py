@@ -122,7 +122,10 @@ def _top(scores: Tensor, k: int) -> Tensor:
     """Indices `q k` of the k largest in each row, best first, the lower index first among equals (topk picks any)."""
     least, place = scores.topk(k, dim=1)
     if least.isnan().any():  # topk puts NaN first, so none can hide
-        raise InputError("some scores are not numbers: the embeddings are broken, embed again")
+        raise InputError(
+            "some scores are not numbers: the embeddings are broken; delete where they are kept (.reverie) and embed"
+            " again"
+        )
     least = least[:, -1:]
     if ((scores >= least).sum(dim=1) > k).any():  # more than k share the last place
         above, equal = scores > least, scores == least

@@ -19,7 +19,7 @@ from reverie.nn.positions import rotate
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for `b heads n d`, by the quickest equal way on this device and length.
 
-    On a CPU in bf16 the fused kernel loses to plain products below about a thousand positions (docs/engine.md), and
+    On a CPU in bf16 the fused kernel loses to plain products below about a thousand positions, and
     both lose to fp32 where the processor has no bf16.
     """
     if widens(q):

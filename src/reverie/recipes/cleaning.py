@@ -79,6 +79,10 @@ def score(
     found = embed_pictures(clip, index.folder, items=todo, present=index.items, quiet=quiet)
     texts = sorted({text for item in todo for text in _texts(item, language)})
     steps = track(range(0, len(texts), TEXTS), total=-(-len(texts) // TEXTS), label="reading", quiet=quiet)
+    if not found.vectors.isfinite().all():
+        raise InputError(
+            f"The embeddings kept in {found.place} are broken: delete that folder and score again."
+        )
     words = torch.cat(
         [F.normalize(clip.embed_text(texts[i : i + TEXTS]).float().cpu(), dim=-1) for i in steps]
     )

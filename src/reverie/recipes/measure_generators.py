@@ -28,7 +28,7 @@ from reverie.evals import generation
 from reverie.evals.world_captions import read_caption
 from reverie.pictures import grid, save_clip, to_bytes
 from reverie.progress import counting
-from reverie.recipes.measured import Measured, Row, save, save_figure, share
+from reverie.recipes.measured import Measured, Row, fits, save, save_figure, share
 from reverie.recipes.parts import capable, home, peak_memory, plain_stickers
 
 JUDGES = ("clip-stickers", "judge-stickers")
@@ -112,6 +112,7 @@ def _generation(
     ask: Ask,
     frames: int | None,
 ) -> Measured:
+    out = fits(out)
     draw = Drawing(model, frames, ask)
     panel = {Path(name).name: capable(name, "classify", device=ask.device) for name in judges}
     if len(panel) < len(judges) or not panel:
@@ -308,7 +309,7 @@ def world(
 
     Renders of the same scenes are the ceiling; renders of other scenes are what one gets without reading the text.
     """
-    ask = ask or Ask()
+    ask, out = ask or Ask(), fits(out)
     draw = Drawing(model, frames, ask)
     examples = World(ask.count, seed=world_seed, size=draw.size, frames=frames, kind=kind, first=UNSEEN)
     prompts, truth = [], []

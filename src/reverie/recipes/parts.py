@@ -111,6 +111,11 @@ def peak_memory(device: torch.device) -> int | None:
     """The most bytes that this process has held so far, on a GPU there; None: the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where the number below is the parent's if that was larger
+        return 1024 * int(
+            next(line for line in status.read_text().splitlines() if "VmHWM" in line).split()[1]
+        )
     try:
         import resource
     except ImportError:  # Windows

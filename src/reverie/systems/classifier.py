@@ -17,12 +17,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reverie.encoders.images import Images, as_batch, open_images
+from reverie.encoders.images import Images, as_batch, in_parts, open_images
 from reverie.encoders.resnet import Resnet, ResnetConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import bounded, info_nce
@@ -56,7 +58,14 @@ class Classifier(nn.Module):
 
     def embed_image(self, images: Images) -> Tensor:
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
-        return F.normalize(self.projection(self._features(images)), dim=-1)
+        if not isinstance(images, Tensor):
+            return in_parts(images, lambda part: self.embed_image(self.prepare(part)))
+        images = as_batch(images, size=self.config.size, like=self.log_scale, checked=not self.training)
+        return F.normalize(self.projection(self.image.pool(self.image(images))), dim=-1)
+
+    def prepare(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+        """Pictures or their paths -> `b 3 size size` in [-1, 1]."""
+        return open_images(images, size=self.config.size).to(self.log_scale.device)
 
     def classify(self, images: Images, names: Sequence[str] | None = None) -> Tensor:
         """Probabilities `images names`, over the given names alone or over all. InputError: a name it never learnt."""
@@ -93,9 +102,3 @@ class Classifier(nn.Module):
             "accuracy": right.float().mean(),
             "scale": self.scale().detach().squeeze(),
         }
-
-    def _features(self, images: Images) -> Tensor:
-        if not isinstance(images, Tensor):
-            images = open_images(images, size=self.config.size)
-        images = as_batch(images, size=self.config.size, like=self.log_scale, checked=not self.training)
-        return self.image.pool(self.image(images))

@@ -28,13 +28,13 @@ from torch.nn import functional as F
 from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import Pieces
 from reverie.encoders.clip_resnet import ClipResnet, ClipResnetConfig
-from reverie.encoders.images import Images, as_batch, check_images, open_images
+from reverie.encoders.images import Images, as_batch, in_parts, open_images
 from reverie.encoders.text import Text, TextConfig
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import bounded, info_nce, sigmoid_loss
 
-AT_ONCE = 64  # pictures of a list that are open at a time
+TEXTS_AT_ONCE = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,18 +87,16 @@ class Clip(nn.Module):
     def embed_image(self, images: Images) -> Tensor:
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
         if not isinstance(images, Tensor):
-            check_images(images)
-            parts = [list(images)[at : at + AT_ONCE] for at in range(0, len(images), AT_ONCE)]
-            return torch.cat([self.embed_image(self.prepare(part)) for part in parts])
+            return in_parts(images, lambda part: self.embed_image(self.prepare(part)))
         size = self.config.image.size
         images = as_batch(images, size=size, like=self.log_scale, checked=not self.training)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
         x = ((images + 1) / 2 - colour[0]) / colour[1]
-        return F.normalize(self.image_projection(self.image.vector(x)), dim=-1)
+        return F.normalize(self.image_projection(self.image.embed(x)), dim=-1)
 
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens `b n` -> unit vectors `b d`."""
-        vectors = torch.cat([self.text.vector(part) for part in self.tokens(texts).split(8 * AT_ONCE)])
+        vectors = torch.cat([self.text.embed(part) for part in self.tokens(texts).split(TEXTS_AT_ONCE)])
         return F.normalize(self.text_projection(vectors), dim=-1)
 
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
@@ -120,13 +118,11 @@ class Clip(nn.Module):
 
     # Comparing -----------------------------------------------------------------------------------------------------
 
-    def similarity(self, images: Tensor | Sequence, texts: Sequence[str] | Tensor) -> Tensor:
+    def similarity(self, images: Images, texts: Sequence[str] | Tensor) -> Tensor:
         """The logits `images texts`: scaled cosines, for SigLIP with its bias."""
         return self._logits(self.embed_image(images), self.embed_text(texts))
 
-    def classify(
-        self, images: Tensor | Sequence, names: Sequence[str], *, templates: Sequence[str] = ("{}",)
-    ) -> Tensor:
+    def classify(self, images: Images, names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> Tensor:
         """Probabilities `images names`; a name's vector is the mean over the templates (section 3.1.4).
 
         CLIP's add up to one for each picture; SigLIP's are of each name by itself.

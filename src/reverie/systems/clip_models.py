@@ -30,27 +30,25 @@ def _vit(
         hidden=hidden,
         activation="gelu",
     )
-    return ClipConfig(image=image, text=text, width=space)
+    return ClipConfig(image=image, text=text, width=space, fit="crop_even")
 
 
 def _resnet(
     width: int, depths: tuple[int, int, int, int], space: int, text: TextConfig, *, size: int = 224
 ) -> ClipConfig:
     image = ClipResnetConfig(size=size, width=width, depths=depths, heads=width // 2, out=space)
-    return ClipConfig(image=image, text=text, width=space, image_projection=False)
+    return ClipConfig(image=image, text=text, width=space, image_projection=False, fit="crop_even")
 
 
-def _siglip(vocab: int, *, activation: str, resample: str) -> ClipConfig:
-    """The base model with patches of 16."""
-    image = VitConfig(
-        patch=16, activation=activation, stem_bias=True, norm_pre=False, pool="attention", eps=1e-6
-    )
+def _siglip(vocab: int, *, activation: str) -> ClipConfig:
+    """The base model with patches of 16. Transformers computes its GELU by the tanh formula, open_clip as told here."""
+    image = VitConfig(patch=16, activation="gelu", stem_bias=True, norm_pre=False, pool="attention", eps=1e-6)
     text = TextConfig(
         vocab=vocab,
         length=64,
         width=768,
         heads=12,
-        activation="gelu_tanh",
+        activation=activation,
         causal=False,
         pool="last",
         eps=1e-6,
@@ -58,7 +56,7 @@ def _siglip(vocab: int, *, activation: str, resample: str) -> ClipConfig:
     half = (0.5, 0.5, 0.5)
     return ClipConfig(
         image=image, text=text, width=768, image_projection=False, text_bias=True, loss="sigmoid", mean=half, std=half,
-        fit="squash", resample="bicubic" if resample == "bicubic" else "bilinear",
+        fit="squash",
     )  # fmt: skip
 
 
@@ -87,7 +85,7 @@ _SHAPES = {
 }
 MODELS: dict[str, ClipConfig] = {
     **_SHAPES,
-    **{f"{name}-quickgelu": _quick(config) for name, config in _SHAPES.items()},
-    "ViT-B-16-SigLIP": _siglip(32_000, activation="gelu_tanh", resample="bicubic"),
-    "ViT-B-16-SigLIP2": _siglip(256_000, activation="gelu_tanh", resample="bilinear"),
+    **{f"{name}-quickgelu": _quick(config) for name, config in _SHAPES.items() if name != "ViT-g-14"},
+    "ViT-B-16-SigLIP": _siglip(32_000, activation="gelu"),
+    "ViT-B-16-SigLIP2": _siglip(256_000, activation="gelu_tanh"),
 }

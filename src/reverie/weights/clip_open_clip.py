@@ -18,11 +18,10 @@ from typing import Any
 
 from reverie.errors import InputError
 from reverie.weights.files import Entry, ModelFileError, shorten
-from reverie.weights.layout import Fields, Foreign, inside, ratio
+from reverie.weights.layout import CLIP_COLOURS, Fields, Foreign, inside, ratio
 from reverie.weights.remap import Rule
 
 CONFIG, MODEL = "open_clip_config.json", "open_clip_model.safetensors"
-COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OPENAI = (
     "input_resolution",
     "context_length",
@@ -289,8 +288,8 @@ def read(records: Mapping[str, Any], entries: Mapping[str, Entry]) -> Foreign:
             f"{seen.where} gives size {shorten(seen.record['size'])}, but the tower reads {side}."
         )
     values |= {
-        "mean": seen.colour("mean", COLOURS[0]),
-        "std": seen.colour("std", COLOURS[1]),
+        "mean": seen.colour("mean", CLIP_COLOURS[0]),
+        "std": seen.colour("std", CLIP_COLOURS[1]),
         "fit": seen.choice("resize_mode", "shortest", {"shortest": "crop_even", "squash": "squash"}),
         "resample": seen.choice(
             "interpolation", "bicubic", {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}

@@ -15,14 +15,12 @@ from typing import Any
 
 from reverie.errors import InputError
 from reverie.weights.files import ModelFileError
-from reverie.weights.layout import Fields, Foreign, inside
+from reverie.weights.layout import CLIP_COLOURS, HALVES, Fields, Foreign, inside
 from reverie.weights.remap import Rule
 
-CONFIG, MODEL = "config.json", "model.safetensors"
+CONFIG = "config.json"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 RECORDS = (CONFIG, PREPROCESSOR, PROCESSOR)
-CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIGLIP_COLOURS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 def _blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -205,7 +203,7 @@ def _processor(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _preparation(records: Mapping[str, Any], kind: str, side: int) -> dict[str, Any]:
     """How pictures are prepared: mean, std, fit, resample."""
-    mean, std = CLIP_COLOURS if kind == "clip" else SIGLIP_COLOURS
+    mean, std = CLIP_COLOURS if kind == "clip" else HALVES
     if PREPROCESSOR in records:
         found = Fields(records[PREPROCESSOR], where=PREPROCESSOR)
     elif PROCESSOR in records:

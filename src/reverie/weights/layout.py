@@ -10,6 +10,10 @@ from typing import Any
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.remap import Rule
 
+# Mean and std of colours in [0, 1] where a format leaves them out: CLIP's, and a half for SigLIP's.
+CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:

@@ -222,7 +222,7 @@ def find(name_or_path: str | Path) -> Path:
     """The folder of a shipped name, a folder that holds a system, or a safetensors file. Raises `ModelFileError`."""
     if isinstance(name_or_path, str) and name_or_path in shipped():
         return SHIPPED / name_or_path
-    holds = f"a folder must hold {CONFIG} and {MODEL}, as reverie.save writes them"
+    holds = f"a folder must hold {CONFIG} or {clip_open_clip.CONFIG}, and {MODEL}, its parts or {clip_open_clip.MODEL}"
     if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
         raise ModelFileError(f"{name_or_path!r:.60} is no folder and no shipped name; {holds}.")
     path = Path(name_or_path)
