@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from reverie import disk
 from reverie.errors import InputError
 from reverie.media import decode_array, flatten, on_white
 
@@ -169,12 +170,18 @@ def stack(parts: Sequence[tuple[str, Image.Image]], path: str | Path) -> Path:
             _write(draw, (gap, y + gap // 2 + k * line), text, points, (30, 30, 30))
         whole.paste(picture, (0, y + space))
         y += space + picture.height
+    return save_png(whole, path)
+
+
+def save_png(picture: Image.Image, path: str | Path) -> Path:
+    """A PNG, whole or not at all; its folder is made. InputError: it cannot be written there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.save(path, format="PNG")
+        with disk.whole(path) as draft:
+            picture.save(draft, format="PNG")
     except OSError:
-        raise InputError(f"Cannot write {path}: give another place for the sheet.") from None
+        raise InputError(f"Cannot write {path}: give another place for the picture.") from None
     return path
 
 

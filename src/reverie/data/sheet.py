@@ -9,7 +9,7 @@ import numpy as np
 from reverie.data.index import Index, Item
 from reverie.errors import InputError
 from reverie.media import LIMITS, Limits, MediaError, decode_array
-from reverie.pictures import grid
+from reverie.pictures import grid, save_png
 from reverie.rng import integer
 
 
@@ -48,14 +48,7 @@ def contact_sheet(
             frames, words = np.full((1, size, size, 4), 200, np.uint8), f"{item.file_name}: {error.reason}"
         pictures.append(np.concatenate(list(frames), axis=1))
         titles.append(words)
-    path = Path(path)
-    sheet = grid(pictures, titles, columns)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path, format="PNG")
-    except OSError:
-        raise InputError(f"Cannot write {path}: give another place for the sheet.") from None
-    return path
+    return save_png(grid(pictures, titles, columns), path)
 
 
 def _words(item: Item) -> str:

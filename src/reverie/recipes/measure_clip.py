@@ -30,9 +30,9 @@ from reverie.evals.calibration import calibrated
 from reverie.evals.confusion import confusion
 from reverie.evals.templates import ensemble as sentences_of
 from reverie.media import MediaError, decode_array
-from reverie.pictures import card, grid
+from reverie.pictures import card, grid, save_png
 from reverie.progress import counting
-from reverie.recipes.measured import Measured, Row, fits, markdown, save, save_figure, share
+from reverie.recipes.measured import Measured, Row, fits, markdown, save_figure, share
 from reverie.recipes.parts import capable, open_index
 
 PLAIN = ("{}",)
@@ -172,7 +172,7 @@ def _answers(
     for name, cells in sheets.items():
         columns = 1 + len((by_text if name == "pictures-by-text" else by_picture)[0])
         marks = [mark or None for _, mark in cells]
-        save(grid([cell for cell, _ in cells], columns=columns, marks=marks), out / f"{name}.png")
+        save_png(grid([cell for cell, _ in cells], columns=columns, marks=marks), out / f"{name}.png")
 
 
 # ---------------------------------------------------------------- probing
@@ -420,7 +420,7 @@ def _confusions(index: Index, items: list[Item], names: list[str], found: dict[s
             cells += [card("", SIDE, ground=255)] * (wide - len(some))
             titles += [title] + [""] * (wide - 1)
             marks += [mark] * len(some) + [None] * (wide - len(some))
-    save(grid(cells, titles, columns=6 if wide == 3 else 8, marks=marks), path)
+    save_png(grid(cells, titles, columns=6 if wide == 3 else 8, marks=marks), path)
 
 
 def _classes(found: dict[str, Any], title: str, path: Path) -> None:

@@ -26,9 +26,9 @@ from reverie.data.world import World
 from reverie.errors import InputError
 from reverie.evals import generation
 from reverie.evals.world_captions import read_caption
-from reverie.pictures import grid, save_clip, to_bytes
+from reverie.pictures import grid, save_clip, save_png, to_bytes
 from reverie.progress import counting
-from reverie.recipes.measured import Measured, Row, fits, save, save_figure, share
+from reverie.recipes.measured import Measured, Row, fits, save_figure, share
 from reverie.recipes.parts import capable, home, peak_memory, plain_stickers
 
 JUDGES = ("clip-stickers", "judge-stickers")
@@ -158,8 +158,8 @@ def _generation(
         [found["generator"]["picked"][i] for found in numbers["pick"].values()] for i in range(len(names))
     ]
     titles = [f"{name}: {', '.join(guesses)}" for name, guesses in zip(names, picked, strict=True)]
-    save(grid(to_bytes(_middle(samples[:96], frames)), titles[:96]), out / "samples.png")
-    save(grid(to_bytes(_middle(truth[:96], frames)), names[:96]), out / "real.png")
+    save_png(grid(to_bytes(_middle(samples[:96], frames)), titles[:96]), out / "samples.png")
+    save_png(grid(to_bytes(_middle(truth[:96], frames)), names[:96]), out / "real.png")
     title = f"{model} draws {len(names)} {thing}s: labels of {source}, {split}"
     columns = ("", "generator", "real", "for comparison")
     return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
@@ -259,7 +259,7 @@ def _variety(
         ]
     pictures = rearrange(_middle(several, draw.frames), "p s ... -> (p s) ...")
     titles = [names[i] for i in places for _ in range(draw.ask.seeds)]
-    save(grid(to_bytes(pictures), titles, columns=draw.ask.seeds), out / "variety.png")
+    save_png(grid(to_bytes(pictures), titles, columns=draw.ask.seeds), out / "variety.png")
     return numbers
 
 
@@ -293,7 +293,7 @@ def _nearest(
                 pictures.append(_middle(training[j], training.frames))
                 titles.append(f"{name} {distance:.3f}: {training.items[j].label}")
     columns = 1 + sum(far.shape[1] for far, _ in found.values())
-    save(grid(to_bytes(torch.stack(pictures)), titles, columns=columns), out / "nearest.png")
+    save_png(grid(to_bytes(torch.stack(pictures)), titles, columns=columns), out / "nearest.png")
     _histograms(numbers, out / "distances.png")
     return numbers
 
@@ -333,7 +333,7 @@ def world(
     rows += [(what, "", value, "", "") for what, value in draw.cost(drawn)]
     pairs = torch.stack([_middle(samples[:32], frames), _middle(real[:32], frames)], dim=1)
     titles = [text for prompt in prompts[:32] for text in (prompt, "as the world has it")]
-    save(grid(to_bytes(rearrange(pairs, "n two ... -> (n two) ...")), titles), out / "samples.png")
+    save_png(grid(to_bytes(rearrange(pairs, "n two ... -> (n two) ...")), titles), out / "samples.png")
     if frames > 1:
         _animation(samples[:24], prompts[:24], out / "samples.webp", fps=draw.fps)
     numbers = {

@@ -46,13 +46,6 @@ def markdown(title: str, columns: Row, rows: list[Row]) -> str:
     )
 
 
-def save(sheet: Any, path: Path) -> None:
-    """A PIL picture as PNG, whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disk.whole(path) as draft:
-        sheet.save(draft, format="PNG")
-
-
 def save_figure(figure: Any, path: Path) -> None:
     """A figure of matplotlib as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,10 @@ of two wordings are close to each other, and a difference of equals keeps little
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,21 @@ from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.media import MediaError, decode_array
 from reverie.pictures import grid, stack
+from reverie.systems.clip import Clip
 
 EXACT = 5_000_000  # vectors that are searched exactly; beyond, faiss looks into a part of them
+
+
+class Embeds(Protocol):
+    """A system that gives pictures vectors, such as CLIP or the classifier."""
+
+    config: Any
+
+    def prepare(self, images: Sequence[Any]) -> Tensor: ...
+
+    def embed_image(self, images: Any) -> Tensor: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,33 +77,33 @@ class Found:
 
 
 def embed_pictures(
-    clip: Any,
+    system: Embeds,
     folder: Path,
     *,
     items: Sequence[Item] | None = None,
     present: Sequence[Item] | None = None,
     quiet: bool = False,
 ) -> Embeddings:
-    """The embeddings of a folder's files by a CLIP, or of some `items` of an index (of all its items `present`)."""
+    """The embeddings of a folder's files by a system, or of some `items` of an index (of all its items `present`)."""
     everything = None if present is None else [item.file_name for item in present]
     return embed_folder(
         folder,
         media_below(folder) if items is None else [item.file_name for item in items],
-        key=key_of(clip),
-        prepare=clip.prepare,
-        embed=lambda signals: clip.embed_image(signals),
+        key=key_of(system),
+        prepare=system.prepare,
+        embed=system.embed_image,
         present=everything,
         quiet=quiet,
     )
 
 
-def key_of(clip: Any) -> str:
+def key_of(system: Embeds) -> str:
     """The fingerprint of a system's weights and configuration."""
-    return fingerprint(clip.state_dict(), type(clip).__name__, clip.config)
+    return fingerprint(system.state_dict(), type(system).__name__, system.config)
 
 
 def open_folder(
-    clip: Any, folder: Path, *, sources: Sequence[str] = (), split: str | None = None, quiet: bool = False
+    clip: Clip, folder: Path, *, sources: Sequence[str] = (), split: str | None = None, quiet: bool = False
 ) -> tuple[Embeddings, dict[str, Item]]:
     """The embeddings to search, and the items of the index by file name where there is one.
 
@@ -121,7 +134,7 @@ def open_folder(
 
 
 @torch.no_grad()
-def vectors_of(clip: Any, queries: Sequence[Query]) -> Tensor:
+def vectors_of(clip: Clip, queries: Sequence[Query]) -> Tensor:
     """The unit vector of each query, `q d`; a clip that is asked with counts by the mean of its frames.
 
     InputError: a query asks for nothing, its parts cancel out, or its picture cannot be read.
@@ -151,7 +164,7 @@ def vectors_of(clip: Any, queries: Sequence[Query]) -> Tensor:
 
 
 def search(
-    clip: Any, embeddings: Embeddings, queries: Sequence[Query], *, top: int = 10, approximate: bool = False
+    clip: Clip, embeddings: Embeddings, queries: Sequence[Query], *, top: int = 10, approximate: bool = False
 ) -> list[list[Found]]:
     """The `top` files for each query, best first; exact, the earlier file first among equals.
 
