@@ -232,6 +232,31 @@ def test_a_spoilt_part_is_made_again(folder):
     assert model.seen == 10
 
 
+@pytest.mark.hostile
+@pytest.mark.parametrize("spoil", ["contents", "seconds", "vectors", "start", "bad"])
+def test_a_part_that_somebody_else_made_up_is_made_again(spoil, folder):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    model = Model()
+    before = model.run(folder)
+    want = by_name(before)
+    (part,) = before.place.glob("*.safetensors")
+    with safe_open(part, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        about = file.metadata()
+    strange = {
+        "contents": torch.tensor(7, dtype=torch.uint8),
+        "seconds": torch.zeros(1, len(tensors["vectors"])),
+        "vectors": tensors["vectors"][:-1],
+        "start": tensors["start"].flip(0),
+    }
+    about |= {"bad": "[" * 100_000} if spoil == "bad" else {}
+    save_file(tensors | {spoil: strange[spoil].contiguous()} if spoil in strange else tensors, part, about)
+    assert by_name(model.run(folder)) == want
+    assert model.seen == 10
+
+
 def test_a_folder_that_cannot_be_written_to_is_held_in_memory_and_it_says_so(folder, capsys):
     (folder / ".reverie").write_text("in the way")  # rights would not stop root
     model = Model()

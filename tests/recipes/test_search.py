@@ -176,6 +176,20 @@ def test_scores_are_the_models_cosines_and_are_not_made_twice(clip, model, folde
     }
 
 
+def test_dedupe_compares_by_any_system_that_embeds_pictures(folder, tmp_path):
+    from reverie.systems.classifier import Classifier, ClassifierConfig
+
+    torch.manual_seed(0)
+    package.save(Classifier(ClassifierConfig(names=("a", "b"), size=32)), tmp_path / "judge")
+    for end in ("png", "txt"):
+        shutil.copy(folder / f"blue.{end}", folder / f"same.{end}")
+    import_folder(folder, val=0, quiet=True)
+    groups, bad = dedupe(folder, by="embedding", cosine=0.9999, model=tmp_path / "judge", quiet=True)
+    assert not bad
+    found = {copy.item.file_name: copy.original.file_name for group in groups for copy in group}
+    assert found["same.png"] == "blue.png"
+
+
 def test_dedupe_marks_copies_and_leaks_and_spares_the_rest(model, folder, tmp_path, capsys):
     with Image.open(folder / "red.png") as image:
         image.resize((30, 20)).save(folder / "smaller.png")
