@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reverie.data.duplicates import hashes_of
+from reverie.data.duplicates import hashes_of, pairs_above
 from reverie.data.embeddings import embed_folder
 from reverie.data.index import Index
 from reverie.media import decode_array, flatten
@@ -52,29 +52,18 @@ def main() -> None:
     signs = (
         torch.from_numpy(np.stack([hashes_of(asked.out / name)[0] for name in found.names])).float() * 2 - 1
     )
-    own = torch.tensor([place[name] for name in names if name in place])
-    bits, cosine = (64 - signs[own] @ signs[own].T) / 2, vectors[own] @ vectors[own].T
-    upper = torch.ones_like(bits, dtype=torch.bool).triu(1)
-    lines = [f"| bits | cosine | {' | '.join(KINDS)} | other pairs of {int(upper.sum()):,} |",
+    bits, own = signs / signs.shape[1] ** 0.5, {place[name] for name in names if name in place}
+    copies = {kind: [(place[names[k]], place[name]) for k, its, name in planted if its == kind and names[k] in place]
+              for kind in KINDS}  # fmt: skip
+    lines = [f"| bits | cosine | {' | '.join(KINDS)} | other pairs of {len(own) * (len(own) - 1) // 2:,} |",
              f"|---|---|{'---|' * len(KINDS)}---|"]  # fmt: skip
     for most, least in LIMITS:
-        shares = []
-        for kind in KINDS:
-            pairs = [
-                (place[names[k]], place[name])
-                for k, its, name in planted
-                if its == kind and names[k] in place
-            ]
-            hits = [
-                (most is None or (64 - float(signs[a] @ signs[b])) / 2 <= most)
-                and (least is None or float(vectors[a] @ vectors[b]) >= least)
-                for a, b in pairs
-            ]
-            shares.append(f"{np.mean(hits):.1%}")
-        wrong = (
-            upper & (bits <= (64 if most is None else most)) & (cosine >= (-1 if least is None else least))
-        )
-        lines.append(f"| {most or '-'} | {least or '-'} | {' | '.join(shares)} | {int(wrong.sum()):,} |")
+        far = 1 - 2 * (64 if most is None else most + 1e-4) / 64
+        near = set(pairs_above(bits, far, also=vectors, also_least=-1 if least is None else least - 1e-6))
+        shares = [f"{np.mean([tuple(sorted(pair)) in near for pair in copies[kind]]):.1%}" for kind in KINDS]
+        wrong = sum(a in own and b in own for a, b in near)
+        told = ("any" if limit is None else str(limit) for limit in (most, least))
+        lines.append(f"| {' | '.join(told)} | {' | '.join(shares)} | {wrong:,} |")
     (asked.out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
