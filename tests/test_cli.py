@@ -458,6 +458,8 @@ def test_convert_from_library_to_library(tmp_path, capsys):
             "use one of reverie, transformers, open_clip",
         ),
         ((tmp_path / "ours", tmp_path / "x.safetensors"), "name a folder"),
+        ((tmp_path / "ours", tmp_path / "theirs"), "exists already"),
+        ((tmp_path / "ours", tmp_path / "ours"), "exists already"),
         ((tmp_path / "theirs" / "open_clip_model.safetensors", tmp_path / "x"), "config="),
         (
             (tmp_path / "theirs" / "open_clip_model.safetensors", tmp_path / "x", "--config", "B32"),

@@ -778,6 +778,8 @@ def convert(source: Path, target: Path, /, *, format: str | None = None, config:
 
         if target.suffix == ".safetensors":
             raise InputError(f"A model becomes a folder, not the file {target}: name a folder.")
+        if target.exists() and (target.is_file() or any(target.iterdir())):
+            raise InputError(f"{target} exists already and is not written over: name a new folder.")
         system = reverie.load(source, config=config)
         print(reverie.save(system, target, format=format or "reverie"))  # type: ignore[arg-type]  # save refuses others
         return

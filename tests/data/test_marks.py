@@ -56,6 +56,27 @@ def test_another_share_starts_from_the_unmarked_state_and_undo_restores_it(folde
     assert undo(folder, "filter") == 0
 
 
+def test_one_splits_marks_are_left_alone_by_anothers(folder):
+    keep(folder, share=0.25)
+    assert keep(folder, share=0.5, split="val") == (1, 1, 0)
+    assert accepted(folder) == {"6", "7", "9"}
+    assert undo(folder, "filter") == 7
+
+
+def test_no_score_is_above_what_is_no_number(folder):
+    with pytest.raises(InputError, match="above is nan"):
+        keep(folder, above=float("nan"))
+
+
+def test_a_duplicate_of_what_has_become_another_picture_is_no_duplicate(folder):
+    mark(Index.read(folder), "dedupe", {"3.png": "duplicate of 4.png (0 of 64 bits differ)"})
+    import_folder(folder, quiet=True)
+    assert "3" not in accepted(folder)
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(folder / "4.png")
+    import_folder(folder, quiet=True)
+    assert {"3", "4"} <= accepted(folder)
+
+
 def test_no_file_is_touched(folder):
     files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.[pt][nx][gt]")}
     keep(folder, share=0.1)

@@ -26,6 +26,7 @@ def test_tensors_take_the_type_and_size_of_the_tower():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "divide bytes"),
         (torch.full((1, 3, 8, 8), 255.0), "reach 255"),
         (torch.full((1, 3, 8, 8), float("nan")), "reach nan"),
+        (torch.full((1, 3, 8, 8), 1.93), "another library's normalisation"),
         (torch.zeros(1, 3, 0, 8), "must have pixels"),
     ],
 )
@@ -67,3 +68,17 @@ def test_a_list_in_parts_keeps_its_order(monkeypatch):
 
     assert torch.equal(in_parts(pictures, embed), open_images(pictures, size=4)[:, :, 0, 0])
     assert seen == [3, 3, 2]
+
+
+@pytest.mark.parametrize("fit", ["crop", "crop_even", "squash"])
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (30, 40), (5, 9)])
+def test_a_tensor_is_fitted_as_a_picture_is(fit, shape):
+    """To within what 8 bits and another antialiasing cost: a smooth picture."""
+    down, across = torch.meshgrid(
+        torch.linspace(0, 1, shape[0]), torch.linspace(0, 1, shape[1]), indexing="ij"
+    )
+    levels = (torch.stack([down, across, 1 - down], dim=-1) * 255).round()
+    picture = Image.fromarray(levels.numpy().astype(np.uint8))
+    batch = (levels / 127.5 - 1).permute(2, 0, 1)[None]
+    tensor = as_batch(batch, size=8, like=LIKE, fit=fit)
+    assert (tensor - open_images([picture], size=8, fit=fit)).abs().max() < 0.08

@@ -176,6 +176,30 @@ def test_scores_are_the_models_cosines_and_are_not_made_twice(clip, model, folde
     }
 
 
+def test_with_an_index_too_everything_that_lies_there_is_found(clip, folder):
+    """What came after the import, what was renamed, what has no caption; but nothing that is marked."""
+    shutil.copy(folder / "red.png", folder / "new.png")
+    (folder / "green.png").rename(folder / "renamed.png")
+    (folder / "blue.txt").unlink()
+    import_folder(folder, val=0.2, quiet=True)
+    shutil.copy(folder / "red.png", folder / "newer.png")
+    index = Index.read(folder)
+    mark(index, "filter", {"white.png": "for no reason"})
+    found, _ = search.open_folder(clip, folder, quiet=True)
+    there = {
+        "black.png",
+        "blue.png",
+        "clip.webp",
+        "new.png",
+        "newer.png",
+        "red.png",
+        "renamed.png",
+        "yellow.png",
+    }
+    assert set(found.names) == there
+    assert not found.bad
+
+
 def test_dedupe_compares_by_any_system_that_embeds_pictures(folder, tmp_path):
     from reverie.systems.classifier import Classifier, ClassifierConfig
 

@@ -245,6 +245,15 @@ def test_without_a_preprocessor_it_says_what_it_takes(tmp_path):
         ({"do_normalize": False}, "do_normalize"),
         ({"resample": 1}, "known are 2, 3"),
         ({"image_mean": "grey"}, "three numbers"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        (
+            {
+                "image_processor_type": "SiglipImageProcessor",
+                "do_center_crop": False,
+                "size": {"height": 32, "width": 32},
+            },
+            {"fit": "squash"},
+        ),
     ],
 )
 def test_their_preprocessing_is_read(change, expected, tmp_path):
@@ -259,6 +268,47 @@ def test_their_preprocessing_is_read(change, expected, tmp_path):
         assert {key: getattr(config, key) for key in expected} == expected
         reverie.save(reverie.load(tmp_path), tmp_path / "again", format="transformers")
         assert reverie.load(tmp_path / "again").config == config
+
+
+def test_the_newer_place_of_preprocessing_is_read_first_as_they_do(tmp_path):
+    their_folder(tmp_path)
+    newer = json.loads((tmp_path / "preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.5, 0.5]}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": newer}))
+    assert reverie.load(tmp_path).config.mean == (0.5, 0.5, 0.5)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert reverie.load(tmp_path).config.mean == ClipConfig().mean
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="no preprocessor_config.json"):
+        reverie.load(tmp_path)
+
+
+def test_a_processor_of_another_kind_must_say_everything(tmp_path):
+    their_folder(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    whole = json.loads(file.read_text()) | {"image_processor_type": "ViTImageProcessor"}
+    file.write_text(json.dumps(whole))
+    assert reverie.load(tmp_path).config.fit == "crop"
+    del whole["image_std"]
+    file.write_text(json.dumps(whole))
+    with pytest.raises(ModelFileError, match="vitimageprocessor.*whose defaults Reverie does not know"):
+        reverie.load(tmp_path)
+
+
+def test_saving_over_a_folder_leaves_nothing_of_the_old_model(tmp_path):
+    their_folder(tmp_path)
+    ours = reverie.load(tmp_path)
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": {"image_mean": [0.5, 0.5, 0.5]}})
+    )
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    reverie.save(ours, tmp_path, format="transformers")
+    again = reverie.load(tmp_path)
+    assert again.config == ours.config
+    assert again.tokenizer is None
+    reverie.save(ours, tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    assert reverie.load(tmp_path).config == ours.config
 
 
 @pytest.mark.parametrize("siglip", [False, True])

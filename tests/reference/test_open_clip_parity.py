@@ -129,9 +129,10 @@ def test_a_checkpoint_alone_must_be_named_unless_it_is_openais(name, open_clip, 
     theirs = their_model(open_clip, MODELS[name])
     tensors = {key: value.contiguous() for key, value in theirs.state_dict().items()}
     ours = reverie.load(their_folder(theirs, MODELS[name], tmp_path / "folder"))
-    save_file({f"module.{key}": value for key, value in tensors.items()}, tmp_path / "run.safetensors")
-    save_file(tensors, tmp_path / "bare.safetensors")
-    for file in ("run.safetensors", "bare.safetensors"):
+    for prefix in ("module.", "_orig_mod.", "model.", ""):
+        named = {f"{prefix}{key}": value for key, value in tensors.items()}
+        save_file(named, tmp_path / f"{prefix or 'bare.'}safetensors")
+    for file in ("module.safetensors", "_orig_mod.safetensors", "model.safetensors", "bare.safetensors"):
         with pytest.raises(ModelFileError, match="does not say what it is"):
             reverie.load(tmp_path / file)
         named = reverie.load(tmp_path / file, config=ours.config)
@@ -165,6 +166,10 @@ def test_openais_own_state_dict_is_known_by_its_names(image, open_clip, tmp_path
     assert ours.config.text.activation == "quick_gelu"
     assert ours.config.image.size == vision["image_size"]
     assert_equal_numbers(ours, theirs)
+    assert reverie.load(tmp_path / "ViT.safetensors", config=ours.config).config == ours.config
+    wrong = replace(ours.config, text=replace(ours.config.text, activation="gelu"))
+    with pytest.raises(ModelFileError, match="trained with QuickGELU, which config= contradicts"):
+        reverie.load(tmp_path / "ViT.safetensors", config=wrong)
 
 
 @pytest.mark.parametrize("image", ["vit", "resnet"])
@@ -312,6 +317,8 @@ def test_a_tokenizer_of_ones_own_goes_along(open_clip, tmp_path):
         ({"text_cfg": TEXT | {"layers": 10**6}}, "many more parts"),
         ({"quick_gelu": "yes"}, "true or false"),
         ({"embed_dim": 17}, "mis-shaped"),
+        ({"vision_cfg": VIT | {"global_average_pool": True}}, "asks for .global_average_pool"),
+        ({"text_cfg": TEXT | {"tokenizer_kwargs": {"clean": "canonicalize"}}}, "tokenizer_kwargs"),
     ],
 )
 def test_their_config_is_checked(change, reason, open_clip, tmp_path):

@@ -4,6 +4,7 @@ import builtins
 import importlib
 import json
 import math
+import shutil
 import sys
 import time
 import tomllib
@@ -286,6 +287,30 @@ def test_an_empty_name_is_not_the_current_folder(toy, monkeypatch):
     assert store.find(".") == Path(".")
     with pytest.raises(ModelFileError, match="no shipped name"):
         store.find("")
+
+
+def test_a_shipped_name_may_be_a_path_where_nothing_else_has_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert store.find(Path("clip-stickers")) == store.find("clip-stickers")
+    shutil.copytree(store.SHIPPED / "clip-stickers", tmp_path / "clip-stickers")
+    assert store.find(Path("clip-stickers")) == Path("clip-stickers")
+
+
+def test_a_pickle_in_a_folder_says_what_to_make_of_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(
+        ModelFileError, match=r"convert 'pytorch_model\.bin' model\.safetensors` in that folder"
+    ):
+        store.find(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_named(toy):
+    (toy / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    )
+    with pytest.raises(ModelFileError, match="Git LFS pointer"):
+        store.load(toy, systems=SYSTEMS)
 
 
 def test_a_file_is_not_a_folder(toy):

@@ -142,7 +142,8 @@ def import_folder(
         Item(file_name=name, hash="", bytes=0, width=0, height=0, reject=reason)
         for name, reason in problems.items()
     ]
-    items = still_marked(_at_least_one(finished, free, val) + refused)
+    before = {item.file_name: item.hash for item in previous or ()}
+    items = still_marked(_at_least_one(finished, free, val) + refused, before)
     index = Index(target, sorted(items, key=lambda item: item.file_name))
     index.extra = _extra_table(extra, previous)
     if index.items:

@@ -8,6 +8,7 @@ time, from the state without them, and leaves those of the other: an item has on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,9 @@ def keep(
     """Marks the items of a split that score too low; returns how many are kept, marked, and have no score.
 
     Either `share` (in (0, 1], of the items that have the score: the best, the first among equals) or `above` (the
-    least score that is kept). Items that have no such score stay. It starts from the items without its own marks.
-    InputError: neither or both are given, a share outside (0, 1], or nothing has this score.
+    least score that is kept). Items that have no such score stay. It starts from the split without its own
+    marks; those of other splits stay. InputError: neither or both are given, a share outside (0, 1], or nothing has
+    this score.
     """
     if (share is None) == (above is None):
         raise InputError(
@@ -67,6 +69,8 @@ def keep(
         raise InputError(f"keep is {share:g}: give a share above 0 and up to 1, such as 0.3.")
     if split not in SPLITS:
         raise InputError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")
+    if above is not None and not math.isfinite(above):
+        raise InputError(f"above is {above}: give the least score that stays, such as 0.2.")
     index = Index.read(folder)
     items = [item for item in unmarked(index, "filter") if item.reject is None and item.split == split]
     scored = [item for item in items if score in item.scores]
@@ -84,13 +88,27 @@ def keep(
         assert above is not None
         low = [item for item in scored if not item.scores[score] >= above]
         why = f"is below {above:g}"
-    mark(index, "filter", {item.file_name: f"score_{score} {item.scores[score]:.4f} {why}" for item in low})
+    others = {
+        item.file_name: str(item.reject).removeprefix(f"{MARK_WORDS}filter: ")
+        for item in index
+        if item.marked == "filter" and item.split != split
+    }
+    mine = {item.file_name: f"score_{score} {item.scores[score]:.4f} {why}" for item in low}
+    mark(index, "filter", others | mine)
     return len(scored) - len(low), len(low), len(items) - len(scored)
 
 
-def still_marked(items: list[Item]) -> list[Item]:
-    """Without the marks of duplicates whose original is there no more, so that no content is lost with it."""
-    sound = {item.file_name for item in items if item.reject is None or item.marked == "filter"}
+def still_marked(items: list[Item], before: Mapping[str, str]) -> list[Item]:
+    """Without the marks of duplicates whose original is there no more, so that no content is lost with it.
+
+    before: file name -> hash when the marks were made; an original with another content is another picture.
+    """
+    sound = {
+        item.file_name
+        for item in items
+        if (item.reject is None or item.marked == "filter")
+        and before.get(item.file_name, item.hash) == item.hash
+    }
     return [
         replace(item, reject=None)
         if item.marked == "dedupe" and _original(str(item.reject)) not in sound

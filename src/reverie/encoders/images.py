@@ -15,6 +15,7 @@ from reverie.pictures import to_signal
 
 Images = Tensor | Sequence[str | Path | Image.Image]
 AT_ONCE = 64  # pictures of a list that are open at a time
+REACH = 1.5  # a generator may overshoot 1 a little; pictures normalised by mean and std reach 1.8 and more
 
 
 def check_images(images: Sequence[str | Path | Image.Image]) -> None:
@@ -48,10 +49,11 @@ def in_parts(images: Sequence[str | Path | Image.Image], embed: Callable[[Sequen
     return torch.cat([embed(images[at : at + AT_ONCE]) for at in range(0, len(images), AT_ONCE)])
 
 
-def as_batch(images: Tensor, *, size: int, like: Tensor, checked: bool = True) -> Tensor:
+def as_batch(images: Tensor, *, size: int, like: Tensor, fit: str = "crop", checked: bool = True) -> Tensor:
     """Float `b 3 h w` in [-1, 1] of any size -> `b 3 size size` with the device and data type of `like`.
 
-    `checked`: that the values are in range, which training need not ask at every step. Raises InputError.
+    `fit`: other sizes are resized and cropped, or squashed, as pictures are. `checked`: that the values are in range,
+    which training need not ask at every step. Raises InputError.
     """
     images = images.to(like.device)
     if images.ndim != 4 or images.shape[1] != 3:
@@ -63,8 +65,18 @@ def as_batch(images: Tensor, *, size: int, like: Tensor, checked: bool = True) -
     if not all(images.shape[-2:]):
         raise InputError(f"images must have pixels, but have shape {tuple(images.shape)}.")
     images = images.to(like.dtype)  # from whatever numpy and half-precision code made
-    if checked and len(images) and not (reach := images.abs().amax()) <= 10:  # so is NaN
-        raise InputError(f"images must be in [-1, 1], but reach {reach:g}: divide bytes by 127.5, less 1.")
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    return images
+    if checked and len(images) and not (reach := images.abs().amax()) <= REACH:  # NaN neither
+        raise InputError(
+            f"images must be in [-1, 1], but reach {reach:.4g}: of bytes take x / 127.5 - 1; mean and std are applied"
+            " inside, so leave another library's normalisation out."
+        )
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    box = (size, size)
+    if fit != "squash":
+        short = min(height, width)
+        box = (int(size * height / short), int(size * width / short))
+    images = F.interpolate(images, size=box, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (box[0] - size) // 2, (box[1] - size) // 2
+    return images[..., top : top + size, left : left + size]

@@ -31,7 +31,7 @@ from reverie.media import MediaError, decode_array
 from reverie.pictures import grid, stack
 from reverie.progress import track
 from reverie.recipes.parts import capable
-from reverie.recipes.search import embed_pictures, key_of
+from reverie.recipes.search import embed_pictures, every_file, key_of
 
 EACH = "caption_scores_{}"  # column of the index: the score of each caption, in the order of `captions`
 DONE = "scored_{}"  # column: what the scores were made of
@@ -76,7 +76,9 @@ def score(
     ]
     if not todo:
         return 0, len(wanted), ()
-    found = embed_pictures(clip, index.folder, items=todo, present=index.items, quiet=quiet)
+    found = embed_pictures(
+        clip, index.folder, [item.file_name for item in todo], present=every_file(index), quiet=quiet
+    )
     texts = sorted({text for item in todo for text in _texts(item, language)})
     steps = track(range(0, len(texts), TEXTS), total=-(-len(texts) // TEXTS), label="reading", quiet=quiet)
     if not found.vectors.isfinite().all():
@@ -169,7 +171,9 @@ def dedupe(
         hashes = [np.asarray(found[item.file_name]) for item in items]
     if by != "hash":
         clip = capable(model, "embed_image", device=device)
-        seen = embed_pictures(clip, index.folder, items=items, present=index.items, quiet=quiet)
+        seen = embed_pictures(
+            clip, index.folder, [item.file_name for item in items], present=every_file(index), quiet=quiet
+        )
         bad += seen.bad
         rows = torch.bincount(seen.file, minlength=len(seen.names)).tolist()
         own = dict(zip(seen.names, seen.vectors.split(rows), strict=True))

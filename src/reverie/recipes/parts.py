@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import reverie
+from reverie.data.embeddings import media_below
 from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
 from reverie.data.pixels import Pixels
@@ -27,9 +28,19 @@ CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
 
 def open_index(data: Path) -> Index:
-    """The index of a folder, imported first if it has none."""
+    """The index of a folder, imported first if it has none. Files that came after the import are told of."""
     data = Path(data)
-    return Index.read(data) if (data / FILE).exists() else import_folder(data)
+    if not (data / FILE).exists():
+        return import_folder(data)
+    index = Index.read(data)
+    known = {item.file_name for item in index}
+    if new := [name for name in media_below(data) if name not in known]:
+        print(
+            f"{len(new):,} files, such as {new[0]}, are not in the index of {data} and are left out: run `reverie data"
+            f" import {data}` to take them in.",
+            file=sys.stderr,
+        )
+    return index
 
 
 def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:

@@ -13,7 +13,7 @@ of two wordings are close to each other, and a difference of equals keeps little
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,24 +77,23 @@ class Found:
 
 
 def embed_pictures(
-    system: Embeds,
-    folder: Path,
-    *,
-    items: Sequence[Item] | None = None,
-    present: Sequence[Item] | None = None,
-    quiet: bool = False,
+    system: Embeds, folder: Path, names: Sequence[str], *, present: Collection[str], quiet: bool = False
 ) -> Embeddings:
-    """The embeddings of a folder's files by a system, or of some `items` of an index (of all its items `present`)."""
-    everything = None if present is None else [item.file_name for item in present]
+    """The embeddings of the files `names` of a folder by a system; `present`: all whose embeddings are kept there."""
     return embed_folder(
         folder,
-        media_below(folder) if items is None else [item.file_name for item in items],
+        names,
         key=key_of(system),
         prepare=system.prepare,
         embed=system.embed_image,
-        present=everything,
+        present=present,
         quiet=quiet,
     )
+
+
+def every_file(index: Index) -> set[str]:
+    """What the index knows of and what else is in its folder."""
+    return {item.file_name for item in index} | set(media_below(index.folder))
 
 
 def key_of(system: Embeds) -> str:
@@ -107,26 +106,34 @@ def open_folder(
 ) -> tuple[Embeddings, dict[str, Item]]:
     """The embeddings to search, and the items of the index by file name where there is one.
 
-    InputError: no folder, filters without an index, or nothing that can be read.
+    Every picture and clip of the folder is searched, in the index or not, with a caption or not, but for what is
+    marked; with filters, what the index has of them. InputError: no folder, filters without an index, or nothing that
+    can be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
-    if (folder / FILE).exists():
-        index = Index.read(folder)
-        items = index.select(split=split, sources=sources or None).items
-        if not items and index.items:
-            there = ", ".join(sorted({str(item.source) for item in index if item.source})) or "none is named"
+    index = Index.read(folder) if (folder / FILE).exists() else None
+    there = media_below(folder)
+    if index is None and (sources or split):
+        raise InputError(
+            f"{folder} has no index, so no sources or splits: run `reverie data import {folder}`."
+        )
+    if index is not None and (sources or split):
+        names = [item.file_name for item in index.select(split=split, sources=sources or None)]
+        if not names:
+            have = ", ".join(sorted({str(item.source) for item in index if item.source})) or "none is named"
             raise InputError(
-                f"No accepted file of {folder} is of the split and sources asked for; sources: {there}."
+                f"No accepted file of {folder} is of the split and sources asked for; sources: {have}."
             )
-        found = embed_pictures(clip, folder, items=items, present=index.items, quiet=quiet)
-        by_name = {item.file_name: item for item in items}
     else:
-        if sources or split:
-            raise InputError(
-                f"{folder} has no index, so no sources or splits: run `reverie data import {folder}`."
-            )
-        found, by_name = embed_pictures(clip, folder, quiet=quiet), {}
+        known = [item for item in index or () if item.reject is None and (folder / item.file_name).is_file()]
+        marked = {item.file_name for item in index or () if item.marked}
+        names = sorted({*there, *(item.file_name for item in known)} - marked)
+    found = embed_pictures(
+        clip, folder, names, present={*there, *names} if index is None else every_file(index), quiet=quiet
+    )
+    seen = set(found.names)
+    by_name = {item.file_name: item for item in index or () if item.file_name in seen}
     if not found.names:
         why = f" ({found.bad[0].path}: {found.bad[0].reason})" if found.bad else ""
         raise InputError(f"{folder} holds no picture that can be read{why}: give a folder with pictures.")

@@ -89,7 +89,9 @@ class Clip(nn.Module):
         if not isinstance(images, Tensor):
             return in_parts(images, lambda part: self.embed_image(self.prepare(part)))
         size = self.config.image.size
-        images = as_batch(images, size=size, like=self.log_scale, checked=not self.training)
+        images = as_batch(
+            images, size=size, like=self.log_scale, fit=self.config.fit, checked=not self.training
+        )
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
         x = ((images + 1) / 2 - colour[0]) / colour[1]
         return F.normalize(self.image_projection(self.image.embed(x)), dim=-1)
@@ -105,7 +107,8 @@ class Clip(nn.Module):
             texts = _strings("texts", texts)
             if self.tokenizer is None:
                 raise InputError(
-                    "this model has no tokenizer: give token ids `b n`, or load it from a folder."
+                    "this model has no tokenizer (its folder held no tokenizer.json, nor vocab.json and merges.txt):"
+                    " give token ids `b n`, or put its tokenizer there."
                 )
             texts = self.tokenizer.encode(texts, length=self.config.text.length)
         self.text.check(texts)

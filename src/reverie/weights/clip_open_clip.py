@@ -31,6 +31,25 @@ OPENAI = (
 MASK = ("attn_mask", "transformer.resblocks.{i}.attn_mask")
 IGNORE = (*OPENAI, *MASK, *(f"text.{mask}" for mask in MASK))
 HEAD = 64  # channels of a head unless the config says otherwise
+# The keys of their config that are read, or change nothing once a model is trained.
+_BOTH = {
+    "width", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs", "ls_init_value", "output_tokens", "qk_norm",
+    "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc", "block_type",
+}  # fmt: skip
+MODEL_KEYS = {
+    "embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "custom_text",
+    "vision_cfg", "text_cfg",
+}  # fmt: skip
+VISION_KEYS = _BOTH | {
+    "image_size", "patch_size", "head_width", "patch_dropout", "attentional_pool", "attn_pooler_queries",
+    "attn_pooler_heads", "no_ln_pre", "pos_embed_type", "final_ln_after_pool", "pool_type", "timm_model_name",
+    "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
+}  # fmt: skip
+TEXT_KEYS = _BOTH | {
+    "context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "heads", "embed_cls",
+    "pad_id", "eos_id", "no_causal_mask", "final_ln_after_pool", "pool_type", "proj_bias", "proj_type",
+    "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type",
+}  # fmt: skip
 
 # timm's SigLIP towers: a size's width, depth, heads and hidden channels; of each tower the patch, the picture's side
 # and how it computes GELU. https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/vision_transformer.py
@@ -151,7 +170,7 @@ def table(config: Mapping[str, Any], *, text: str, scalar: bool = True, prefix: 
 
 def _foreign(values: dict[str, Any], entries: Mapping[str, Entry]) -> Foreign:
     """With the table that fits what names the file has."""
-    prefix = "module." if entries and all(name.startswith("module.") for name in entries) else ""
+    prefix = prefix_of(entries)
     text = "text." if f"{prefix}text.token_embedding.weight" in entries else ""
     scale = entries.get(f"{prefix}logit_scale")
     scalar = scale is None or scale.shape == ()
@@ -163,16 +182,29 @@ def _foreign(values: dict[str, Any], entries: Mapping[str, Entry]) -> Foreign:
 # ---------------------------------------------------------------- in
 
 
+def prefix_of(entries: Mapping[str, Entry]) -> str:
+    """What wrappers put before every name: "module.", "_orig_mod.", "model."."""
+    found = [name.removesuffix("logit_scale") for name in entries if name.endswith("logit_scale")]
+    return found[0] if len(found) == 1 and all(name.startswith(found[0]) for name in entries) else ""
+
+
 def is_theirs(entries: Mapping[str, Entry]) -> bool:
     """Whether a file has open_clip's names."""
-    return any(re.match(r"(module\.)?(visual|text)\.", name) for name in entries)
+    prefix = prefix_of(entries)
+    return f"{prefix}logit_scale" in entries and any(name.startswith(f"{prefix}visual.") for name in entries)
 
 
 def read_alone(entries: Mapping[str, Entry], values: dict[str, Any] | None, *, what: str) -> Foreign:
     """A checkpoint without a config beside it; `values` is our config as plain data, which OpenAI's own need not."""
+    openais = all(name in entries for name in OPENAI)
     if values is not None:
+        activations = {tower.get("activation", "quick_gelu") for tower in (values["image"], values["text"])}
+        if openais and activations != {"quick_gelu"}:
+            raise ModelFileError(
+                f"{what} is OpenAI's own and was trained with QuickGELU, which config= contradicts: leave it out."
+            )
         return _foreign(values, entries)
-    if not all(name in entries for name in OPENAI):
+    if not openais:
         raise ModelFileError(
             f"{what} has open_clip's names but does not say what it is (GELU or QuickGELU, how many heads): load it"
             " with config=, such as reverie.load(FILE, config='ViT-B-32'), or from a folder with "
@@ -238,6 +270,8 @@ def read(records: Mapping[str, Any], entries: Mapping[str, Entry]) -> Foreign:
     record = Fields(records[CONFIG], where=CONFIG)
     model = record.part("model_cfg") if "model_cfg" in record.record else record
     vision, text = model.part("vision_cfg"), model.part("text_cfg")
+    for part, known in ((model, MODEL_KEYS), (vision, VISION_KEYS), (text, TEXT_KEYS)):
+        part.only(known)
     quick = model.flag("quick_gelu")
     text.unlike({
         "hf_model_name": (None, ""), "ls_init_value": (None,), "embed_cls": (False,), "proj_type": ("linear",),
@@ -248,6 +282,8 @@ def read(records: Mapping[str, Any], entries: Mapping[str, Entry]) -> Foreign:
     causal = not text.flag("no_causal_mask")
     vocab = text.integer("vocab_size", 49_408)
     pool = text.choice("pool_type", "argmax", {"argmax": "argmax", "eos": "end", "last": "last"})
+    if not text.record.get("hf_tokenizer_name"):
+        text.unlike({"tokenizer_kwargs": (None, {}, {"clean": "lower"})})
     words = {
         "vocab": vocab,
         "length": text.integer("context_length", 77),
@@ -405,9 +441,9 @@ def write(config: Mapping[str, Any], *, own_words: bool) -> tuple[dict[str, Any]
         must = {"stem": "patch", "stem_bias": False, "registers": 0, "pool": "class"}
         for key, wanted in must.items():
             if image[key] != wanted:
-                raise _none(f"an image tower with {key} {image[key]!r}, only {wanted!r}")
+                raise _none(f"image tower with {key} {image[key]!r}, only {wanted!r}")
         if not config["image_projection"]:
-            raise _none("a vision transformer without a projection")
+            raise _none("vision transformer without a projection")
         if (image["activation"] == "quick_gelu") != quick:
             raise _none("QuickGELU in one tower alone")
         model["vision_cfg"] = {

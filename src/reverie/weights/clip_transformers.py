@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reverie.errors import InputError
-from reverie.weights.files import ModelFileError
+from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import CLIP_COLOURS, HALVES, Fields, Foreign, inside
 from reverie.weights.remap import Rule
 
@@ -203,19 +203,36 @@ def _processor(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _preparation(records: Mapping[str, Any], kind: str, side: int) -> dict[str, Any]:
     """How pictures are prepared: mean, std, fit, resample."""
-    mean, std = CLIP_COLOURS if kind == "clip" else HALVES
-    if PREPROCESSOR in records:
+    found = Fields({}, where="the absent " + PREPROCESSOR)
+    inner = records.get(PROCESSOR)
+    if (
+        isinstance(inner, dict) and "image_processor" in inner
+    ):  # the newer place, which transformers reads first
+        found = Fields(inner["image_processor"], where=f"image_processor of {PROCESSOR}")
+    elif PREPROCESSOR in records:
         found = Fields(records[PREPROCESSOR], where=PREPROCESSOR)
-    elif PROCESSOR in records:
-        found = Fields(records[PROCESSOR], where=PROCESSOR).part("image_processor")
     else:
         warnings.warn(
             f"the folder has no {PREPROCESSOR}: pictures are prepared with the mean, std and resizing of"
             f" transformers' own {kind} processor, which these weights may not have been trained with",
             stacklevel=2,
         )
-        found = Fields({}, where="the absent " + PREPROCESSOR)
+    named = str(
+        found.record.get("image_processor_type", found.record.get("feature_extractor_type", kind))
+    ).lower()
+    complete = {"image_mean", "image_std", "size", "resample"} <= found.record.keys()
+    if not named.startswith(("clip", "siglip")) and not complete:
+        raise ModelFileError(
+            f"{found.where} names {shorten(named)}, whose defaults Reverie does not know, without giving image_mean,"
+            " image_std, size and resample; add them."
+        )
+    kind = "siglip" if named.startswith("siglip") else "clip"
+    mean, std = CLIP_COLOURS if kind == "clip" else HALVES
     found.unlike({"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
+    if abs(255 * found.number("rescale_factor", 1 / 255) - 1) > 1e-3:
+        raise ModelFileError(
+            f"{found.where} gives a rescale_factor other than 1/255, which no CLIP of Reverie has."
+        )
     crop = found.flag("do_center_crop", kind == "clip")
     size = found.record.get(
         "size", {"shortest_edge": side} if kind == "clip" else {"height": side, "width": side}

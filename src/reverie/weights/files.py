@@ -234,6 +234,10 @@ def _header(file: BufferedReader, path: Path) -> tuple[dict[str, Entry], int]:
         raise ModelFileError(f"{name} has {size} bytes and is no safetensors file; fetch it again.")
     if prefix.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ModelFileError(pickle_message(name))
+    if prefix == b"version ":
+        raise ModelFileError(
+            f"{name} is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull`, or fetch it."
+        )
     length = int.from_bytes(prefix, "little")
     if length > HEADER_BYTES:
         raise ModelFileError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,15 @@ class Fields:
 
     def part(self, key: str) -> Fields:
         return Fields(self.record.get(key, {}), where=f"{key} of {self.where}")
+
+    def only(self, known: Collection[str]) -> None:
+        """ModelFileError: a key that is neither known nor off."""
+        for key, value in self.record.items():
+            if key not in known and value not in (None, False):
+                raise ModelFileError(
+                    f"{self.where} asks for {shorten(key)} ({shorten(value)}), which Reverie does not know: numbers may"
+                    " differ, so it is refused."
+                )
 
     def unlike(self, required: Mapping[str, tuple[Any, ...]]) -> None:
         """ModelFileError: a key has none of the values that Reverie can follow (absent counts as the first)."""

@@ -39,7 +39,11 @@ from reverie.weights.layout import Foreign
 
 SHIPPED = Path(__file__).parent / "shipped"
 CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-WORDS = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
+# What folders of models hold beside weights and config: a new model must not be read with an old one's.
+BESIDE = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
+    *clip_transformers.RECORDS[1:],
+)  # fmt: skip
 CONFIG_BYTES, INDEX_BYTES = 2**20, 2**24
 INTEGER = 2**24
 FORMATS = ("reverie", "transformers", "open_clip")
@@ -97,7 +101,7 @@ def save(
 
     folder.mkdir(parents=True, exist_ok=True)
     if weights:  # a model's folder: no file of the old one may be taken for the new one's
-        for old in (CONFIG, *WORDS, clip_open_clip.CONFIG, *weights - {model}):
+        for old in (CONFIG, *BESIDE, clip_open_clip.CONFIG, *weights - {model}):
             (folder / old).unlink(missing_ok=True)
     files.write(folder / model, tensors, {"format": "pt"})
     if tokenizer is not None:
@@ -220,8 +224,9 @@ def _weights(folder: Path) -> list[Path]:
 
 def find(name_or_path: str | Path) -> Path:
     """The folder of a shipped name, a folder that holds a system, or a safetensors file. Raises `ModelFileError`."""
-    if isinstance(name_or_path, str) and name_or_path in shipped():
-        return SHIPPED / name_or_path
+    own = isinstance(name_or_path, str) or (isinstance(name_or_path, Path) and not name_or_path.exists())
+    if own and str(name_or_path) in shipped():
+        return SHIPPED / str(name_or_path)
     holds = f"a folder must hold {CONFIG} or {clip_open_clip.CONFIG}, and {MODEL}, its parts or {clip_open_clip.MODEL}"
     if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
         raise ModelFileError(f"{name_or_path!r:.60} is no folder and no shipped name; {holds}.")
@@ -243,7 +248,11 @@ def find(name_or_path: str | Path) -> Path:
         raise ModelFileError(f"{shown} is neither a folder nor a shipped name (shipped: {names}); {holds}.")
     weights = present & {MODEL, f"{MODEL}.index.json", clip_open_clip.MODEL}
     if not weights and (old := sorted(n for n in present if Path(n).suffix.lower() in files.PICKLES)):
-        raise ModelFileError(files.pickle_message(old[0]))
+        raise ModelFileError(
+            f"{shown} holds its weights in the pickle {shorten(old[0])}, which can run code when it is loaded, so"
+            f" Reverie never loads one; run `reverie convert {shorten(old[0])} {MODEL}` in that folder and load it"
+            " again."
+        )
     configs = present & {CONFIG, clip_open_clip.CONFIG}
     absent = [name for name, found in ((CONFIG, configs), (MODEL, weights)) if not found]
     if absent:
