@@ -290,7 +290,7 @@ def test_a_processor_of_another_kind_must_say_everything(tmp_path):
     assert reverie.load(tmp_path).config.fit == "crop"
     del whole["image_std"]
     file.write_text(json.dumps(whole))
-    with pytest.raises(ModelFileError, match="vitimageprocessor.*whose defaults Reverie does not know"):
+    with pytest.raises(ModelFileError, match=r"vitimageprocessor.*whose defaults Reverie does not know"):
         reverie.load(tmp_path)
 
 

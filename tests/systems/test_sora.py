@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.codecs.video_vae import VideoVaeConfig
 from reverie.errors import InputError
+from reverie.pictures import to_signal
 from reverie.systems.sora import Sora, SoraConfig
 
 PROMPTS = ["red square", "green disc", "火箭"]
@@ -307,6 +309,17 @@ def test_every_item_may_know_other_frames(sora):
             [PROMPTS[i]], frames=4, known=known[i : i + 1], known_mask=mask[i : i + 1], seed=i
         )
         torch.testing.assert_close(one[0], both[i], **near)
+
+
+def test_the_first_frame_may_be_a_picture_or_its_path(sora, tmp_path):
+    picture = Image.effect_noise((40, 30), 80).convert("RGB")
+    picture.save(tmp_path / "first.png")
+    size = sora.config.size
+    expected = sora.generate_video(
+        PROMPTS[:1], first_frame=torch.from_numpy(to_signal(picture, size=size)), frames=2
+    )
+    for first in (picture, tmp_path / "first.png", str(tmp_path / "first.png")):
+        assert sora.generate_video(PROMPTS[:1], first_frame=first, frames=2).equal(expected)
 
 
 def test_first_frame_is_a_known_frame(sora):

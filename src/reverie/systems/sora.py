@@ -17,10 +17,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
 
 from reverie import rng
@@ -31,6 +33,7 @@ from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.encoders.text import Text, TextConfig
 from reverie.errors import InputError
 from reverie.objectives.denoising import velocity_loss
+from reverie.pictures import to_signal
 from reverie.processes import gaussian
 from reverie.samplers.flow import SAMPLERS
 from reverie.samplers.guidance import guided
@@ -144,17 +147,25 @@ class Sora(nn.Module):
         prompts: Sequence[str],
         *,
         frames: int | None = None,
-        first_frame: Tensor | None = None,
+        first_frame: Tensor | str | Path | Image.Image | None = None,
         **options,
     ) -> Tensor:
-        """Prompts -> videos `b 3 f h w` in [-1, 1]; `first_frame` (`b 3 h w` or `3 h w`) is continued if given."""
+        """Prompts -> videos `b 3 f h w` in [-1, 1].
+
+        `first_frame`, if given, is continued: `b 3 h w` or `3 h w` in [-1, 1], or a picture or its path, which is
+        cropped to the videos' size.
+        """
         frames = self.config.frames if frames is None else frames
         if first_frame is None:
             return self.generate(prompts, frames=frames, **options)
         frames = self._check_asked(prompts, frames)
+        if isinstance(first_frame, str | Path | Image.Image):
+            height, width = _sides(options.get("size") or self.config.size)
+            first_frame = torch.from_numpy(to_signal(first_frame, size=(height, width)))
         if not isinstance(first_frame, Tensor):
             raise InputError(
-                f"first_frame must be a tensor `3 h w` in [-1, 1], not a {type(first_frame).__name__}."
+                f"first_frame must be a tensor `3 h w` in [-1, 1], a picture or a path, not a"
+                f" {type(first_frame).__name__}."
             )
         first = first_frame[None] if first_frame.ndim == 3 else first_frame
         size = options["size"] = _sides(first.shape[-2:] if options.get("size") is None else options["size"])
