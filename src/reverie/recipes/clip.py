@@ -46,7 +46,7 @@ from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
-from reverie.train.optimizers import adamw
+from reverie.train.optimizers import adamw, layer_factors
 from reverie.train.schedule import cosine
 
 
@@ -70,6 +70,10 @@ class ClipRun:
     drop: float = 0.0  # the share of the patches that is not seen (FLIP, 2212.00794)
     drop_text: float = 0.0  # the share of the words that is not read
     unmasked: float = 0.1  # the share of the steps, the last ones, that see and read all
+    lock: str = ""  # the tower that is not trained (LiT, 2111.07991)
+    lora: int = 0  # rank of the adapters, which alone are trained (2106.09685); 0: all weights are
+    alpha: float = 0.0  # of the adapters
+    layer_decay: float = 1.0  # of the learning rate from block to block
     seed: int = 0
 
 
@@ -130,7 +134,7 @@ def tiny(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=_val(index))
+    return fit(config, model, train_set, out, measures=val_of(index))
 
 
 def stickers(
@@ -178,7 +182,7 @@ def stickers(
         languages={"en": 0.85, "zh": 0.15}, drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
-    measures = {"twemoji": partial(_zero_shot, val=held)} if any(item.label for item in held) else {}
+    measures = {"twemoji": partial(zero_shot_of, val=held)} if any(item.label for item in held) else {}
     return fit(config, model, train_set, out, measures=measures)
 
 
@@ -213,7 +217,7 @@ def world(
     config = ClipRun(
         model=model.config, steps=steps, batch=batch, lr=lr, strength=0.0, languages={"en": 0.8, "zh": 0.2}, seed=seed
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=_val(index))
+    return fit(config, model, train_set, out, measures=val_of(index))
 
 
 def paper_b32(
@@ -250,8 +254,21 @@ def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, 
 Measure = Callable[[Clip], dict[str, float]]
 
 
-def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapping[str, Measure]) -> Clip:
-    """Train the model, measure eight times on the way, save the averaged weights to `out/model`."""
+def save(model: Clip, out: Path) -> None:
+    """What a run ends with: the averaged weights in `out/model`."""
+    reverie.save(model, out / "model")
+
+
+def fit(
+    config: ClipRun,
+    model: Clip,
+    index: Index,
+    out: Path,
+    *,
+    measures: Mapping[str, Measure],
+    finish: Callable[[Clip, Path], None] = save,
+) -> Clip:
+    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
@@ -265,7 +282,8 @@ def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapp
     player = Player(
         model,
         optimizer=adamw(
-            model, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2), eps=config.eps
+            model, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2), eps=config.eps,
+            factors=layer_factors(model, config.layer_decay) if config.layer_decay != 1 else None,
         ),
         schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.01),
         ema=Ema(model, decay=config.ema) if config.ema else None,
@@ -323,7 +341,7 @@ def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapp
                     run.log(step.number, scores)
                     run.say(f"step {step.number}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
     with averaged(player):
-        reverie.save(model, out / "model")
+        finish(model, out)
     return reverie.load(out / "model")
 
 
@@ -352,7 +370,7 @@ def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
     return on_white(torch.stack([pixels[i][0] for i in pixels.good])), [index[i] for i in pixels.good]
 
 
-def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
+def zero_shot_of(model: Clip, *, val: Index) -> dict[str, float]:
     """Top-1 and top-5 among all labels of `val`."""
     val = Index(val.folder, [item for item in val if item.label])
     names = sorted({str(item.label) for item in val})
@@ -362,7 +380,7 @@ def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
     return {key: found[key] for key in ("top1", "top5")}
 
 
-def _val(index: Index) -> dict[str, Measure]:
+def val_of(index: Index) -> dict[str, Measure]:
     """Retrieval among the captioned pictures of the split "val", if there are any."""
     val = captioned(index.select(split="val"))
     return {"val": partial(_retrieval, val=val)} if len(val) else {}

@@ -96,7 +96,11 @@ class Clip(nn.Module):
         images = as_batch(images, size=size, like=self.log_scale, checked=not self.training)
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
         x = ((images + 1) / 2 - colour[0]) / colour[1]
-        vectors = self.image.embed(x) if keep is None else self.image.embed(x, keep)
+        if keep is None:
+            vectors = self.image.embed(x)
+        else:
+            assert isinstance(self.image, Vit), "a ResNet has no patches to keep"
+            vectors = self.image.embed(x, keep)
         return F.normalize(self.image_projection(vectors), dim=-1)
 
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
