@@ -4,6 +4,8 @@ tiny       any captioned folder, on a CPU                         reverie train 
 stickers   the sticker corpus, as shipped (docs/systems/clip.md)  reverie train clip-stickers DIR
 world      the procedural world, for a Sora to read with          reverie train clip-world FOLDER
 paper_b32  ViT-B/32 as the paper has it                           reverie train clip-paper-b32 FOLDER
+
+Going on from weights, with parts held back, is recipes/clip_finetune.py.
 """
 
 from __future__ import annotations
