@@ -647,7 +647,7 @@ def test_every_flag_of_a_recipe_has_a_sentence_and_its_outline_is_its_signature(
     assert list(told) == [part.name for part in parameters]
     for part in parameters[2:]:
         assert told[part.name].endswith(".")
-        assert f"--{part.name}" in text
+        assert f"--{part.name.replace('_', '-')}" in text
         assert told[part.name] in text
 
 

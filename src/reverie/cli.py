@@ -797,6 +797,21 @@ def convert(source: Path, target: Path, /, *, format: str | None = None, config:
         )
 
 
+def blend(start: Path, tuned: Path, target: Path, /, *, share: float = 0.5) -> None:
+    """Write the model between two of one shape, so that a fine-tuned one keeps more of what it knew (WiSE-FT).
+
+    Args:
+        start: The weights before fine-tuning: a folder or a shipped name.
+        tuned: What was fine-tuned from them.
+        target: The new folder.
+        share: How far from START to TUNED, from 0 to 1.
+    """
+    import reverie
+    from reverie.weights.blend import blend as between
+
+    print(reverie.save(between(reverie.load(str(start)), reverie.load(str(tuned)), share=share), target))
+
+
 def doctor() -> int:
     """Say what machine this is, what is installed, what is missing and how to get it."""
     from reverie.doctor import examine
@@ -830,6 +845,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "eval world": eval_world,
     "demo": demo,
     "convert": convert,
+    "blend": blend,
     "doctor": doctor,
 }
 

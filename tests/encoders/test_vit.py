@@ -116,3 +116,50 @@ def test_the_vector_is_what_pooling_the_features_gives(kind):
     vit = tower(**kind)
     image = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(vit.embed(image), vit.pool(vit(image)), atol=1e-5, rtol=1e-5)
+
+
+def masked_out(vit, image, keep):
+    """The reference for `keep`: all tokens are computed, those that are dropped are hidden from attention."""
+    real = torch.zeros(len(image), vit.config.patches, dtype=torch.bool).scatter_(1, keep, True)
+    has_class = vit.class_token is not None
+    ones = torch.ones(len(image), vit.config.registers, dtype=torch.bool)
+    seen = torch.cat([ones.new_ones(len(image), int(has_class)), real, ones], dim=1)
+    x, length = vit._tokens(image, None)
+    for block in vit.blocks:
+        x = block(x, mask=seen[:, None, None])
+    features = vit.norm_post(x[:, :length])
+    stay = keep + has_class
+    if has_class:
+        stay = torch.cat([torch.zeros_like(keep[:, :1]), stay], dim=1)
+    return features[torch.arange(len(image))[:, None], stay]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"registers": 2}, {"registers": 2, "pool": "mean"}], ids=str)
+def test_a_dropped_patch_is_one_that_nobody_attends_to(kind):
+    vit = tower(size=48, **kind)
+    image = torch.randn(3, 3, 48, 48)
+    keep = torch.stack([torch.randperm(9)[:4].sort().values for _ in range(3)])
+    lengths = []
+    hook = vit.blocks[0].register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    features = vit(image, keep)
+    hook.remove()
+    assert lengths == [4 + (vit.class_token is not None) + vit.config.registers]  # really shorter
+    expected = masked_out(vit, image, keep)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vit.embed(image, keep), vit.pool(expected), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(vit.embed(image, keep), vit.embed(image), atol=1e-3)
+    if vit.config.stem == "patch":  # and its pixels reach nothing
+        image.requires_grad_(True)
+        (vit.embed(image, keep) * torch.randn(16)).sum().backward()
+        grid = image.grad.unflatten(3, (3, 16)).unflatten(2, (3, 16)).abs().sum((1, 3, 5)).flatten(1)
+        assert torch.equal((grid > 0), torch.zeros_like(grid, dtype=torch.bool).scatter_(1, keep, True))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"registers": 2}], ids=str)
+@torch.no_grad()
+def test_all_patches_kept_is_the_plain_tower(kind):
+    vit = tower(**kind)
+    image = torch.randn(3, 3, 32, 32)
+    every = torch.arange(4).expand(3, 4)
+    assert torch.equal(vit.embed(image, every), vit.embed(image))
+    assert torch.equal(vit(image, every), vit(image))

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from reverie.errors import InputError
 from reverie.train import adamw
-from reverie.train.optimizers import no_decay_names
+from reverie.train.optimizers import layer_factors, no_decay_names
 
 
 class Tower(nn.Module):
@@ -72,3 +73,63 @@ def test_a_misspelt_exception_is_noticed():
 
     with pytest.raises(AssertionError, match="wieght"):
         adamw(Wrong(2, 2), lr=1.0)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.norm = nn.LayerNorm(4)
+        self.place = nn.Parameter(torch.zeros(4))
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = Stack()
+        self.head = nn.Linear(4, 4)
+
+
+def test_learning_rates_fall_from_block_to_block():
+    factors = layer_factors(Towers(), 0.5)
+    expected = {
+        "stem": 1 / 16,
+        "place": 1 / 16,
+        "blocks.0": 1 / 8,
+        "blocks.1": 1 / 4,
+        "blocks.2": 1 / 2,
+        "norm": 1.0,
+    }
+    for name, factor in expected.items():
+        found = {value for key, value in factors.items() if key.startswith(f"image.{name}")}
+        assert found == {factor}, name
+    assert not any(name.startswith("head") for name in factors)
+    assert set(layer_factors(Towers(), 1.0).values()) == {1.0}
+
+
+def test_a_smaller_factor_is_a_smaller_step():
+    """AdamW's first step is the learning rate, whatever the gradient."""
+    model = Towers()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    factors = layer_factors(model, 0.5)
+    optimizer = adamw(model, lr=0.1, weight_decay=0.0, eps=0.0, factors=factors)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    together = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(together) == sorted(id(p) for p in model.parameters())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = (p.detach() - before[name]).abs()
+        torch.testing.assert_close(
+            moved, torch.full_like(p, 0.1 * factors.get(name, 1.0)), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_falling_rates_need_blocks_and_a_factor():
+    with pytest.raises(InputError, match="no blocks"):
+        layer_factors(Both(), 0.5)
+    for decay in (0.0, -1.0, 1.5):
+        with pytest.raises(InputError, match=f"layer decay is {decay}"):
+            layer_factors(Towers(), decay)

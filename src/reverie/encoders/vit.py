@@ -7,6 +7,9 @@ dropped at the end.
 
 `stem="conv"` replaces the patch projection by smaller patches and strided 3x3 convolutions (Xiao et al. 2021,
 2106.14881), which learns far more from few pictures; the shipped weights use it, CLIP's public ones use `"patch"`.
+
+With `keep` the blocks see only these patches of each picture, and so many fewer positions (FLIP, 2212.00794). Patches
+go after the stem, where they have their positions: the convolutions of a conv stem still see the whole picture.
 """
 
 from __future__ import annotations
@@ -49,6 +52,11 @@ class VitConfig:
         """Channels of the pooled vector."""
         return self.width
 
+    @property
+    def patches(self) -> int:
+        """Patches of a picture."""
+        return (self.size // self.patch) ** 2
+
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
     """A 4 x 4 patch projection, then halvings by 3 x 3 convolutions up to `patch`, channels doubling up to `width`."""
@@ -78,7 +86,10 @@ class AttentionPool(nn.Module):
 
 
 class Vit(nn.Module):
-    """image `b 3 size size` -> features `b n d` after the last norm; position 0 is the class token if there is one."""
+    """image `b 3 size size` -> features `b n d` after the last norm; position 0 is the class token if there is one.
+
+    With `keep`, int64 `b k`, different numbers from 0 to patches - 1, row by row: only these patches of each picture.
+    """
 
     def __init__(self, config: VitConfig):
         super().__init__()
@@ -87,14 +98,15 @@ class Vit(nn.Module):
             raise InputError(f"size {config.size} is no multiple of the patch, {config.patch}.")
         if config.width % config.heads:
             raise InputError(f"width {config.width} is no multiple of the {config.heads} heads.")
-        side = config.size // config.patch
         if config.stem == "patch":
             self.stem: nn.Module = PatchLinear(3, config.width, config.patch, bias=config.stem_bias)
         else:
             self.stem = conv_stem(config.width, config.patch)
         has_class = config.pool == "class"
         self.class_token = nn.Parameter(torch.randn(config.width) * config.width**-0.5) if has_class else None
-        self.positions = nn.Parameter(torch.randn(side * side + has_class, config.width) * config.width**-0.5)
+        self.positions = nn.Parameter(
+            torch.randn(config.patches + has_class, config.width) * config.width**-0.5
+        )
         self.registers = (
             nn.Parameter(torch.randn(config.registers, config.width) * config.width**-0.5)
             if config.registers
@@ -110,28 +122,32 @@ class Vit(nn.Module):
         self.norm_post = nn.LayerNorm(config.width, eps=config.eps)
         self.pooling = AttentionPool(config) if config.pool == "attention" else None
 
-    def forward(self, image: Tensor) -> Tensor:
-        x, seen = self._tokens(image)
+    def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
+        x, seen = self._tokens(image, keep)
         for block in self.blocks:
             x = block(x)
         return self.norm_post(x[:, :seen])
 
-    def embed(self, image: Tensor) -> Tensor:
+    def embed(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
         """image -> `b d`, as `pool` of the features; a class token is all that the last block computes."""
         if self.config.pool != "class" or not len(self.blocks):
-            return self.pool(self(image))
-        x, _ = self._tokens(image)
+            return self.pool(self(image, keep))
+        x, _ = self._tokens(image, keep)
         for block in self.blocks[:-1]:
             x = block(x)
         first = torch.zeros(len(x), dtype=torch.long, device=x.device)
         return self.norm_post(self.blocks[-1](x, at=first))
 
-    def _tokens(self, image: Tensor) -> tuple[Tensor, int]:
+    def _tokens(self, image: Tensor, keep: Tensor | None) -> tuple[Tensor, int]:
         """What the blocks read, `b n d`, and how many of these are no registers."""
         x = rearrange(self.stem(image), "b d h w -> b (h w) d")
         if self.class_token is not None:
             x = torch.cat([repeat(self.class_token.to(x.dtype), "d -> b 1 d", b=len(x)), x], dim=1)
         x = x + self.positions.to(x.dtype)
+        if keep is not None:
+            if self.class_token is not None:
+                keep = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], dim=1)
+            x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))
         seen = x.shape[1]
         if self.registers is not None:
             x = torch.cat([x, repeat(self.registers.to(x.dtype), "r d -> b r d", b=len(x))], dim=1)

@@ -4,6 +4,8 @@ tiny       any captioned folder, on a CPU                         reverie train 
 stickers   the sticker corpus, as shipped (docs/systems/clip.md)  reverie train clip-stickers DIR
 world      the procedural world, for a Sora to read with          reverie train clip-world FOLDER
 paper_b32  ViT-B/32 as the paper has it                           reverie train clip-paper-b32 FOLDER
+
+Going on from weights, with parts held back, is recipes/clip_finetune.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import reverie
 from reverie import rng
 from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
+from reverie.data.dropping import check_share, drop_tokens, kept_patches
 from reverie.data.index import Index, Item
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
@@ -45,7 +48,7 @@ from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
-from reverie.train.optimizers import adamw
+from reverie.train.optimizers import adamw, layer_factors
 from reverie.train.schedule import cosine
 
 
@@ -66,6 +69,13 @@ class ClipRun:
     ema: float = 0.999
     strength: float = 1.0  # of the views, 0 for none
     languages: dict[str, float] | None = None  # how often each is drawn; None: equally
+    drop: float = 0.0  # the share of the patches that is not seen (FLIP, 2212.00794)
+    drop_text: float = 0.0  # the share of the words that is not read
+    unmasked: float = 0.1  # the share of the steps, the last ones, that see and read all
+    lock: str = ""  # the tower that is not trained (LiT, 2111.07991)
+    lora: int = 0  # rank of the adapters, which alone are trained (2106.09685); 0: all weights are
+    alpha: float = 0.0  # of the adapters
+    layer_decay: float = 1.0  # of the learning rate from block to block
     seed: int = 0
 
 
@@ -98,6 +108,9 @@ def tiny(
     batch: int = 64,
     lr: float = 1e-3,
     size: int = 64,
+    drop: float = 0.0,
+    drop_text: float = 0.0,
+    unmasked: float = 0.1,
     start: str = "",
     seed: int = 0,
 ) -> Clip:
@@ -110,6 +123,9 @@ def tiny(
         batch: Pictures of a step; more learn better, take longer and need more memory.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
+        drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
+        drop_text: The share of the words that is left out at random.
+        unmasked: The share of the steps, the last ones, in which nothing is left out.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
         seed: Another seed, another start and another order.
     """
@@ -117,9 +133,10 @@ def tiny(
     train_set = index.select(split="train")
     model = begin(start, train_set, partial(shape, size=size), seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr, seed=seed
-    )
-    return fit(config, model, train_set, out, measures=_val(index))
+        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr,
+        drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
+    )  # fmt: skip
+    return fit(config, model, train_set, out, measures=val_of(index))
 
 
 def stickers(
@@ -133,6 +150,9 @@ def stickers(
     width: int = 192,
     depth: int = 5,
     sources: tuple[str, ...] = (),
+    drop: float = 0.0,
+    drop_text: float = 0.0,
+    unmasked: float = 0.1,
     start: str = "",
     seed: int = 0,
 ) -> Clip:
@@ -150,6 +170,9 @@ def stickers(
         width: Channels of both towers, a multiple of 64.
         depth: Blocks of the image tower; the text tower has half as many.
         sources: Only these styles, as in the comparison with open_clip (fluent-3d and noto); all if not given.
+        drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
+        drop_text: The share of the words that is left out at random.
+        unmasked: The share of the steps, the last ones, in which nothing is left out.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
         seed: Another seed, another start and another order.
     """
@@ -158,10 +181,10 @@ def stickers(
     model = begin(start, train_set, partial(shape, width=width, depth=depth), seed=seed)
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=batch, lr=lr, strength=strength,
-        languages={"en": 0.85, "zh": 0.15}, seed=seed,
+        languages={"en": 0.85, "zh": 0.15}, drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
-    measures = {"twemoji": partial(_zero_shot, val=held)} if any(item.label for item in held) else {}
+    measures = {"twemoji": partial(zero_shot_of, val=held)} if any(item.label for item in held) else {}
     return fit(config, model, train_set, out, measures=measures)
 
 
@@ -196,7 +219,7 @@ def world(
     config = ClipRun(
         model=model.config, steps=steps, batch=batch, lr=lr, strength=0.0, languages={"en": 0.8, "zh": 0.2}, seed=seed
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=_val(index))
+    return fit(config, model, train_set, out, measures=val_of(index))
 
 
 def paper_b32(
@@ -233,21 +256,36 @@ def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, 
 Measure = Callable[[Clip], dict[str, float]]
 
 
-def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapping[str, Measure]) -> Clip:
-    """Train the model, measure eight times on the way, save the averaged weights to `out/model`."""
+def save(model: Clip, out: Path) -> None:
+    """What a run ends with: the averaged weights in `out/model`."""
+    reverie.save(model, out / "model")
+
+
+def fit(
+    config: ClipRun,
+    model: Clip,
+    index: Index,
+    out: Path,
+    *,
+    measures: Mapping[str, Measure],
+    finish: Callable[[Clip, Path], None] = save,
+) -> Clip:
+    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
+    whole_from = _whole_from(config)
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
     model.to(home())
     player = Player(
         model,
         optimizer=adamw(
-            model, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2), eps=config.eps
+            model, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2), eps=config.eps,
+            factors=layer_factors(model, config.layer_decay) if config.layer_decay != 1 else None,
         ),
         schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.01),
         ema=Ema(model, decay=config.ema) if config.ema else None,
@@ -268,10 +306,19 @@ def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapp
             )
             for epoch, i in keys
         ]
+        tokens = tokenizer.encode(texts, length=config.model.text.length)
+        kept = {}
+        if step < whole_from and config.drop_text:
+            end, pad = config.model.text.end, tokenizer.pad
+            tokens = drop_tokens(tokens, config.drop_text, end=end, pad=pad, seed=config.seed, keys=keys)
+        if step < whole_from and config.drop:
+            assert isinstance(config.model.image, VitConfig), "_whole_from has checked it"
+            kept["keep"] = kept_patches(config.model.image.patches, config.drop, seed=config.seed, keys=keys)
         return {
+            **kept,
             "rgba": rgba,
             "draws": draws(config.seed, keys),
-            "tokens": tokenizer.encode(texts, length=config.model.text.length),
+            "tokens": tokens,
             "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
             "ids": [index[i].file_name for _, i in keys],
         }
@@ -296,8 +343,23 @@ def fit(config: ClipRun, model: Clip, index: Index, out: Path, *, measures: Mapp
                     run.log(step.number, scores)
                     run.say(f"step {step.number}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
     with averaged(player):
-        reverie.save(model, out / "model")
+        finish(model, out)
     return reverie.load(out / "model")
+
+
+def _whole_from(config: ClipRun) -> int:
+    """The first step that leaves nothing out. InputError: what was asked for cannot be left out."""
+    if check_share("drop", config.drop) and not isinstance(config.model.image, VitConfig):
+        raise InputError(
+            f"drop is {config.drop}, but this image tower is a ResNet, which has no patches to drop."
+        )
+    if check_share("drop_text", config.drop_text) and config.model.text.pool == "last":
+        raise InputError(
+            f"drop_text is {config.drop_text}, but this text tower reads a fixed number of positions: give 0."
+        )
+    if not 0 <= config.unmasked <= 1:
+        raise InputError(f"unmasked is {config.unmasked}: give a share of the steps, from 0 to 1.")
+    return round(config.steps * (1 - config.unmasked))
 
 
 def _texts(index: Index) -> list[str]:
@@ -310,7 +372,7 @@ def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
     return on_white(torch.stack([pixels[i][0] for i in pixels.good])), [index[i] for i in pixels.good]
 
 
-def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
+def zero_shot_of(model: Clip, *, val: Index) -> dict[str, float]:
     """Top-1 and top-5 among all labels of `val`."""
     val = Index(val.folder, [item for item in val if item.label])
     names = sorted({str(item.label) for item in val})
@@ -320,7 +382,7 @@ def _zero_shot(model: Clip, *, val: Index) -> dict[str, float]:
     return {key: found[key] for key in ("top1", "top5")}
 
 
-def _val(index: Index) -> dict[str, Measure]:
+def val_of(index: Index) -> dict[str, Measure]:
     """Retrieval among the captioned pictures of the split "val", if there are any."""
     val = captioned(index.select(split="val"))
     return {"val": partial(_retrieval, val=val)} if len(val) else {}

@@ -139,6 +139,7 @@ def averaged(player: Player) -> contextlib.ExitStack:
     """The averaged weights if there are any, in eval mode, without gradients."""
     stack = contextlib.ExitStack()
     stack.enter_context(torch.no_grad())
+    player.model.eval()  # until the loop's next step
     if player.ema is not None:
         stack.enter_context(player.ema.applied(player.model))
     return stack

@@ -84,9 +84,13 @@ class Clip(nn.Module):
 
     # Embeddings ----------------------------------------------------------------------------------------------------
 
-    def embed_image(self, images: Images) -> Tensor:
-        """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`."""
+    def embed_image(self, images: Images, *, keep: Tensor | None = None) -> Tensor:
+        """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`.
+
+        With `keep`, int64 `b k`, from these patches of each picture alone, for pictures as a tensor (vit.Vit).
+        """
         if not isinstance(images, Tensor):
+            assert keep is None, "patches are kept of pictures in a tensor"
             return in_parts(images, lambda part: self.embed_image(self.prepare(part)))
         size = self.config.image.size
         images = as_batch(
@@ -94,7 +98,12 @@ class Clip(nn.Module):
         )
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
         x = ((images + 1) / 2 - colour[0]) / colour[1]
-        return F.normalize(self.image_projection(self.image.embed(x)), dim=-1)
+        if keep is None:
+            vectors = self.image.embed(x)
+        else:
+            assert isinstance(self.image, Vit), "a ResNet has no patches to keep"
+            vectors = self.image.embed(x, keep)
+        return F.normalize(self.image_projection(vectors), dim=-1)
 
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens `b n` -> unit vectors `b d`."""
@@ -150,8 +159,12 @@ class Clip(nn.Module):
     # Training ------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`image b 3 h w`, `tokens b n`, and optionally `label b`: items with equal labels are right for each other."""
-        image, text = self.embed_image(batch["image"]), self.embed_text(batch["tokens"])
+        """`image b 3 h w`, `tokens b n`, and optionally `label b`: items with equal labels are right for each other.
+
+        With `keep b k`, the pictures are seen by these patches alone (FLIP, 2212.00794).
+        """
+        image = self.embed_image(batch["image"], keep=batch.get("keep"))
+        text = self.embed_text(batch["tokens"])
         label = batch.get("label")
         same = None if label is None else label[:, None] == label[None, :]
         if self.bias is None:

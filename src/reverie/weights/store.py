@@ -33,6 +33,7 @@ from reverie import disk
 from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import read_tokenizer
 from reverie.errors import InputError
+from reverie.nn.lora import adapted
 from reverie.weights import clip_open_clip, clip_transformers, files, remap
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Foreign
@@ -82,6 +83,10 @@ def save(
     weights = present & {MODEL, clip_open_clip.MODEL}
     if not weights and (others := present & {CONFIG, TOKENIZER, clip_open_clip.CONFIG}):
         raise InputError(f"{folder} holds a {min(others)} of something else than a model; give a new folder.")
+    if adapters := [layer for layer, _ in adapted(system)]:
+        raise InputError(
+            f"{adapters[0]} and {len(adapters) - 1} other layers have adapters: merge_lora(system) first."
+        )
     config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
     tokenizer = getattr(system, "tokenizer", None)
     tensors: Mapping[str, Tensor] = system.state_dict()
