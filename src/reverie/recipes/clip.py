@@ -112,7 +112,7 @@ def tiny(
         out: The run's folder; the model is written to its `model`.
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
-        chunk: Pictures embedded at a time, for a batch beyond the memory; a third more time, the same result. 0: all.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
@@ -157,7 +157,7 @@ def stickers(
         out: The run's folder; the model is written to its `model`.
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
-        chunk: Pictures embedded at a time, for a batch beyond the memory; a third more time, the same result. 0: all.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         lr: The highest learning rate.
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         width: Channels of both towers, a multiple of 64.
@@ -201,7 +201,7 @@ def world(
         moving: Clips of the world, if it is to be drawn.
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
-        chunk: Pictures embedded at a time, for a batch beyond the memory; a third more time, the same result. 0: all.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         lr: The highest learning rate.
         seed: Another seed, another world, another start and another order.
     """
@@ -231,7 +231,7 @@ def paper_b32(
         out: The run's folder; the model is written to its `model`.
         steps: How many batches to learn from.
         batch: Pictures that are compared with each other at a time.
-        chunk: Pictures embedded at a time, for a batch beyond the memory; a third more time, the same result. 0: all.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         accumulate: Batches of a step.
     """
     tokenizer = Bpe.clip()
