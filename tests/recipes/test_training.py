@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 
 from reverie.backbones.video_dit import VideoDit
+from reverie.codecs.bpe import Bpe
 from reverie.data.importers import import_folder
 from reverie.data.index import Index
 from reverie.data.pixels import Bad
+from reverie.encoders.clip_resnet import ClipResnetConfig
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
@@ -56,8 +58,6 @@ def test_widths_without_a_head_are_refused():
 
 def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
     """A bad file in the validation split must not cost the run: the loss takes whatever is left."""
-    from reverie.codecs.bpe import Bpe
-
     tokenizer = Bpe.train([f"picture {i}" for i in range(6)], vocab=600)
     text = TextConfig(vocab=tokenizer.vocab, length=8, width=32, depth=1, heads=1, end=tokenizer.end)
     image = VitConfig(size=16, patch=16, width=32, depth=1, heads=1)
@@ -82,3 +82,28 @@ def test_dit_has_the_sizes_of_its_table(scale, millions):
     depth, width, _ = sora.DIT[scale]
     reading = depth * (2 * width**2 + 2 * width * reader.config.text.width) / 1e6
     assert count - reading == pytest.approx(millions, rel=0.05)
+
+
+def test_a_batch_embedded_in_chunks_teaches_the_same(folder, tmp_path):
+    """The recipe from end to end: what is computed twice sees the same views."""
+    rows = []
+    for chunk in (0, 2):
+        out = tmp_path / str(chunk)
+        clip.tiny(folder, out, steps=2, batch=5, chunk=chunk, size=16)
+        assert json.loads((out / "config.json").read_text())["chunk"] == chunk
+        rows.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
+    assert rows[0]["step"] == 2
+    for key in ("loss", "grad_norm", "accuracy", "scale"):
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-4)
+
+
+def test_chunks_and_batch_norm_do_not_go_together(folder, tmp_path):
+    tokenizer = Bpe.train([f"picture {i}" for i in range(6)], vocab=600)
+    text = TextConfig(vocab=tokenizer.vocab, length=8, width=64, depth=1, heads=1, end=tokenizer.end)
+    image = ClipResnetConfig(size=32, width=8, depths=(1, 1, 1, 1), heads=2, out=16)
+    config = clip.ClipRun(
+        model=ClipConfig(image=image, text=text, width=16, image_projection=False), steps=1, batch=4, chunk=2
+    )
+    model = Clip(config.model, tokenizer)
+    with pytest.raises(InputError, match="chunk is 2, but this model has batch norm"):
+        clip.fit(config, model, Index.read(folder), tmp_path / "run", measures={})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import reverie
 from reverie import rng
@@ -46,9 +46,11 @@ from reverie.recipes.parts import (
 )
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
+from reverie.train.gradient_cache import cached
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw, layer_factors
+from reverie.train.parallel import peers
 from reverie.train.schedule import cosine
 
 
@@ -61,6 +63,7 @@ class ClipRun:
     steps: int
     batch: int
     accumulate: int = 1
+    chunk: int = 0  # pictures embedded at a time; 0: the whole batch
     lr: float = 1e-3
     weight_decay: float = 0.1
     beta2: float = 0.98  # section 2.5 and table 19
@@ -106,6 +109,7 @@ def tiny(
     *,
     steps: int = 300,
     batch: int = 64,
+    chunk: int = 0,
     lr: float = 1e-3,
     size: int = 64,
     drop: float = 0.0,
@@ -121,6 +125,7 @@ def tiny(
         out: The run's folder; the model is written to its `model`.
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
         drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
@@ -133,7 +138,7 @@ def tiny(
     train_set = index.select(split="train")
     model = begin(start, train_set, partial(shape, size=size), seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr,
+        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, measures=val_of(index))
@@ -145,6 +150,7 @@ def stickers(
     *,
     steps: int = 2200,
     batch: int = 128,
+    chunk: int = 0,
     lr: float = 1e-3,
     strength: float = 0.5,
     width: int = 192,
@@ -165,6 +171,7 @@ def stickers(
         out: The run's folder; the model is written to its `model`.
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         lr: The highest learning rate.
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         width: Channels of both towers, a multiple of 64.
@@ -180,7 +187,7 @@ def stickers(
     train_set = plain_stickers(index).select(split="train", video=False, sources=sources or None)
     model = begin(start, train_set, partial(shape, width=width, depth=depth), seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=batch, lr=lr, strength=strength,
+        model=model.config, start=start, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=strength,
         languages={"en": 0.85, "zh": 0.15}, drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
@@ -196,6 +203,7 @@ def world(
     moving: int = 800,
     steps: int = 600,
     batch: int = 64,
+    chunk: int = 0,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Clip:
@@ -210,6 +218,7 @@ def world(
         moving: Clips of the world, if it is to be drawn.
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         lr: The highest learning rate.
         seed: Another seed, another world, another start and another order.
     """
@@ -217,13 +226,20 @@ def world(
     train_set = index.select(split="train")
     model = begin("", train_set, shape, seed=seed)
     config = ClipRun(
-        model=model.config, steps=steps, batch=batch, lr=lr, strength=0.0, languages={"en": 0.8, "zh": 0.2}, seed=seed
+        model=model.config, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=0.0,
+        languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, measures=val_of(index))
 
 
 def paper_b32(
-    data: Path, out: Path, *, steps: int = 400_000, batch: int = 32_768, accumulate: int = 1
+    data: Path,
+    out: Path,
+    *,
+    steps: int = 400_000,
+    batch: int = 32_768,
+    chunk: int = 0,
+    accumulate: int = 1,
 ) -> Clip:
     """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us.
 
@@ -232,12 +248,13 @@ def paper_b32(
         out: The run's folder; the model is written to its `model`.
         steps: How many batches to learn from.
         batch: Pictures that are compared with each other at a time.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         accumulate: Batches of a step.
     """
     tokenizer = Bpe.clip()
     config = ClipRun(
-        model=ClipConfig(), steps=steps, batch=batch, accumulate=accumulate, lr=5e-4, weight_decay=0.2, warmup=2000,
-        ema=0.0, strength=0.0,
+        model=ClipConfig(), steps=steps, batch=batch, chunk=chunk, accumulate=accumulate, lr=5e-4, weight_decay=0.2,
+        warmup=2000, ema=0.0, strength=0.0,
     )  # fmt: skip
     index = open_index(data)
     torch.manual_seed(rng.integer(config.seed, "weights"))
@@ -280,6 +297,10 @@ def fit(
     whole_from = _whole_from(config)
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
+    if config.chunk and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise InputError(
+            f"chunk is {config.chunk}, but this model has batch norm, which would see only the chunk: leave it out."
+        )
     model.to(home())
     player = Player(
         model,
@@ -323,9 +344,12 @@ def fit(
             "ids": [index[i].file_name for _, i in keys],
         }
 
-    def loss(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def embed(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The views are made on the model's device."""
-        return model.loss({**batch, "image": view(batch["rgba"], batch["draws"], strength=config.strength)})
+        return model.embed({**batch, "image": view(batch["rgba"], batch["draws"], strength=config.strength)})
+
+    def loss(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return model.compare(*cached(embed, batch, chunk=config.chunk), label=batch["label"], peers=peers())
 
     player.loss = loss
     run = Run(out, config)

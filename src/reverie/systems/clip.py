@@ -32,7 +32,7 @@ from reverie.encoders.images import Images, as_batch, in_parts, open_images
 from reverie.encoders.text import Text, TextConfig
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
-from reverie.objectives.contrastive import bounded, info_nce, sigmoid_loss
+from reverie.objectives.contrastive import ALONE, Peers, accuracy, bounded, info_nce, sigmoid_loss
 
 TEXTS_AT_ONCE = 512
 
@@ -159,22 +159,26 @@ class Clip(nn.Module):
     # Training ------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`image b 3 h w`, `tokens b n`, and optionally `label b`: items with equal labels are right for each other.
+        """`image b 3 h w`, `tokens b n`, and optionally `label b`: items with equal labels are right for each other."""
+        return self.compare(*self.embed(batch), label=batch.get("label"))
+
+    def embed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`image` and `tokens` of a batch -> unit vectors `b d` of both. An item's do not depend on the others.
 
         With `keep b k`, the pictures are seen by these patches alone (FLIP, 2212.00794).
         """
-        image = self.embed_image(batch["image"], keep=batch.get("keep"))
-        text = self.embed_text(batch["tokens"])
-        label = batch.get("label")
-        same = None if label is None else label[:, None] == label[None, :]
+        return self.embed_image(batch["image"], keep=batch.get("keep")), self.embed_text(batch["tokens"])
+
+    def compare(
+        self, image: Tensor, text: Tensor, *, label: Tensor | None = None, peers: Peers = ALONE
+    ) -> dict[str, Tensor]:
+        """The loss of unit vectors `b d`, in several processes as `objectives.contrastive` says."""
         if self.bias is None:
-            loss = info_nce(image, text, bounded(self.log_scale), same=same)
+            loss = info_nce(image, text, bounded(self.log_scale), label=label, peers=peers)
         else:
-            loss = sigmoid_loss(image, text, self.scale(), self.bias, same=same)
-        names = torch.arange(len(image), device=image.device) if label is None else label
-        with torch.no_grad():
-            accuracy = (names[(image @ text.T).argmax(-1)] == names).float().mean()
-        return {"loss": loss, "accuracy": accuracy, "scale": self.scale().detach().squeeze()}
+            loss = sigmoid_loss(image, text, self.scale(), self.bias, label=label, peers=peers)
+        share = accuracy(image, text, label=label, peers=peers)
+        return {"loss": loss, "accuracy": share, "scale": self.scale().detach().squeeze()}
 
 
 def _strings(what: str, strings: Sequence[str]) -> list[str]:
