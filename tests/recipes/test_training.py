@@ -84,12 +84,13 @@ def test_dit_has_the_sizes_of_its_table(scale, millions):
     assert count - reading == pytest.approx(millions, rel=0.05)
 
 
-def test_a_batch_embedded_in_chunks_teaches_the_same(folder, tmp_path):
-    """The recipe from end to end: what is computed twice sees the same views."""
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_a_batch_embedded_in_chunks_teaches_the_same(drop, folder, tmp_path):
+    """The recipe from end to end: what is computed twice sees the same views, and the same patches of them."""
     rows = []
     for chunk in (0, 2):
         out = tmp_path / str(chunk)
-        clip.tiny(folder, out, steps=2, batch=5, chunk=chunk, size=16)
+        clip.tiny(folder, out, steps=2, batch=5, chunk=chunk, size=32, drop=drop)
         assert json.loads((out / "config.json").read_text())["chunk"] == chunk
         rows.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
     assert rows[0]["step"] == 2
