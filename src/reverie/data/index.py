@@ -171,8 +171,8 @@ class Index:
                 pq.write_table(table, draft)
         except OSError as error:
             raise InputError(
-                f"Cannot write into {self.folder} ({error.strerror or error}): make it writable, or import it into another"
-                " folder with --out."
+                f"Cannot write into {self.folder} ({error.strerror or error}): make it writable, or import it into"
+                " another folder with --out."
             ) from None
         return path
 
