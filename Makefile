@@ -10,8 +10,9 @@ PYTEST := $(BIN)/python -m pytest
 demo: .venv/base.stamp
 	$(BIN)/reverie demo
 
+# One thread: the tests' tensors are small, and a second costs more than it brings.
 test: lint
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
