@@ -29,11 +29,12 @@ from reverie.evals import zero_shot as naming
 from reverie.evals.calibration import calibrated
 from reverie.evals.confusion import confusion
 from reverie.evals.templates import ensemble as sentences_of
-from reverie.media import MediaError, decode_array
+from reverie.media import decode_array
 from reverie.pictures import card, grid, save_png
 from reverie.progress import counting
 from reverie.recipes.measured import Measured, Row, fits, markdown, save_figure, share
 from reverie.recipes.parts import capable, open_index
+from reverie.recipes.search import embed_pictures, every_file
 
 PLAIN = ("{}",)
 SIDE = 112  # of a picture on a sheet
@@ -311,45 +312,25 @@ def _enough(names: Sequence[str], folder: Path) -> None:
 
 
 @torch.no_grad()
-def _embedded(
-    system: Any, index: Index, items: Sequence[Item], *, batch: int = 64
-) -> tuple[Tensor, list[Item], list[list[str]]]:
-    """Vectors `n d` of the pictures that can be read, on the CPU, their items, and what cannot: file and reason."""
-    found: list[Tensor] = []
-    good: list[Item] = []
-    bad: list[list[str]] = []
-    with counting("embedding") as progress:
-        for at in range(0, len(items), batch):
-            some = list(items[at : at + batch])
-            try:
-                vectors = system.embed_image([index.path(item) for item in some])
-            except (MediaError, OSError):
-                some = [item for item in some if not _unreadable(index, item, bad)]
-                if not some:
-                    continue
-                vectors = system.embed_image([index.path(item) for item in some])
-            found.append(vectors.float().cpu())
-            good += some
-            progress(min(at + batch, len(items)), len(items))
-    if not good:
+def _embedded(system: Any, index: Index, items: Sequence[Item]) -> tuple[Tensor, list[Item], list[list[str]]]:
+    """Vectors `n d` of the pictures that can be read, their items, and what cannot: file and reason.
+
+    Kept beside the folder, as `reverie search` keeps its own, but in full precision.
+    """
+    names = [item.file_name for item in items]
+    found = embed_pictures(system, index.folder, names, present=every_file(index), dtype="float32")
+    if not found.names:
+        first = found.bad[0]
         raise InputError(
-            f"none of the {len(items)} pictures in {index.folder} can be read, such as {bad[0][0]}: {bad[0][1]}."
+            f"none of the {len(items)} pictures in {index.folder} can be read, such as {first.path}: {first.reason}."
         )
-    if bad:
-        print(f"{len(bad)} pictures cannot be read and are left out: numbers.json says why", file=sys.stderr)
-    return torch.cat(found), good, bad
-
-
-def _unreadable(index: Index, item: Item, bad: list[list[str]]) -> bool:
-    try:
-        decode_array(index.path(item), size=16, frames=1)
-    except MediaError as error:
-        bad.append([item.file_name, error.reason])
-    except OSError:
-        bad.append([item.file_name, "the file cannot be read"])
-    else:
-        return False
-    return True
+    if found.bad:
+        print(
+            f"{len(found.bad)} pictures cannot be read and are left out: numbers.json says why",
+            file=sys.stderr,
+        )
+    by_name = {item.file_name: item for item in items}
+    return found.vectors.clone(), [by_name[name] for name in found.names], [list(bad) for bad in found.bad]
 
 
 def _places(items: Sequence[Item], names: Sequence[str]) -> Tensor:

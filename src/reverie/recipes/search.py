@@ -77,7 +77,13 @@ class Found:
 
 
 def embed_pictures(
-    system: Embeds, folder: Path, names: Sequence[str], *, present: Collection[str], quiet: bool = False
+    system: Embeds,
+    folder: Path,
+    names: Sequence[str],
+    *,
+    present: Collection[str],
+    dtype: str = "float16",
+    quiet: bool = False,
 ) -> Embeddings:
     """The embeddings of the files `names` of a folder by a system; `present`: all whose embeddings are kept there."""
     return embed_folder(
@@ -87,6 +93,7 @@ def embed_pictures(
         prepare=system.prepare,
         embed=system.embed_image,
         present=present,
+        dtype=dtype,
         quiet=quiet,
     )
 
