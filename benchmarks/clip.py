@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import torchvision_loads
 from torch import Tensor
 
 SIDES = ("reverie", "open_clip", "transformers", "onnxruntime")
@@ -65,18 +66,6 @@ def reverie(dtype: torch.dtype) -> tuple[Any, Any]:
     model = Clip(ClipConfig(image=VitConfig(activation="gelu"), text=TextConfig(activation="gelu")))
     model = model.eval().to(dtype)
     return model.embed_image, model.embed_text
-
-
-def torchvision_loads() -> None:
-    """Both peers import torchvision; its operators, which they never call, need not load."""
-    warnings.filterwarnings("ignore", module="timm")
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        global _operators  # torch forgets a library that nobody holds
-        _operators = torch.library.Library("torchvision", "DEF")
-        _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def open_clip_model() -> Any:

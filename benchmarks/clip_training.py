@@ -23,11 +23,11 @@ import json
 import math
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import open_clip
 from torch import Tensor
 
 from reverie import rng
@@ -43,7 +43,6 @@ from reverie.train.precision import autocast, resolve
 
 SOURCES = ("fluent-3d", "noto")
 SIZE = 64
-MISSING = "open_clip is missing: `pip install --no-deps open_clip_torch timm torchvision` beside Reverie, then again."
 
 
 def main() -> None:
@@ -118,23 +117,6 @@ def steps_in(seconds: float, one: tuple[int, float], other: tuple[int, float]) -
     rate = (other[1] - one[1]) / (other[0] - one[0])
     fixed = max(one[1] - rate * one[0], 0.0)
     return max(round((seconds - fixed) / rate), 10)
-
-
-def open_clip() -> Any:
-    """The package; torchvision's CPU operators, which it never calls, need not load."""
-    warnings.filterwarnings("ignore", module="timm")
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        global _operators  # torch forgets a library that nobody holds
-        _operators = torch.library.Library("torchvision", "DEF")
-        _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
-        import open_clip
-    except ImportError as error:
-        raise SystemExit(f"{MISSING} ({error})") from error
-    return open_clip
 
 
 def theirs(index: Index, seconds: float, asked: argparse.Namespace) -> dict[str, Any]:
