@@ -41,7 +41,8 @@ class SelfAttention(nn.Module):
 
     With `at`, `b`: only the vector at this position of each item is wanted, `b d`, and only that one is computed.
     With `runs`: items of unlike length stand one after the other without padding, `t d`, like lengths together: pairs
-    (items, length) in their order. Text towers alone use it: padded groups take 1.9 times as long (docs/systems/clip.md).
+    (items, length) in their order. Text towers alone use it: padded groups take them 1.9 times as long
+    (docs/systems/clip.md).
     """
 
     def __init__(self, width: int, heads: int, *, bias: bool = True, qk_norm: bool = False):
