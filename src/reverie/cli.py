@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reverie.command import Command, asks_for_help, did_you_mean
+from reverie.command import Command, asks_for_help, did_you_mean, restored
 from reverie.errors import InputError
 
 # ---------------------------------------------------------------- data
@@ -286,20 +286,73 @@ def data_filter(
 # ---------------------------------------------------------------- train
 
 
-def train(recipe: str, data: Path, /, *, out: Path | None = None) -> None:
+def train(
+    recipe: str,
+    data: Path,
+    /,
+    *,
+    out: Path | None = None,
+    device: str | None = None,
+    precision: str = "auto",
+    non_finite: str = "stop",
+    recompute: bool = False,
+    compile: bool = False,
+    shard: bool = False,
+    background: bool = False,
+) -> None:
     """Train a system on a captioned folder: `reverie train RECIPE DATA`.
 
     Says before the first step how long it will take and how much memory it needs. The same command goes on after an
-    interruption. Each recipe has flags of its own: `reverie train RECIPE --help`.
+    interruption. Each recipe has flags of its own: `reverie train RECIPE --help`. On several processes or machines:
+    `torchrun --nproc-per-node N -m reverie train RECIPE DATA`, where batches are those of all processes together.
 
     Args:
         recipe: Which system, and how.
         data: A folder that was imported, or one to import.
         out: The run's folder, in which the model goes to `model`; runs/RECIPE-DATA if not given.
+        device: Where to train, such as cpu or cuda; the GPU if there is one.
+        precision: fp32, bf16 or auto: bf16 where the processor has it.
+        non_finite: When a loss is not finite: stop, skip that step, or rollback to the last checkpoint without it.
+        recompute: Compute the blocks again on the way back instead of keeping what they did: less memory, more time.
+        compile: Compile the blocks first (torch.compile), which needs a C++ compiler on a CPU.
+        shard: Under torchrun, share out the weights over the processes (FSDP2); otherwise each has all (DDP).
+        background: Write checkpoints while training goes on, from a copy.
     """
     from reverie.catalog import RECIPES
 
     raise InputError(f"There is no recipe {recipe!r}: there are {', '.join(RECIPES)}.")
+
+
+def replay(run: Path, /, *, step: int = 0, device: str | None = None) -> int:
+    """Compute a step that stood out once more, from what the run kept of it, and say whether it gives the same.
+
+    Nothing is trained and nothing is written. Exit code 1: it gave something else.
+
+    Args:
+        run: The run's folder.
+        step: Which step; the newest of which there is evidence if not given.
+        device: Where to compute; the GPU if there is one.
+    """
+    import json
+
+    from reverie.catalog import RECIPES
+
+    path = run / "command.json"
+    try:
+        command = json.loads(path.read_text())
+        name, data, given = command["recipe"], Path(command["data"]), command["arguments"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} does not say which command this run was: name a folder of `reverie train`."
+        ) from None
+    if name not in RECIPES:
+        raise InputError(
+            f"{path} names the recipe {name!r}, which there is not: there are {', '.join(RECIPES)}."
+        )
+    known = Command.of_recipe(
+        "reverie train", RECIPES[name], like=Command.of("reverie train", train)
+    ).parameters
+    return _carry_out(name, data, run, restored(known, given) | {"device": device}, replay=step)
 
 
 # ---------------------------------------------------------------- use
@@ -835,6 +888,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data stickers": data_stickers,
     "data world": data_world,
     "train": train,
+    "replay": replay,
     "sample": sample,
     "search": search,
     "eval zero-shot": eval_zero_shot,
@@ -910,7 +964,8 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        print(f"reverie: {error}", file=sys.stderr)
+        who = "reverie" if os.environ.get("RANK", "0") == "0" else f"reverie (process {os.environ['RANK']})"
+        print(f"{who}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -976,7 +1031,7 @@ def _run(words: list[str]) -> int:
 
 def _train(name: str, args: list[str]) -> int:
     """`reverie train NAME ...`: the flags are read first, and only then the recipe and torch are imported."""
-    from reverie.catalog import RECIPES, recipe
+    from reverie.catalog import RECIPES
 
     if name.startswith("-"):
         raise InputError(
@@ -989,9 +1044,24 @@ def _train(name: str, args: list[str]) -> int:
     )
     given = command.parse(args)
     if given is not None:
-        folder = given["out"] or Path("runs") / f"{name}-{given['data'].resolve().name}"
-        recipe(name)(**given | {"out": folder})
-        print(f"the model: {folder / 'model'}")
+        folder = given.pop("out") or Path("runs") / f"{name}-{given['data'].resolve().name}"
+        return _carry_out(name, given.pop("data"), folder, given)
+    return 0
+
+
+def _carry_out(name: str, data: Path, folder: Path, given: dict[str, Any], **more: Any) -> int:
+    """Run a recipe in this process, and in those beside it under torchrun; `given` are its flags and the engine's."""
+    from dataclasses import fields
+
+    from reverie.catalog import recipe
+    from reverie.train.engine import Engine
+    from reverie.train.parallel import processes, team
+
+    engine = {field.name: given.pop(field.name) for field in fields(Engine) if field.name in given}
+    with processes():
+        recipe(name)(data, folder, engine=Engine(**engine, **more), **given)
+        if team().first:
+            print(f"the model: {folder / 'model'}")
     return 0
 
 

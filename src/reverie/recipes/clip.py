@@ -25,8 +25,6 @@ from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
 from reverie.data.dropping import check_share, drop_tokens, kept_patches
 from reverie.data.index import Index, Item
-from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels, cache_of
 from reverie.data.wording import draw_caption
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
@@ -36,9 +34,11 @@ from reverie.evals.zero_shot import zero_shot
 from reverie.recipes.parts import (
     averaged,
     captioned,
+    decoded,
     heads_of,
-    home,
+    keep,
     load_clip,
+    my_share,
     name_bad,
     open_index,
     open_world,
@@ -46,6 +46,7 @@ from reverie.recipes.parts import (
 )
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
+from reverie.train.engine import ENGINE, Engine
 from reverie.train.gradient_cache import cached
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
@@ -117,6 +118,7 @@ def tiny(
     unmasked: float = 0.1,
     start: str = "",
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """A small CLIP on any captioned folder: from random weights, with a vocabulary of its captions, or going on.
 
@@ -141,7 +143,7 @@ def tiny(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index))
+    return fit(config, model, train_set, out, measures=val_of(index), engine=engine)
 
 
 def stickers(
@@ -161,6 +163,7 @@ def stickers(
     unmasked: float = 0.1,
     start: str = "",
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """The shipped `clip-stickers`: every training style of the corpus, Twemoji and OpenMoji held out.
 
@@ -192,7 +195,7 @@ def stickers(
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     measures = {"twemoji": partial(zero_shot_of, val=held)} if any(item.label for item in held) else {}
-    return fit(config, model, train_set, out, measures=measures)
+    return fit(config, model, train_set, out, measures=measures, engine=engine)
 
 
 def world(
@@ -206,6 +209,7 @@ def world(
     chunk: int = 0,
     lr: float = 1e-3,
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """The procedural world, which is drawn first if it is not there: the reader of `sora-world`.
 
@@ -229,7 +233,7 @@ def world(
         model=model.config, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=0.0,
         languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index))
+    return fit(config, model, train_set, out, measures=val_of(index), engine=engine)
 
 
 def paper_b32(
@@ -240,6 +244,7 @@ def paper_b32(
     batch: int = 32_768,
     chunk: int = 0,
     accumulate: int = 1,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us.
 
@@ -258,7 +263,9 @@ def paper_b32(
     )  # fmt: skip
     index = open_index(data)
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    return fit(config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={})
+    return fit(
+        config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={}, engine=engine
+    )
 
 
 def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, seed: int) -> Clip:
@@ -275,7 +282,7 @@ Measure = Callable[[Clip], dict[str, float]]
 
 def save(model: Clip, out: Path) -> None:
     """What a run ends with: the averaged weights in `out/model`."""
-    reverie.save(model, out / "model")
+    keep(model, out / "model")
 
 
 def fit(
@@ -286,11 +293,12 @@ def fit(
     *,
     measures: Mapping[str, Measure],
     finish: Callable[[Clip, Path], None] = save,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
+    pixels = decoded(index, size=config.model.image.size)
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
@@ -301,7 +309,7 @@ def fit(
         raise InputError(
             f"chunk is {config.chunk}, but this model has batch norm, which would see only the chunk: leave it out."
         )
-    model.to(home())
+    model = engine.place(model)
     player = Player(
         model,
         optimizer=adamw(
@@ -316,7 +324,7 @@ def fit(
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
         keys = [
             (epoch, good[place])
-            for epoch, place in batch_ids(
+            for epoch, place in my_share(
                 step * config.accumulate + micro, config.batch, len(good), config.seed
             )
         ]
@@ -355,19 +363,20 @@ def fit(
     run = Run(out, config)
     measure_every = max(config.steps // 8, 1)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=config.accumulate,
-                      seed=config.seed, save_every=max(config.steps // 12, 1), keep=2, prefetch=2):  # fmt: skip
+                      seed=config.seed, save_every=max(config.steps // 12, 1), keep=2, prefetch=2,
+                      **engine.loop):  # fmt: skip
         if step.number == 1:
             name_bad(run, pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(measure_every):
-            with averaged(player):
+            with averaged(player) as whole:
                 for name, measure in measures.items():
-                    scores = {f"{name}_{key}": value for key, value in measure(model).items()}
+                    scores = {f"{name}_{key}": value for key, value in measure(whole).items()}
                     run.log(step.number, scores)
                     run.say(f"step {step.number}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-    with averaged(player):
-        finish(model, out)
+    with averaged(player) as whole:
+        finish(whole, out)
     return reverie.load(out / "model")
 
 
@@ -392,7 +401,7 @@ def _texts(index: Index) -> list[str]:
 
 def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
     """The pictures of an index on white, and the items they belong to."""
-    pixels = Pixels(index, size=size, cache=cache_of(index), quiet=True)
+    pixels = decoded(index, size=size, quiet=True)
     return on_white(torch.stack([pixels[i][0] for i in pixels.good])), [index[i] for i in pixels.good]
 
 

@@ -20,11 +20,20 @@ from reverie import rng
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.augment import on_white
 from reverie.data.index import Index
-from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels, cache_of
+from reverie.data.pixels import Pixels
 from reverie.pictures import grid, to_bytes
-from reverie.recipes.parts import CLIP_FRAMES, averaged, home, name_bad, open_index, plain_stickers
+from reverie.recipes.parts import (
+    CLIP_FRAMES,
+    averaged,
+    decoded,
+    keep,
+    my_share,
+    name_bad,
+    open_index,
+    plain_stickers,
+)
 from reverie.train.ema import Ema
+from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
@@ -48,7 +57,14 @@ class VaeRun:
 
 
 def stickers(
-    data: Path, out: Path, *, steps: int = 1000, batch: int = 16, clips: int = 2, seed: int = 0
+    data: Path,
+    out: Path,
+    *,
+    steps: int = 1000,
+    batch: int = 16,
+    clips: int = 2,
+    seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> VideoVae:
     """Fluent's 3-D stickers and their animations.
 
@@ -61,13 +77,14 @@ def stickers(
         seed: Another seed, another start and another order.
     """
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
-    return fit(VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed), index, out)
+    config = VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed)
+    return fit(config, index, out, engine=engine)
 
 
-def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
+def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> VideoVae:
     """Train from random weights, report PSNR on the held-out pictures, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = VideoVae(config.model).to(home())
+    model = engine.place(VideoVae(config.model))
     player = Player(
         model,
         optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
@@ -75,41 +92,36 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
         ema=Ema(model, decay=config.ema),
         clip=1.0,
     )
-    cache = cache_of(index)
-    pictures = Pixels(index.select(split="train", video=False), size=config.size, cache=cache)
-    moving = Pixels(
-        index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES, cache=cache
-    )
-    held = Pixels(index.select(split="val", video=False), size=config.size, cache=cache)
-    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]]).to(home())
+    pictures = decoded(index.select(split="train", video=False), size=config.size)
+    moving = decoded(index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES)
+    held = decoded(index.select(split="val", video=False), size=config.size)
+    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]]).to(engine.home)
 
     def batches(step: int, micro: int) -> dict[str, Tensor]:
         source, count, frames = (
             (moving, config.clips, config.clip_frames) if micro else (pictures, config.batch, 1)
         )
-        videos = []
-        for epoch, place in batch_ids(step, count, len(source.good), config.seed):
+        kind = "clip" if micro else "picture"
+        shape = model.latent_shape(frames, (config.size, config.size))
+        videos, noises = [], []
+        for epoch, place in my_share(step, count, len(source.good), config.seed):
             i = source.good[place]
             u = torch.rand((), generator=rng.generator(config.seed, "window", epoch, i)).item()
             first = int(u * (source.counts[i] - frames + 1))
             videos.append(_signal(source, i, slice(first, first + frames)))
-        video = torch.stack(videos)
-        shape = (count, *model.latent_shape(frames, (config.size, config.size)))
-        return {
-            "video": video,
-            "noise": torch.randn(shape, generator=rng.generator(config.seed, "noise", step, micro)),
-        }
+            noises.append(torch.randn(shape, generator=rng.generator(config.seed, "noise", kind, epoch, i)))
+        return {"video": torch.stack(videos), "noise": torch.stack(noises)}
 
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=2, seed=config.seed,
-                      save_every=max(config.steps // 4, 1), keep=1, prefetch=2):  # fmt: skip
+                      save_every=max(config.steps // 4, 1), keep=1, prefetch=2, **engine.loop):  # fmt: skip
         if step.number == 1:
             name_bad(run, pictures, moving)
         if step.every(20):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 8, 1)):
-            with averaged(player):
-                drawn = model.draw(model.posterior(val)[0]).clamp(-1, 1)
+            with averaged(player) as whole:
+                drawn = whole.draw(whole.posterior(val)[0]).clamp(-1, 1)
                 error = ((drawn - val) / 2).square().mean(dim=(1, 2, 3, 4))
                 run.log(step.number, {"val_psnr": float(-10 * error.log10().mean())})
                 pairs = torch.stack([val[:8, :, 0], drawn[:8, :, 0]], dim=1)
@@ -117,11 +129,10 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
                     run.sample_path(step.number)
                 )
             run.curves()
-    with averaged(player):
-        _normalise(
-            model, torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]]).to(home())
-        )
-        reverie.save(model, out / "model")
+    with averaged(player) as whole:
+        some = torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]])
+        _normalise(whole, some.to(engine.home))
+        keep(whole, out / "model")
     return reverie.load(out / "model")
 
 

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ from typing import IO, Any
 from reverie import disk
 from reverie.errors import InputError
 from reverie.progress import Display
+from reverie.train.parallel import team
 
 DIFFERENCES = 5  # so many are named
 FREE = (
@@ -68,16 +70,21 @@ class Run:
         self.config = resolved(config if config is not None else {})
         self.free = frozenset(free)
         self.checkpoints = self.folder / "checkpoints"
+        self.evidence = self.folder / "evidence"
         self.samples = self.folder / "samples"
+        self.writes = team().first  # of several processes; what the others log is not kept
         for path in (self.folder, self.checkpoints, self.samples):
             path.mkdir(parents=True, exist_ok=True)
+        if not self.writes:
+            self._elsewhere = tempfile.TemporaryDirectory(prefix="reverie-")
+            self.samples = Path(self._elsewhere.name)
         self._metrics = _Lines(self.folder / "metrics.jsonl")
         self._events = _Lines(self.folder / "events.jsonl")
         self._bad = _Lines(self.folder / "bad_samples.jsonl")
-        self._progress = Progress() if progress else None
+        self._progress = Progress() if progress and self.writes else None
         self._lock: Any = None
         self._writer: Any = None
-        self._track = track
+        self._track = track and self.writes
         if track:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
@@ -90,6 +97,8 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line of numbers for `step`; curves.png draws val_loss over loss, and so on."""
+        if not self.writes:
+            return
         row = {name: float(value) for name, value in metrics.items()}
         self._metrics.append({"step": step} | {k: v if math.isfinite(v) else None for k, v in row.items()})
         if self._track:
@@ -110,7 +119,8 @@ class Run:
 
     def curves(self) -> None:
         """Draws curves.png: each series raw and smoothed, validation over training."""
-        _draw(self.metrics(), self.folder / "curves.png", title=self.folder.name)
+        if self.writes:
+            _draw(self.metrics(), self.folder / "curves.png", title=self.folder.name)
 
     def say(self, text: str) -> None:
         """One line to the person who watches, beside the progress."""
@@ -121,6 +131,8 @@ class Run:
 
     def open(self) -> None:
         """Locks the folder against a second trainer; the lock dies with the process."""
+        if not self.writes:
+            return
         try:
             import fcntl
         except ImportError:  # Windows has no flock
@@ -149,12 +161,16 @@ class Run:
 
     def start(self, step: int) -> None:
         """Begins at `step` steps done: writes the configuration and drops later lines."""
+        if not self.writes:
+            return
         path = self.folder / "config.json"
         disk.write(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
         """Forgets every line beyond `step`."""
+        if not self.writes:
+            return
         for lines in (self._metrics, self._events, self._bad):
             lines.rewind(step)
         if self._writer is not None:
@@ -163,11 +179,12 @@ class Run:
 
     def event(self, step: int, **what: Any) -> None:
         """Records something that happened at `step`."""
-        self._events.append({"step": step} | what)
+        if self.writes:
+            self._events.append({"step": step} | what)
 
     def bad(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
         """Records samples (path, reason) that the batch of `step` had to replace."""
-        for path, reason in samples:
+        for path, reason in samples if self.writes else ():
             self._bad.append({"step": step, "path": str(path), "reason": str(reason)})
 
     def progress(self, step: int, steps: int, *, loss: float, items: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from reverie.progress import duration
 from reverie.train import precision as formats
+from reverie.train.parallel import team
 
 if TYPE_CHECKING:
     from reverie.train.loop import Player
@@ -92,7 +93,7 @@ def estimate(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             times = [_pass(player, batch, precision, device)]
         activations = max(activations, sum(kept.values()))
-        while sum(times) < 1 and len(times) < 4:
+        while len(times) < 4 and team().any(sum(times) < 1):
             times.append(_pass(player, batch, precision, device))
         with torch.no_grad():
             for buffer, before in buffers:
