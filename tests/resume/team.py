@@ -45,8 +45,11 @@ def run(
     pace: float = 0.0,
     kill: tuple[str, int] | None = None,
 ) -> None:
-    """Trains in `folder`. poison: what ("loss", "gradient", "spike") at which step on which rank. ill: a step, a rank
-    whose sample cannot be read then, and whether all of its samples; kill: the sub-step of a save to die at, by rank."""
+    """Trains in `folder`.
+
+    poison: what ("loss", "gradient", "spike") at which step on which rank. ill: a step and a rank with a sample that
+    cannot be read then, and whether none can. kill: a sub-step of a save and the rank to die there.
+    """
     import torch
     from torch import Tensor
 

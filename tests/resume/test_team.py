@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="groups are forked, and killed by POSIX signals"
 )
 STEPS = team.STEPS
+LONG = [pytest.mark.chaos, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +108,9 @@ def assert_close(folder: Path, alone: Path, *, tolerance: float = 1e-6) -> None:
     [
         (2, {}),
         (2, {"shard": True, "accumulate": 2}),
-        pytest.param(4, {}, marks=pytest.mark.chaos),
-        pytest.param(2, {"shard": True, "recompute": True}, marks=pytest.mark.chaos),
-        pytest.param(4, {"shard": True}, marks=pytest.mark.chaos),
+        pytest.param(4, {}, marks=LONG),
+        pytest.param(2, {"shard": True, "recompute": True}, marks=LONG),
+        pytest.param(4, {"shard": True}, marks=LONG),
     ],
     ids=str,
 )
@@ -125,9 +126,9 @@ def test_a_group_trains_as_one_process_does(begin, alone, tmp_path, count, how):
     "way",
     [
         [(2, True), (1, False), (3, True)],
-        pytest.param([(2, False), (1, False), (4, False)], marks=pytest.mark.chaos),
-        pytest.param([(1, False), (4, True), (2, False)], marks=pytest.mark.chaos),
-        pytest.param([(4, True), (3, True), (2, True)], marks=pytest.mark.chaos),
+        pytest.param([(2, False), (1, False), (4, False)], marks=LONG),
+        pytest.param([(1, False), (4, True), (2, False)], marks=LONG),
+        pytest.param([(4, True), (3, True), (2, True)], marks=LONG),
     ],
     ids=lambda way: "-".join(f"{count}{'s' if shard else ''}" for count, shard in way),
 )
@@ -161,6 +162,7 @@ def left_by(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "shard"), [(2, False), (2, True), (4, True)])
 def test_a_killed_group_goes_on_bit_for_bit(begin, tmp_path, count, shard):
     """Killed at random, and each rank in its turn in the middle of a save, mid-accumulation included."""
@@ -192,6 +194,7 @@ def wait_for(folder: Path, step: int, group) -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_stops_all_at_one_step(begin, alone, tmp_path, rank):
     group = begin(2, tmp_path, pace=0.05)
@@ -205,6 +208,7 @@ def test_a_signal_to_one_stops_all_at_one_step(begin, alone, tmp_path, rank):
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_a_signal_to_one_asks_all_to_save_now(begin, tmp_path):
     group = begin(2, tmp_path, pace=0.05)
     wait_for(tmp_path, 5, group)
@@ -222,7 +226,7 @@ def test_a_signal_to_one_asks_all_to_save_now(begin, tmp_path):
     assert len(asked[0]) == 1
 
 
-@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=LONG)])
 def test_what_is_not_finite_on_one_process_stops_all(begin, tmp_path, what):
     group = begin(2, tmp_path, poison=(what, 5, 1))
     assert set(ended(group)) == {2}
@@ -238,6 +242,7 @@ def test_what_is_not_finite_on_one_process_stops_all(begin, tmp_path, what):
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_what_is_not_finite_on_one_process_is_skipped_by_all(begin, tmp_path):
     done(begin(2, tmp_path, poison=("loss", 5, 1), non_finite="skip"))
     assert rows(tmp_path)[5]["loss"] is None
@@ -247,6 +252,7 @@ def test_what_is_not_finite_on_one_process_is_skipped_by_all(begin, tmp_path):
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_bad_samples_of_every_process_are_listed(begin, tmp_path):
     done(begin(2, tmp_path, ill=(3, 1, False)))
     listed = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]

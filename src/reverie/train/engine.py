@@ -56,7 +56,7 @@ class Engine:
             spread(model)
         for block in blocks_of(model):
             if self.recompute:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if self.compile:
                 block.compile()
         return model

@@ -182,7 +182,7 @@ _plain: WeakKeyDictionary[nn.Module, nn.Module] = (
 def spread(model: nn.Module) -> None:
     """Shards the trained weights over the processes, in place (FSDP2, `fully_shard`), block by block.
 
-    Call it before the optimizer takes the parameters. Frozen weights stay whole on every process. Alone, it does nothing.
+    Call it before the optimizer takes the parameters. Frozen weights stay whole. Alone, it does nothing.
     """
     if team().count == 1:
         return

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reverie.progress import duration
 from reverie.train import precision as formats
-from reverie.train.parallel import team
+from reverie.train.parallel import local, team
 
 if TYPE_CHECKING:
     from reverie.train.loop import Player
@@ -82,7 +82,7 @@ def estimate(
     for player in players:
         buffers = [(buffer, buffer.clone()) for buffer in player.model.buffers()]
         kept: dict[int, int] = {}
-        weights = {p.untyped_storage().data_ptr() for p in player.model.parameters()}
+        weights = {local(p).untyped_storage().data_ptr() for p in player.model.parameters()}
 
         def keep(tensor: Tensor, kept: dict[int, int] = kept, weights: set[int] = weights) -> Tensor:
             storage = tensor.untyped_storage()
@@ -148,7 +148,7 @@ def _update_seconds(player: Player, device: torch.device) -> float:
 
 
 def _bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+    return local(value).numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def _size(count: float) -> str:
