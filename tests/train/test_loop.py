@@ -555,7 +555,8 @@ def test_how_blocks_are_computed_changes_nothing_but_rounding(tmp_path, how):
 
     plain, held, weights = trained(tmp_path / "plain", Engine(device="cpu"))
     losses, less, others = trained(tmp_path / "other", Engine(device="cpu", **how))
-    torch.testing.assert_close(losses, plain, rtol=1e-5, atol=0)
+    tolerance = 1e-3 if "compile" in how else 1e-6  # Adam makes much of the rounding of fused kernels
+    torch.testing.assert_close(losses, plain, rtol=tolerance, atol=0)
     assert weights.keys() == others.keys()
     if "recompute" in how:
         assert less < held / 2
