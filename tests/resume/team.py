@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tuner
 
 from reverie.errors import InputError
 
 STEPS, BATCH, SAMPLES = 20, 12, 40
 
 
-def member(rank: int, count: int, port: int, folder: Path, **how) -> None:
-    """Process `rank` of `count`; `how` is that of `run`."""
+def member(rank: int, count: int, port: int, folder: Path, *, place: Path | None = None, **how) -> None:
+    """Process `rank` of `count`; `how` is that of `run`, or, with a `place`, of a recipe in tuner.py."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -25,7 +29,10 @@ def member(rank: int, count: int, port: int, folder: Path, **how) -> None:
         "TORCHELASTIC_RUN_ID": "tests",
     }
     try:
-        run(folder, **how)
+        if place is None:
+            run(folder, **how)
+        else:
+            tuner.run(place, folder, **how)
     except InputError as error:
         (folder / f"error-{rank}.txt").write_text(str(error))
         raise SystemExit(2) from None

@@ -22,6 +22,7 @@ from reverie.train import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 import team
+import tuner
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="groups are forked, and killed by POSIX signals"
@@ -257,3 +258,29 @@ def test_bad_samples_of_every_process_are_listed(begin, tmp_path):
     done(begin(2, tmp_path, ill=(3, 1, False)))
     listed = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["path"], row["reason"]) for row in listed] == [(4, "3-1.png", "torn")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["drop", "lora", "sora"])
+def test_recipes_run_in_a_group(begin, tmp_path, way):
+    """CLIP's and Sora's, with their evaluation, their samples and what they save: as one process, but for rounding."""
+    tuner.prepare(tmp_path)
+    runs = {"one": (1, {}), "two": (2, {}), "shards": (2, {"shard": True, "recompute": True})}
+    for name, (count, engine) in runs.items():
+        done(begin(count, tmp_path / name, place=tmp_path, way=way, **engine))
+    one = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / "one")]
+    weights = safetensors.torch.load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for name in ("two", "shards"):
+        found = rows(tmp_path / name)
+        assert len(found) == len(one) >= 1
+        for mine, theirs in zip(found, one, strict=True):
+            assert mine.keys() == theirs.keys()
+            for key, value in theirs.items():
+                assert math.isclose(mine[key], value, rel_tol=1e-3, abs_tol=1e-4), (name, key, mine, theirs)
+        ours = safetensors.torch.load_file(tmp_path / name / "model" / "model.safetensors")
+        assert ours.keys() == weights.keys()
+        off = [(ours[key] - value).norm() / value.norm().clamp_min(1e-3) for key, value in weights.items()]
+        assert max(off) < 0.02, name
+        samples = [sorted(path.name for path in (tmp_path / n / "samples").iterdir()) for n in ("one", name)]
+        assert samples[0] == samples[1]
+        assert bool(samples[0]) == (way == "sora")

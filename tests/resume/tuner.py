@@ -46,7 +46,7 @@ def prepare(place: Path) -> None:
     reverie.save(Clip(ClipConfig(image=image, text=text, width=16), words), place / "start")
 
 
-def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None) -> None:
+def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None, **engine) -> None:
     """`way`: "drop", "lora" or "sora"; `kill`: the sub-step of a save to die at, or "backward", and the how manieth.
 
     Sora's steps have two batches, so an odd backward pass is in the middle of one.
@@ -57,6 +57,8 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
     from reverie.recipes.clip import tiny
     from reverie.recipes.clip_finetune import finetune
     from reverie.train import Run, checkpoint
+    from reverie.train.engine import Engine
+    from reverie.train.parallel import processes
 
     torch.set_num_threads(1)
     times: dict[str, int] = {}
@@ -75,12 +77,21 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
         reached("backward")
 
     torch.Tensor.backward = counted  # type: ignore[method-assign]
-    if way == "sora":
-        sora.TINY = (2, 64, 1)
-        sora.tiny(place / "moving", out, clip=str(place / "start"), steps=STEPS, batch=2, clips=2, size=16)
-        return
-    shared = {"start": str(place / "start"), "steps": STEPS, "batch": 6, "lr": 1e-2, "drop": 0.5}
-    if way == "drop":
-        tiny(place / "data", out, drop_text=0.5, unmasked=0.3, **shared)
-    else:
-        finetune(place / "data", out, lora=2, lock="text", layer_decay=0.7, blend=0.5, **shared)
+    how = Engine(**engine)
+    shared = {
+        "start": str(place / "start"),
+        "steps": STEPS,
+        "batch": 6,
+        "lr": 1e-2,
+        "drop": 0.5,
+        "engine": how,
+    }
+    with processes():
+        if way == "sora":
+            sora.TINY = (2, 64, 1)
+            begun = str(place / "start")
+            sora.tiny(place / "moving", out, clip=begun, steps=STEPS, batch=2, clips=2, size=16, engine=how)
+        elif way == "drop":
+            tiny(place / "data", out, drop_text=0.5, unmasked=0.3, **shared)
+        else:
+            finetune(place / "data", out, lora=2, lock="text", layer_decay=0.7, blend=0.5, **shared)

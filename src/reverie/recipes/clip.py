@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ from reverie.train.optimizers import adamw, layer_factors
 from reverie.train.parallel import peers
 from reverie.train.schedule import cosine
 
+LOSSES: dict[str, Literal["softmax", "sigmoid"]] = {"softmax": "softmax", "sigmoid": "sigmoid"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipRun:
@@ -83,9 +85,13 @@ class ClipRun:
     seed: int = 0
 
 
-def shape(vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int = 5) -> ClipConfig:
+def shape(
+    vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int = 5, loss: str = "softmax"
+) -> ClipConfig:
     """A small CLIP for a CPU: 16 patches of 16 pixels behind a conv stem; 4 million parameters by default."""
     heads = heads_of(width)
+    if loss not in LOSSES:
+        raise InputError(f"loss is {loss!r}: give {' or '.join(LOSSES)}.")
     return ClipConfig(
         image=VitConfig(
             size=size,
@@ -101,6 +107,7 @@ def shape(vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int 
             vocab=vocab, length=20, width=width, depth=depth // 2, heads=heads, activation="gelu", end=end
         ),
         width=width,
+        loss=LOSSES[loss],
     )
 
 
@@ -113,6 +120,7 @@ def tiny(
     chunk: int = 0,
     lr: float = 1e-3,
     size: int = 64,
+    loss: str = "softmax",
     drop: float = 0.0,
     drop_text: float = 0.0,
     unmasked: float = 0.1,
@@ -130,6 +138,7 @@ def tiny(
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
+        loss: softmax compares each picture with all of the batch (CLIP), sigmoid each pair by itself (SigLIP).
         drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
         drop_text: The share of the words that is left out at random.
         unmasked: The share of the steps, the last ones, in which nothing is left out.
@@ -138,7 +147,7 @@ def tiny(
     """
     index = open_index(data)
     train_set = index.select(split="train")
-    model = begin(start, train_set, partial(shape, size=size), seed=seed)
+    model = begin(start, train_set, partial(shape, size=size, loss=loss), seed=seed)
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
@@ -157,6 +166,7 @@ def stickers(
     strength: float = 0.5,
     width: int = 192,
     depth: int = 5,
+    loss: str = "softmax",
     sources: tuple[str, ...] = (),
     drop: float = 0.0,
     drop_text: float = 0.0,
@@ -179,6 +189,7 @@ def stickers(
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         width: Channels of both towers, a multiple of 64.
         depth: Blocks of the image tower; the text tower has half as many.
+        loss: softmax compares each picture with all of the batch (CLIP), sigmoid each pair by itself (SigLIP).
         sources: Only these styles, as in the comparison with open_clip (fluent-3d and noto); all if not given.
         drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
         drop_text: The share of the words that is left out at random.
@@ -188,7 +199,7 @@ def stickers(
     """
     index = open_index(data)
     train_set = plain_stickers(index).select(split="train", video=False, sources=sources or None)
-    model = begin(start, train_set, partial(shape, width=width, depth=depth), seed=seed)
+    model = begin(start, train_set, partial(shape, width=width, depth=depth, loss=loss), seed=seed)
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=strength,
         languages={"en": 0.85, "zh": 0.15}, drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,

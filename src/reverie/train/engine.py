@@ -7,6 +7,7 @@ with averaged(player) as model: ...              # whole, wherever its weights w
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -52,8 +53,11 @@ class Engine:
     def place(self, model: M) -> M:
         """The model itself, moved to its device, its blocks recomputed, compiled or sharded as asked for."""
         model.to(self.home)
-        if self.shard:
-            spread(model)
+        if self.shard and not spread(model):
+            print(
+                "shard: there is one process, which holds all weights; start more by torchrun",
+                file=sys.stderr,
+            )
         for block in blocks_of(model):
             if self.recompute:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -179,13 +179,13 @@ _plain: WeakKeyDictionary[nn.Module, nn.Module] = (
 )  # sharded -> its shape, without its weights
 
 
-def spread(model: nn.Module) -> None:
+def spread(model: nn.Module) -> bool:
     """Shards the trained weights over the processes, in place (FSDP2, `fully_shard`), block by block.
 
-    Call it before the optimizer takes the parameters. Frozen weights stay whole. Alone, it does nothing.
+    Call it before the optimizer takes the parameters. Frozen weights stay whole. False: alone, it does nothing.
     """
     if team().count == 1:
-        return
+        return False
     from torch.distributed.fsdp import fully_shard
 
     shapes: dict[int, Any] = {
@@ -198,6 +198,7 @@ def spread(model: nn.Module) -> None:
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for part in [*blocks_of(model), model]:
         fully_shard(part, ignored_params=frozen)
+    return True
 
 
 def whole(model: nn.Module) -> nn.Module:
