@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -284,3 +286,41 @@ def test_recipes_run_in_a_group(begin, tmp_path, way):
         samples = [sorted(path.name for path in (tmp_path / n / "samples").iterdir()) for n in ("one", name)]
         assert samples[0] == samples[1]
         assert bool(samples[0]) == (way == "sora")
+
+
+def children_of(process: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may have ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == process:
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the children of a process from /proc")
+def test_torchrun_begins_again_when_a_process_dies(tmp_path):
+    """The command of the documentation, its processes killed two times, by torchrun's own restarts alone."""
+    tuner.prepare(tmp_path)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["--max-restarts", "3", "-m", "reverie", "train", "clip-tiny", str(tmp_path / "data")]
+    words += ["--start", str(tmp_path / "start"), "--steps", "120", "--batch", "6", "--shard"]
+
+    def rows_of(name: str) -> list[str]:
+        path = tmp_path / name / "metrics.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
+
+    for name, kills in (("alone", []), ("killed", [20, 70])):
+        run = subprocess.Popen([*words, "--out", str(tmp_path / name)], stderr=subprocess.PIPE, text=True)
+        for step in kills:
+            while run.poll() is None and not any(f'"step": {step},' in row for row in rows_of(name)):
+                time.sleep(0.05)
+            assert run.poll() is None, run.stderr.read()[-2000:]
+            os.kill(random.choice(children_of(run.pid)), signal.SIGKILL)
+        _, told = run.communicate(timeout=300)
+        assert run.returncode == 0, told[-2000:]
+        assert told.count("going on after step") == len(kills)
+    assert rows_of("killed") == rows_of("alone")
+    models = [sha256(tmp_path / name / "model" / "model.safetensors") for name in ("alone", "killed")]
+    assert models[0] == models[1]
