@@ -304,7 +304,7 @@ def train(
 
     Says before the first step how long it will take and how much memory it needs. The same command goes on after an
     interruption. Each recipe has flags of its own: `reverie train RECIPE --help`. On several processes or machines:
-    `torchrun --nproc-per-node N -m reverie train RECIPE DATA`, where batches are those of all processes together.
+    `torchrun --nproc-per-node N -m -- reverie train RECIPE DATA`, where batches are those of all processes together.
 
     Args:
         recipe: Which system, and how.
