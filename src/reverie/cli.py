@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie.command import Command, asks_for_help, did_you_mean
-from reverie.errors import InputError
+from reverie.errors import InputError, out_of_memory
 
 # ---------------------------------------------------------------- data
 
@@ -300,6 +300,109 @@ def train(recipe: str, data: Path, /, *, out: Path | None = None) -> None:
     from reverie.catalog import RECIPES
 
     raise InputError(f"There is no recipe {recipe!r}: there are {', '.join(RECIPES)}.")
+
+
+# ---------------------------------------------------------------- runs
+
+
+def runs(folder: Path = Path("runs"), /, *, json: bool = False) -> None:
+    """List the training runs below a folder: how far they are, how they go, how they ended.
+
+    `reverie runs show` tells all of one, `runs compare` puts several beside each other, `runs curves` draws them.
+    Nothing disturbs a run that is running.
+
+    Args:
+        folder: Where the runs are.
+        json: Print a JSON document.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    found = folders.find(folder)
+    records = [folders.read(path, name=_below(path, folder)) for path in found]
+    if json:
+        _print_json([asdict(record) for record in records])
+    else:
+        print(folders.listing(records) if records else f"There are no runs below {folder}.")
+
+
+def runs_show(run: str, /, *, json: bool = False) -> None:
+    """Tell all of one run: state, time and memory as said and as used, the last and the best of each metric, files.
+
+    Args:
+        run: The run's folder, or its name below runs.
+        json: Print a JSON document, with command and configuration.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    folder = folders.named(run)
+    record, more = folders.read(folder), folders.details(folder)
+    if json:
+        _print_json(asdict(record) | more)
+    else:
+        print(folders.showing(record, more))
+
+
+def runs_compare(
+    run: list[str], /, *, metrics: tuple[str, ...] = (), rows: int = 8, json: bool = False
+) -> None:
+    """Put runs beside each other: what differs in their configurations, and their metrics at the same steps.
+
+    Where a metric has many steps, a row is the mean since the row above it.
+
+    Args:
+        run: Two or more runs: folders, or names below runs.
+        metrics: Only these; all that the runs have in common if not given.
+        rows: How many rows a metric has.
+        json: Print a JSON document, with every step that the runs have in common.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    if rows < 1:
+        raise InputError(f"rows is {rows}; give at least 1.")
+    chosen = _runs_named(run, least=2)
+    changed = folders.differences(chosen)
+    shared = folders.side_by_side(chosen, metrics=metrics, rows=None if json else rows)
+    if json:
+        _print_json({"differences": changed, "metrics": [asdict(each) for each in shared]})
+    else:
+        print(folders.comparison(chosen, changed, shared))
+
+
+def runs_curves(
+    run: list[str],
+    /,
+    *,
+    out: Path = Path("curves.png"),
+    metrics: tuple[str, ...] = (),
+    json: bool = False,
+) -> None:
+    """Draw the curves of runs on one sheet: a panel to each metric, a colour to each run.
+
+    Args:
+        run: One or more runs: folders, or names below runs.
+        out: The picture.
+        metrics: Only these; all if not given.
+        json: Print a JSON document of what was drawn.
+    """
+    from reverie.train.curves import sheet
+    from reverie.train.log import read_lines
+
+    chosen = _runs_named(run, least=1)
+    rows = {name: read_lines(folder / "metrics.jsonl") for name, folder in chosen.items()}
+    if not (drawn := sheet(rows, out, metrics=metrics)):
+        raise InputError(
+            f"None of {', '.join(chosen)} has logged {' or '.join(metrics) or 'anything yet'}: nothing is drawn."
+        )
+    if json:
+        _print_json({"picture": str(out), "runs": [*chosen], "metrics": drawn})
+    else:
+        print(out)
 
 
 # ---------------------------------------------------------------- use
@@ -835,6 +938,10 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data stickers": data_stickers,
     "data world": data_world,
     "train": train,
+    "runs": runs,
+    "runs show": runs_show,
+    "runs compare": runs_compare,
+    "runs curves": runs_curves,
     "sample": sample,
     "search": search,
     "eval zero-shot": eval_zero_shot,
@@ -851,6 +958,26 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 
 # ---------------------------------------------------------------- what several commands need
+
+
+def _runs_named(words: Sequence[str], *, least: int) -> dict[str, Path]:
+    """Short names -> folders, each once."""
+    from reverie.train import runs as folders
+
+    found = [*dict.fromkeys(folders.named(word) for word in words)]
+    if len(found) < least:
+        raise InputError(f"{len(found)} run is too few to compare: name {least} or more.")
+    return dict(zip(folders.labels(found), found, strict=True))
+
+
+def _below(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path != folder else path.resolve().name
+
+
+def _print_json(document: Any) -> None:
+    import json
+
+    print(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 def _search_json(folder: Path, model: str, found: Any, queries: Sequence[Any], answers: Sequence[Any]) -> str:
@@ -910,7 +1037,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        print(f"reverie: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -918,19 +1045,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"reverie: {error.filename}: {error.strerror}; name another place or mend this one.",
-            file=sys.stderr,
-        )
+        _complain(f"{error.filename}: {error.strerror}; name another place or mend this one.")
         return 2
     except (MemoryError, RuntimeError) as error:
-        text = str(error)  # torch has no class of its own for want of memory on the CPU
-        if not (isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text):
+        if not out_of_memory(error):
             raise
-        print(
-            "reverie: this needs more memory than there is; ask for a smaller size, batch or number of frames.",
-            file=sys.stderr,
-        )
+        _complain("this needs more memory than there is; ask for a smaller size, batch or number of frames.")
         return 2
     except KeyboardInterrupt:
         print("reverie: stopped.", file=sys.stderr)
@@ -940,6 +1060,16 @@ def main(args: Sequence[str] | None = None) -> int:
             return stop.code or 0
         print(stop.code, file=sys.stderr)
         return 1
+
+
+def _complain(text: str) -> None:
+    """An error, in the manner that REVERIE_PROGRESS asks for."""
+    from reverie import progress
+
+    if os.environ.get(progress.SETTING) == "json":
+        progress.say(text, kind="error")
+    else:
+        print(f"reverie: {text}", file=sys.stderr)
 
 
 def entry() -> None:
@@ -990,7 +1120,12 @@ def _train(name: str, args: list[str]) -> int:
     given = command.parse(args)
     if given is not None:
         folder = given["out"] or Path("runs") / f"{name}-{given['data'].resolve().name}"
-        recipe(name)(**given | {"out": folder})
+        run = recipe(name)  # torch is imported here
+        from reverie.train.log import commanded
+
+        rest = {key: value for key, value in given.items() if key not in ("data", "out")}
+        with commanded(folder, recipe=name, data=given["data"].resolve(), arguments=rest):
+            run(**given | {"out": folder})
         print(f"the model: {folder / 'model'}")
     return 0
 

@@ -51,6 +51,7 @@ from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw, layer_factors
 from reverie.train.parallel import peers
+from reverie.train.plan import chunk_within
 from reverie.train.schedule import cosine
 
 
@@ -110,6 +111,7 @@ def tiny(
     steps: int = 300,
     batch: int = 64,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     size: int = 64,
     drop: float = 0.0,
@@ -126,6 +128,7 @@ def tiny(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
         drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
@@ -141,7 +144,7 @@ def tiny(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index))
+    return fit(config, model, train_set, out, measures=val_of(index), memory=memory)
 
 
 def stickers(
@@ -151,6 +154,7 @@ def stickers(
     steps: int = 2200,
     batch: int = 128,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     strength: float = 0.5,
     width: int = 192,
@@ -172,6 +176,7 @@ def stickers(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         width: Channels of both towers, a multiple of 64.
@@ -192,7 +197,7 @@ def stickers(
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     measures = {"twemoji": partial(zero_shot_of, val=held)} if any(item.label for item in held) else {}
-    return fit(config, model, train_set, out, measures=measures)
+    return fit(config, model, train_set, out, measures=measures, memory=memory)
 
 
 def world(
@@ -204,6 +209,7 @@ def world(
     steps: int = 600,
     batch: int = 64,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Clip:
@@ -219,6 +225,7 @@ def world(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         seed: Another seed, another world, another start and another order.
     """
@@ -229,7 +236,7 @@ def world(
         model=model.config, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=0.0,
         languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index))
+    return fit(config, model, train_set, out, measures=val_of(index), memory=memory)
 
 
 def paper_b32(
@@ -239,6 +246,7 @@ def paper_b32(
     steps: int = 400_000,
     batch: int = 32_768,
     chunk: int = 0,
+    memory: str = "",
     accumulate: int = 1,
 ) -> Clip:
     """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us.
@@ -249,6 +257,7 @@ def paper_b32(
         steps: How many batches to learn from.
         batch: Pictures that are compared with each other at a time.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         accumulate: Batches of a step.
     """
     tokenizer = Bpe.clip()
@@ -258,7 +267,9 @@ def paper_b32(
     )  # fmt: skip
     index = open_index(data)
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    return fit(config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={})
+    return fit(
+        config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={}, memory=memory
+    )
 
 
 def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, seed: int) -> Clip:
@@ -286,8 +297,12 @@ def fit(
     *,
     measures: Mapping[str, Measure],
     finish: Callable[[Clip, Path], None] = save,
+    memory: str = "",
 ) -> Clip:
-    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`."""
+    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`.
+
+    With `memory` the chunk is chosen for it, and stands in the run's configuration.
+    """
     tokenizer = model.tokenizer
     assert tokenizer is not None
     pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
@@ -297,9 +312,13 @@ def fit(
     whole_from = _whole_from(config)
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
-    if config.chunk and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if config.chunk and memory:
         raise InputError(
-            f"chunk is {config.chunk}, but this model has batch norm, which would see only the chunk: leave it out."
+            f"chunk is {config.chunk} and memory is {memory!r}, which chooses a chunk: give one of them."
+        )
+    if (config.chunk or memory) and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise InputError(
+            "This model has batch norm, which would see only a chunk: leave --chunk and --memory out."
         )
     model.to(home())
     player = Player(
@@ -352,6 +371,8 @@ def fit(
         return model.compare(*cached(embed, batch, chunk=config.chunk), label=batch["label"], peers=peers())
 
     player.loss = loss
+    if memory:
+        config = dataclasses.replace(config, chunk=chunk_within(memory, player, batches(0, 0), folder=out))
     run = Run(out, config)
     measure_every = max(config.steps // 8, 1)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=config.accumulate,

@@ -34,6 +34,8 @@ def finetune(
     start: str = "clip-stickers",
     steps: int = 200,
     batch: int = 64,
+    chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-4,
     lock: str = "",
     lora: int = 0,
@@ -58,6 +60,8 @@ def finetune(
         start: The CLIP to fine-tune: a shipped name, or a folder of Reverie, transformers or open_clip.
         steps: How many batches to learn from.
         batch: Pictures of a step.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate; ten times as much suits --lora.
         lock: The tower that stays as it is, with its projection: image or text; none if not given.
         lora: Train only adapters of this rank on the linear layers of the towers; 0 trains the weights themselves.
@@ -85,7 +89,7 @@ def finetune(
     model = load_clip(start, trainable=True)
     restrict(model, lock=lock, lora=lora, alpha=alpha, seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr,
+        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         warmup=max(steps // 10, 1), strength=strength, drop=drop, unmasked=unmasked, lock=lock, lora=lora,
         alpha=alpha, layer_decay=layer_decay, seed=seed,
     )  # fmt: skip
@@ -104,7 +108,7 @@ def finetune(
             systems = {"start": begun, "tuned": tuned} | ({f"blend {blend:g}": final} if blend < 1 else {})
             print(_compared(systems, ends, f"{start} on {data}").write(out))
 
-    return fit(config, model, train_set, out, measures=measures, finish=finish)
+    return fit(config, model, train_set, out, measures=measures, finish=finish, memory=memory)
 
 
 def restrict(model: Clip, *, lock: str = "", lora: int = 0, alpha: float = 0.0, seed: int = 0) -> None:

@@ -40,6 +40,7 @@ from reverie.train import precision as formats
 from reverie.train.ema import Ema
 from reverie.train.log import Run, refuse_difference
 from reverie.train.schedule import constant
+from reverie.train.watch import Watch
 
 Batch = Mapping[str, Any]
 Losses = Mapping[str, Tensor]
@@ -254,16 +255,22 @@ class _Loop:
         run = self.run
         run.open()
         try:
-            with _signals() as caught, _deterministic(self.deterministic):
+            with (
+                _signals() as caught,
+                _deterministic(self.deterministic),
+                Watch(run, device=self.device, steps=self.steps) as watch,
+            ):
                 self._begin()
+                watch.begin(self.counts.step)
                 modes = [_modes(player.model) for player in self.players]
                 if self.estimate and self.counts.step < self.steps:
-                    self._say_plan()
+                    watch.said = self._say_plan()
                 while self.counts.step < self.steps:
+                    watch.start()
                     step = self._step(modes)
                     if step is None:  # rolled back
                         continue
-                    run.progress(step.number, self.steps, loss=step.loss, items=step.items)
+                    watch.done(step)
                     yield step
                     if step.every(self.save_every) or caught:
                         self._save(draw=step.last or bool(caught))
@@ -538,20 +545,24 @@ class _Loop:
                 player.ema.updates = scalars["ema_updates"]
         self.counts = _Counts(**state["counts"])
 
-    def _say_plan(self) -> None:
-        batch = self.batches(self.counts.step, 0)
+    def _say_plan(self) -> plan.Plan:
+        first = self.batches(self.counts.step, 0)
         begun = time.perf_counter()
-        self.batches.function(self.counts.step, 0)  # again: the first call may open files and fill caches
+        # again: the first call may open files and fill caches; and a second batch may be of another kind
+        last = dict(self.batches.function(self.counts.step, min(1, self.accumulate - 1)))
+        last.pop("bad", None)
         loading = 0.0 if self.batches.ahead else time.perf_counter() - begun
         told = plan.estimate(
             self.players,
-            batch,
+            [first] if self.accumulate == 1 else [first, _moved(last, self.device)],
             steps=self.steps - self.counts.step,
             loading=loading,
             accumulate=self.accumulate,
             precision=self.precision,
+            settings=self.run.config,
         )
         self.run.say(str(told))
+        return told
 
 
 # ---------------------------------------------------------------- batches
