@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +259,9 @@ def side_by_side(
         points = {run: dict(zip(*each[metric], strict=True)) for run, each in found.items()}
         steps = sorted(set.intersection(*map(set, points.values())))
         means = rows is not None and len(steps) > 2 * rows
-        ends = [round((i + 1) * len(steps) / rows) for i in range(rows)] if rows and means else []
-        spans = list(zip([0, *ends[:-1]], ends, strict=True)) or [(i, i + 1) for i in range(len(steps))]
+        count = rows if rows and means else len(steps)
+        ends = [round(i * len(steps) / count) for i in range(count + 1)]
+        spans = [*pairwise(ends)]
         values = {
             run: [sum(known[step] for step in steps[a:b]) / (b - a) for a, b in spans]
             for run, known in points.items()
