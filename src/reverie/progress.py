@@ -133,7 +133,9 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """ "1.5 MB", "120 MB", "2.4 GB"."""
+    """ "34 kB", "1.5 MB", "120 MB", "2.4 GB"."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
     if count < 1e9:
         return f"{count / 1e6:.{1 if count < 1e7 else 0}f} MB"
     return f"{count / 1e9:.1f} GB"

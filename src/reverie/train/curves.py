@@ -15,7 +15,8 @@ from typing import Any
 from reverie import disk
 
 Rows = Sequence[Mapping[str, Any]]
-MANY = 60  # points, from which on a series is smoothed and has no dots
+FEW = 30  # points, below which each has a dot
+MANY = 60  # points, from which on a series is smoothed
 INK = ("#4269d0", "#e8590c", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#a87700", "#5c5f66")
 DASHES = ("-", "--", ":", "-.")  # when the inks have run out
 
@@ -76,19 +77,29 @@ def sheet(runs: Mapping[str, Rows], path: Path, *, metrics: Sequence[str] = ()) 
     shown = [metric for metric in there if not metrics or metric in metrics]
     if not shown:
         return []
+    last = max(each[metric][0][-1] for metric in shown for each in found.values() if metric in each) or 1
     figure, cells = _figure(len(shown), "")
     for metric, axes in zip(shown, cells, strict=True):
         _panel(axes, metric, [each[metric][1] for each in found.values() if metric in each])
+        axes.set_xlim(-0.03 * last, 1.03 * last)  # one scale for all panels
         for at, each in enumerate(found.values()):
             if metric in each:
                 _line(axes, *each[metric], colour=INK[at % len(INK)], label="", smooth=True, dash=_dash(at))
+                axes.lines[-1].set_linewidth(max(1.2, 2.4 - 0.4 * at))  # those that coincide are seen
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=INK[at % len(INK)], linestyle=_dash(at), linewidth=2, label=name)
-        for at, name in enumerate(found)
+        Line2D(
+            [],
+            [],
+            color=INK[at % len(INK)],
+            linestyle=_dash(at),
+            linewidth=2,
+            label=name if each else f"{name} (no log)",
+        )
+        for at, (name, each) in enumerate(found.items())
     ]
-    across = max(1, min(len(handles), int(figure.get_figwidth() * 11 / (max(map(len, found)) + 6))))
+    across = max(1, min(len(handles), int(figure.get_figwidth() * 11 / (max(map(len, found)) + 14))))
     figure.legend(handles=handles, loc="outside upper center", ncols=across, frameon=False, fontsize=10)
     _save(figure, path)
     return shown
@@ -102,7 +113,7 @@ def _figure(panels: int, title: str) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(3, panels)
+    columns = 2 if panels == 4 else min(3, panels)
     lines = math.ceil(panels / columns)
     figure = Figure(figsize=(5.2 * columns, 3.4 * lines), layout="constrained")
     FigureCanvasAgg(figure)
@@ -128,7 +139,7 @@ def _line(
     """Draws a series, and whether it was smoothed: few points and schedules are drawn as they are."""
     many = len(xs) >= MANY
     if not (smooth and many) or axes.get_title().endswith("lr"):
-        marker = None if many else "o"
+        marker = "o" if len(xs) < FEW else None
         axes.plot(xs, ys, color=colour, marker=marker, markersize=3, label=label, linestyle=dash)
         return False
     axes.plot(xs, ys, color=colour, alpha=0.2, linewidth=0.7)

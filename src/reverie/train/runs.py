@@ -26,6 +26,7 @@ from reverie.train.log import LOCK, leaves, read_lines
 DEEP = 4  # folders below the first in which runs are looked for
 SILENT = 600.0  # seconds without a sign of life, after which a run on another machine counts as dead
 SHOWN = 2  # measurements in a row of the list
+REASON = 160  # letters of a reason below it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,9 @@ class Record:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training run made this folder."""
-    return (folder / "checkpoints").is_dir() and any(
-        (folder / name).is_file() for name in ("config.json", "command.json", "status.json")
-    )
+    """Whether a training run made this folder, or left its log there."""
+    begun = any((folder / name).is_file() for name in ("config.json", "command.json", "status.json"))
+    return begun and ((folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file())
 
 
 def find(root: Path) -> list[Path]:
@@ -305,7 +305,7 @@ def listing(records: Sequence[Record]) -> str:
         )
     head = ("run", "recipe", "step", "state", "loss", "measured", "", "on disk")
     text = table(head, rows, right=frozenset((2, 4, 7)))
-    troubled = [f"{each.name}: {each.reason}" for each in records if each.reason]
+    troubled = [f"{each.name}: {_short(each.reason, REASON)}" for each in records if each.reason]
     return "\n".join([text, *([""] if troubled else []), *troubled])
 
 
@@ -381,9 +381,9 @@ def comparison(
     return "\n\n".join(parts)
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, most: int = 60) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def number(value: float | None) -> str:

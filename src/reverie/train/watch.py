@@ -62,6 +62,7 @@ class Watch:
         """The folder is this run's, which goes on after `step` steps."""
         self._since, self._clock, self._first, self._at = now(), time.monotonic(), step, step
         self._keep("running")
+        self._told = 0.0  # the first step is told at once
 
     def start(self) -> None:
         """A step begins."""
