@@ -17,6 +17,7 @@ from typing import Any
 
 from reverie.command import Command, asks_for_help, did_you_mean
 from reverie.errors import InputError, out_of_memory
+from reverie.progress import MANNERS, SETTING, manner, say
 
 # ---------------------------------------------------------------- data
 
@@ -1064,12 +1065,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _complain(text: str) -> None:
     """An error, in the manner that REVERIE_PROGRESS asks for."""
-    from reverie import progress
-
-    if os.environ.get(progress.SETTING) == "json":
-        progress.say(text, kind="error")
-    else:
-        print(f"reverie: {text}", file=sys.stderr)
+    say(text if manner() == "json" else f"reverie: {text}", kind="error")
 
 
 def entry() -> None:
@@ -1078,6 +1074,8 @@ def entry() -> None:
 
 
 def _run(words: list[str]) -> int:
+    if (asked := os.environ.get(SETTING, "")) not in ("", *MANNERS):
+        raise InputError(f"{SETTING} is {asked!r}: give {' or '.join(MANNERS)}, or leave it out.")
     if words in (["--version"], ["version"]):
         from importlib.metadata import version
 

@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from reverie.errors import InputError
-
 T = TypeVar("T")
 EVERY = 5.0  # seconds between plain lines
-SETTING = "REVERIE_PROGRESS"
+SETTING, MANNERS = "REVERIE_PROGRESS", ("plain", "json")  # the command line refuses others
 
 
 class Display:
@@ -87,11 +85,9 @@ def say(text: str, *, kind: str = "line") -> None:
 
 
 def manner() -> str:
-    """ "bar", "plain" or "json". InputError: REVERIE_PROGRESS is something else."""
+    """ "bar", "plain" or "json"."""
     asked = os.environ.get(SETTING, "")
-    if asked not in ("", "plain", "json"):
-        raise InputError(f"{SETTING} is {asked!r}: give plain or json, or leave it out.")
-    return asked or ("bar" if sys.stderr.isatty() else "plain")
+    return asked if asked in MANNERS else "bar" if sys.stderr.isatty() else "plain"
 
 
 def _put(told: dict[str, Any]) -> None:

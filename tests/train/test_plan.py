@@ -189,7 +189,7 @@ def test_a_chunk_is_chosen_for_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "held", lambda device: held)
     rest = held + plan_of.BARE + 3 * 4096
     for room, chunk in ((64.5, 64), (127.5, 64), (130, 128), (1025, 0)):
-        asked = f"{(rest + room * 4096) / 1e6:.6f}MB"
+        asked = f"{(rest + room * 4096 * plan_of.PASSING) / 1e6:.6f}MB"
         assert chunk_within(asked, player, batch, folder=tmp_path) == chunk
     assert player.model.most == 4
     with pytest.raises(InputError, match="Two items at a time need"):

@@ -1,8 +1,8 @@
 import json
 import multiprocessing
 import os
+import platform
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,7 +32,7 @@ def steps(n, *, scale=1.0, every=1):
 
 
 def here(state, step, **more):
-    return {"state": state, "step": step, "steps": 100, "host": socket.gethostname(), "process": 1} | more
+    return {"state": state, "step": step, "steps": 100, "host": platform.node(), "process": 1} | more
 
 
 def test_states_come_from_the_status_and_the_lock(tmp_path):

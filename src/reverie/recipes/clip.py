@@ -317,8 +317,9 @@ def fit(
             f"chunk is {config.chunk} and memory is {memory!r}, which chooses a chunk: give one of them."
         )
     if (config.chunk or memory) and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        asked = f"chunk is {config.chunk}" if config.chunk else f"memory is {memory!r}"
         raise InputError(
-            "This model has batch norm, which would see only a chunk: leave --chunk and --memory out."
+            f"{asked}, but this model has batch norm, which would see only a chunk: leave it out."
         )
     model.to(home())
     player = Player(

@@ -12,7 +12,6 @@ optimizers, schedule, ema, precision    what they say
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Ema", "NonFiniteError", "Plan", "Player", "Run", "Step", "Stopped", "adamw", "estimate", "train"]
 
-_HOMES = {"Ema": "ema", "Run": "log", "adamw": "optimizers", "Plan": "plan", "estimate": "plan"}
-
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `reverie runs` reads folders without waiting for torch.
-    if name in __all__:
-        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'loop')}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from reverie.train import ema, log, loop, optimizers, plan
+
+    homes: dict[str, Any] = {
+        "Ema": ema, "Plan": plan, "Run": log, "adamw": optimizers, "estimate": plan,
+    }  # fmt: skip
+    return getattr(homes.get(name, loop), name)

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 import os
-import socket
+import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,7 +185,7 @@ class Run:
 
     def status(self, state: str, **what: Any) -> None:
         """Writes status.json: running, finished, stopped or failed; which process, and when."""
-        who = {"process": os.getpid(), "host": socket.gethostname()}
+        who = {"process": os.getpid(), "host": platform.node()}
         self.keep("status.json", {"state": state, "at": now()} | what | who, durable=state != "running")
 
     def progress(self, step: int, steps: int, **told: Any) -> None:

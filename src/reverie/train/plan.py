@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from reverie.train.loop import Player
 
 Batch = Mapping[str, Any]
-BARE = 256e6  # beside a chunk: a contrastive loss over many items, and what allocators keep (docs/engine.md)
+BARE = 256e6  # beside a chunk: a contrastive loss over many items, and what allocators keep
+PASSING = (
+    1.25  # what a pass holds at its height, over what autograd keeps of it; both measured, see docs/engine.md
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +187,7 @@ def chunk_within(memory: str, player: Player, batch: Batch, *, folder: Path, pre
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     few = _few(player, batch, formats.resolve(precision, device))
     assert few is not None, "a contrastive loss takes any number of items"
-    base, each = few
+    base, each = few[0], few[1] * PASSING
     trained = sum(_bytes(p) for group in player.optimizer.param_groups for p in group["params"])
     rest = machine.held(device) + 3 * trained + BARE + base
     fits = int((limit - rest) // each)

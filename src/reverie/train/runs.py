@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +149,7 @@ def _state(
         return "running", ""
     if state == "running":
         host = status.get("host")
-        if host != socket.gethostname() and silent < SILENT:  # its lock is not seen from here
+        if host != platform.node() and silent < SILENT:  # its lock is not seen from here
             return "running", f"on {host}"
         return "failed", f"killed, or the machine went down, after step {step}"
     if state in ("finished", "stopped", "failed"):
