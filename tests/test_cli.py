@@ -618,6 +618,7 @@ def thing(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] =
 def test_a_recipe_is_a_command_with_its_own_flags(monkeypatch, tmp_path, capsys):
     (tmp_path / "trained_things.py").write_text(THINGS)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(catalog.RECIPES, "thing", "trained_things:thing")
     assert reverie("train", "thing", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -632,6 +633,9 @@ def test_a_recipe_is_a_command_with_its_own_flags(monkeypatch, tmp_path, capsys)
         (Path("pets"), Path("runs/thing-pets"), 7, ("a", "b"), "a"),
         (tmp_path, Path("elsewhere"), 300, (), "b"),
     ]
+    told = json.loads(Path("elsewhere/command.json").read_text())
+    assert (told["recipe"], told["data"]) == ("thing", str(tmp_path))
+    assert told["arguments"] == {"steps": 300, "sources": [], "first": "b"}
 
 
 @pytest.mark.parametrize("name", catalog.RECIPES)

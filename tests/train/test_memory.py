@@ -41,6 +41,21 @@ def test_what_is_held_is_seen_and_the_peak_stays():
     assert memory.available(CPU, swap=True) >= memory.available(CPU) - 50e6
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux says so")
+def test_a_limit_of_the_shell_counts(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (memory._line("VmSize") + 10**7, 10**12))
+    assert abs(memory.available(CPU) - memory.held(CPU) - 10**7) < 2e6
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux says so")
+def test_processes_share_what_is_free(monkeypatch):
+    alone = memory.available(CPU) - memory.held(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available(CPU) - memory.held(CPU) == pytest.approx(alone / 4, rel=0.2)
+
+
 def test_the_tightest_cgroup_counts(tmp_path):
     """Version 2 with a limit above its own, version 1 beside it, caches that can be dropped."""
 

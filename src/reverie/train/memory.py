@@ -5,6 +5,7 @@ On a CPU it is that of the whole process, on a GPU what torch has allocated ther
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -59,7 +60,10 @@ def held(device: torch.device) -> int:
 
 
 def available(device: torch.device, *, swap: bool = False) -> int | None:
-    """What this process could hold: what is free, with swap if asked, within its cgroups, and what it holds already."""
+    """What this process could hold: what is free, with swap if asked, within its limits, and what it holds already.
+
+    Processes that torchrun started on one machine share what is free on its CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     meminfo, held = Path("/proc/meminfo"), _line("VmRSS")
@@ -67,7 +71,12 @@ def available(device: torch.device, *, swap: bool = False) -> int | None:
         return None
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = sum(int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "SwapFree")[: 1 + swap])
-    return held + min([free, *rooms()])
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`, which counts what is only reserved, too
+    asked = [] if most == resource.RLIM_INFINITY else [max(0, most - (_line("VmSize") or 0))]
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return held + min([min([free, *rooms()]) // sharing, *asked])
 
 
 def rooms(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:

@@ -303,7 +303,7 @@ def listing(records: Sequence[Record]) -> str:
                 size(each.bytes),
             ]
         )
-    head = ("run", "recipe", "step", "state", "loss", "measured", "", "on disk")
+    head = ("run", "recipe", "step", "state", "loss", "measured", "age", "on disk")
     text = table(head, rows, right=frozenset((2, 4, 7)))
     troubled = [f"{each.name}: {_short(each.reason, REASON)}" for each in records if each.reason]
     return "\n".join([text, *([""] if troubled else []), *troubled])
