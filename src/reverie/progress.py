@@ -49,10 +49,16 @@ class Display:
             if self._bar is None:
                 from rich.console import Console
                 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+                from rich.table import Column
 
+                console = Console(stderr=True)
                 words = TextColumn("{task.fields[label]}", markup=False)
-                columns = (words, BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-                self._bar = Progress(*columns, console=Console(stderr=True), transient=not self.stays)
+                counted = MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1))
+                bar = BarColumn(
+                    bar_width=min(40, max(4, console.width - 82))
+                )  # a narrow terminal reads the numbers
+                columns = (words, bar, counted, TextColumn("{task.description}"))
+                self._bar = Progress(*columns, console=console, transient=not self.stays)
                 self._task = self._bar.add_task("", label=self.label)
                 self._bar.start()
             self._bar.update(self._task, completed=done, total=total, description=text)
