@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from reverie.command import Command, asks_for_help, did_you_mean, restored
-from reverie.errors import InputError
+from reverie.errors import InputError, out_of_memory
+from reverie.progress import MANNERS, SETTING, manner, say
 
 # ---------------------------------------------------------------- data
 
@@ -353,6 +355,109 @@ def replay(run: Path, /, *, step: int = 0, device: str | None = None) -> int:
         "reverie train", RECIPES[name], like=Command.of("reverie train", train)
     ).parameters
     return _carry_out(name, data, run, restored(known, given) | {"device": device}, replay=step)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def runs(folder: Path = Path("runs"), /, *, json: bool = False) -> None:
+    """List the training runs below a folder: how far they are, how they go, how they ended.
+
+    `reverie runs show` tells all of one, `runs compare` puts several beside each other, `runs curves` draws them.
+    Nothing disturbs a run that is running.
+
+    Args:
+        folder: Where the runs are.
+        json: Print a JSON document.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    found = folders.find(folder)
+    records = [folders.read(path, name=_below(path, folder)) for path in found]
+    if json:
+        _print_json([asdict(record) for record in records])
+    else:
+        print(folders.listing(records) if records else f"There are no runs below {folder}.")
+
+
+def runs_show(run: str, /, *, json: bool = False) -> None:
+    """Tell all of one run: state, time and memory as said and as used, the last and the best of each metric, files.
+
+    Args:
+        run: The run's folder, or its name below runs.
+        json: Print a JSON document, with command and configuration.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    folder = folders.named(run)
+    record, more = folders.read(folder), folders.details(folder)
+    if json:
+        _print_json(asdict(record) | more)
+    else:
+        print(folders.showing(record, more))
+
+
+def runs_compare(
+    run: list[str], /, *, metrics: tuple[str, ...] = (), rows: int = 8, json: bool = False
+) -> None:
+    """Put runs beside each other: what differs in their configurations, and their metrics at the same steps.
+
+    Where a metric has many steps, a row is the mean since the row above it.
+
+    Args:
+        run: Two or more runs: folders, or names below runs.
+        metrics: Only these; all that the runs have in common if not given.
+        rows: How many rows a metric has.
+        json: Print a JSON document, with every step that the runs have in common.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    if rows < 1:
+        raise InputError(f"rows is {rows}; give at least 1.")
+    chosen = _runs_named(run, least=2)
+    changed = folders.differences(chosen)
+    shared = folders.side_by_side(chosen, metrics=metrics, rows=None if json else rows)
+    if json:
+        _print_json({"differences": changed, "metrics": [asdict(each) for each in shared]})
+    else:
+        print(folders.comparison(chosen, changed, shared))
+
+
+def runs_curves(
+    run: list[str],
+    /,
+    *,
+    out: Path = Path("curves.png"),
+    metrics: tuple[str, ...] = (),
+    json: bool = False,
+) -> None:
+    """Draw the curves of runs on one sheet: a panel to each metric, a colour to each run.
+
+    Args:
+        run: One or more runs: folders, or names below runs.
+        out: The picture.
+        metrics: Only these; all if not given.
+        json: Print a JSON document of what was drawn.
+    """
+    from reverie.train.curves import sheet
+    from reverie.train.log import read_lines
+
+    chosen = _runs_named(run, least=1)
+    rows = {name: read_lines(folder / "metrics.jsonl") for name, folder in chosen.items()}
+    if not (drawn := sheet(rows, out, metrics=metrics)):
+        raise InputError(
+            f"None of {', '.join(chosen)} has logged {' or '.join(metrics) or 'anything yet'}: nothing is drawn."
+        )
+    if json:
+        _print_json({"picture": str(out), "runs": [*chosen], "metrics": drawn})
+    else:
+        print(out)
 
 
 # ---------------------------------------------------------------- use
@@ -889,6 +994,10 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data world": data_world,
     "train": train,
     "replay": replay,
+    "runs": runs,
+    "runs show": runs_show,
+    "runs compare": runs_compare,
+    "runs curves": runs_curves,
     "sample": sample,
     "search": search,
     "eval zero-shot": eval_zero_shot,
@@ -905,6 +1014,26 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 
 # ---------------------------------------------------------------- what several commands need
+
+
+def _runs_named(words: Sequence[str], *, least: int) -> dict[str, Path]:
+    """Short names -> folders, each once."""
+    from reverie.train import runs as folders
+
+    found = [*dict.fromkeys(folders.named(word) for word in words)]
+    if len(found) < least:
+        raise InputError(f"{len(found)} run is too few to compare: name {least} or more.")
+    return dict(zip(folders.labels(found), found, strict=True))
+
+
+def _below(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path != folder else path.resolve().name
+
+
+def _print_json(document: Any) -> None:
+    import json
+
+    print(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 def _search_json(folder: Path, model: str, found: Any, queries: Sequence[Any], answers: Sequence[Any]) -> str:
@@ -964,8 +1093,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        who = "reverie" if os.environ.get("RANK", "0") == "0" else f"reverie (process {os.environ['RANK']})"
-        print(f"{who}: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -973,19 +1101,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"reverie: {error.filename}: {error.strerror}; name another place or mend this one.",
-            file=sys.stderr,
-        )
+        _complain(f"{error.filename}: {error.strerror}; name another place or mend this one.")
         return 2
     except (MemoryError, RuntimeError) as error:
-        text = str(error)  # torch has no class of its own for want of memory on the CPU
-        if not (isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text):
+        if not out_of_memory(error):
             raise
-        print(
-            "reverie: this needs more memory than there is; ask for a smaller size, batch or number of frames.",
-            file=sys.stderr,
-        )
+        _complain("this needs more memory than there is; ask for a smaller size, batch or number of frames.")
         return 2
     except KeyboardInterrupt:
         print("reverie: stopped.", file=sys.stderr)
@@ -997,12 +1118,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _complain(text: str) -> None:
+    """An error, in the manner that REVERIE_PROGRESS asks for."""
+    rank = os.environ.get("RANK", "0")
+    who = "reverie" if rank == "0" else f"reverie (process {rank})"
+    say(text if manner() == "json" else f"{who}: {text}", kind="error")
+
+
 def entry() -> None:
     """The `reverie` command."""
     sys.exit(main())
 
 
 def _run(words: list[str]) -> int:
+    if (asked := os.environ.get(SETTING, "")) not in ("", *MANNERS):
+        raise InputError(f"{SETTING} is {asked!r}: give {' or '.join(MANNERS)}, or leave it out.")
     if words in (["--version"], ["version"]):
         from importlib.metadata import version
 
@@ -1054,12 +1184,18 @@ def _carry_out(name: str, data: Path, folder: Path, given: dict[str, Any], **mor
     from dataclasses import fields
 
     from reverie.catalog import recipe
+
+    run = recipe(name)  # torch is imported here
     from reverie.train.engine import Engine
+    from reverie.train.log import commanded
     from reverie.train.parallel import processes, team
 
-    engine = {field.name: given.pop(field.name) for field in fields(Engine) if field.name in given}
+    rest = dict(given)
+    engine = {field.name: rest.pop(field.name) for field in fields(Engine) if field.name in rest}
     with processes():
-        recipe(name)(data, folder, engine=Engine(**engine, **more), **given)
+        kept = nullcontext() if more else commanded(folder, recipe=name, data=data.resolve(), arguments=given)
+        with kept:
+            run(data, folder, engine=Engine(**engine, **more), **rest)
         if team().first:
             print(f"the model: {folder / 'model'}")
     return 0

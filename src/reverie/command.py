@@ -54,7 +54,7 @@ class Command:
             prog=prog,
             about=about,
             told={name: like.told[name] for name in known if name in like.told} | told,
-            parameters=[*shared[:1], *flags, *shared[1:]],
+            parameters=[*shared[:2], *flags, *shared[2:]],
         )
 
     def parse(self, args: list[str]) -> dict[str, Any] | None:

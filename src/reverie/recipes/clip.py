@@ -51,7 +51,8 @@ from reverie.train.gradient_cache import cached
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw, layer_factors
-from reverie.train.parallel import peers
+from reverie.train.parallel import peers, team
+from reverie.train.plan import chunk_within
 from reverie.train.schedule import cosine
 
 LOSSES: dict[str, Literal["softmax", "sigmoid"]] = {"softmax": "softmax", "sigmoid": "sigmoid"}
@@ -118,6 +119,7 @@ def tiny(
     steps: int = 300,
     batch: int = 64,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     size: int = 64,
     loss: str = "softmax",
@@ -136,6 +138,7 @@ def tiny(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
         loss: softmax compares each picture with all of the batch (CLIP), sigmoid each pair by itself (SigLIP).
@@ -152,7 +155,7 @@ def tiny(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index), engine=engine)
+    return fit(config, model, train_set, out, measures=val_of(index), memory=memory, engine=engine)
 
 
 def stickers(
@@ -162,6 +165,7 @@ def stickers(
     steps: int = 2200,
     batch: int = 128,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     strength: float = 0.5,
     width: int = 192,
@@ -185,6 +189,7 @@ def stickers(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         width: Channels of both towers, a multiple of 64.
@@ -206,7 +211,7 @@ def stickers(
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     measures = {"twemoji": partial(zero_shot_of, val=held)} if any(item.label for item in held) else {}
-    return fit(config, model, train_set, out, measures=measures, engine=engine)
+    return fit(config, model, train_set, out, measures=measures, memory=memory, engine=engine)
 
 
 def world(
@@ -218,6 +223,7 @@ def world(
     steps: int = 600,
     batch: int = 64,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     seed: int = 0,
     engine: Engine = ENGINE,
@@ -234,6 +240,7 @@ def world(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         seed: Another seed, another world, another start and another order.
     """
@@ -244,7 +251,7 @@ def world(
         model=model.config, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=0.0,
         languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index), engine=engine)
+    return fit(config, model, train_set, out, measures=val_of(index), memory=memory, engine=engine)
 
 
 def paper_b32(
@@ -254,6 +261,7 @@ def paper_b32(
     steps: int = 400_000,
     batch: int = 32_768,
     chunk: int = 0,
+    memory: str = "",
     accumulate: int = 1,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -265,6 +273,7 @@ def paper_b32(
         steps: How many batches to learn from.
         batch: Pictures that are compared with each other at a time.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         accumulate: Batches of a step.
     """
     tokenizer = Bpe.clip()
@@ -275,7 +284,13 @@ def paper_b32(
     index = open_index(data)
     torch.manual_seed(rng.integer(config.seed, "weights"))
     return fit(
-        config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={}, engine=engine
+        config,
+        Clip(config.model, tokenizer),
+        index.select(split="train"),
+        out,
+        measures={},
+        memory=memory,
+        engine=engine,
     )
 
 
@@ -304,9 +319,13 @@ def fit(
     *,
     measures: Mapping[str, Measure],
     finish: Callable[[Clip, Path], None] = save,
+    memory: str = "",
     engine: Engine = ENGINE,
 ) -> Clip:
-    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`."""
+    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`.
+
+    With `memory` the chunk is chosen for it, and stands in the run's configuration.
+    """
     tokenizer = model.tokenizer
     assert tokenizer is not None
     pixels = decoded(index, size=config.model.image.size)
@@ -316,9 +335,18 @@ def fit(
     whole_from = _whole_from(config)
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
-    if config.chunk and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if config.chunk and memory:
         raise InputError(
-            f"chunk is {config.chunk}, but this model has batch norm, which would see only the chunk: leave it out."
+            f"chunk is {config.chunk} and memory is {memory!r}, which chooses a chunk: give one of them."
+        )
+    if memory and team().count > 1:
+        raise InputError(
+            f"memory is {memory!r}, which chooses a chunk for one process: give --chunk for several."
+        )
+    if (config.chunk or memory) and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        asked = f"chunk is {config.chunk}" if config.chunk else f"memory is {memory!r}"
+        raise InputError(
+            f"{asked}, but this model has batch norm, which would see only a chunk: leave it out."
         )
     model = engine.place(model)
     player = Player(
@@ -371,6 +399,8 @@ def fit(
         return model.compare(*cached(embed, batch, chunk=config.chunk), label=batch["label"], peers=peers())
 
     player.loss = loss
+    if memory:
+        config = dataclasses.replace(config, chunk=chunk_within(memory, player, batches(0, 0), folder=out))
     run = Run(out, config)
     measure_every = max(config.steps // 8, 1)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=config.accumulate,

@@ -35,6 +35,8 @@ def finetune(
     start: str = "clip-stickers",
     steps: int = 200,
     batch: int = 64,
+    chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-4,
     lock: str = "",
     lora: int = 0,
@@ -60,6 +62,8 @@ def finetune(
         start: The CLIP to fine-tune: a shipped name, or a folder of Reverie, transformers or open_clip.
         steps: How many batches to learn from.
         batch: Pictures of a step.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate; ten times as much suits --lora.
         lock: The tower that stays as it is, with its projection: image or text; none if not given.
         lora: Train only adapters of this rank on the linear layers of the towers; 0 trains the weights themselves.
@@ -87,7 +91,7 @@ def finetune(
     model = load_clip(start, trainable=True)
     restrict(model, lock=lock, lora=lora, alpha=alpha, seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr,
+        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         warmup=max(steps // 10, 1), strength=strength, drop=drop, unmasked=unmasked, lock=lock, lora=lora,
         alpha=alpha, layer_decay=layer_decay, seed=seed,
     )  # fmt: skip
@@ -109,7 +113,7 @@ def finetune(
             if team().first:
                 print(table.write(out))
 
-    return fit(config, model, train_set, out, measures=measures, finish=finish, engine=engine)
+    return fit(config, model, train_set, out, measures=measures, finish=finish, memory=memory, engine=engine)
 
 
 def restrict(model: Clip, *, lock: str = "", lora: int = 0, alpha: float = 0.0, seed: int = 0) -> None:

@@ -63,7 +63,7 @@ class Batches:
             ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
             sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim]
             self.info[key] = Info(items=len(ids) or (sizes[0] if sizes else 1), ids=ids, bad=bad)
-            self._cache[key] = _moved(batch, self.device)
+            self._cache[key] = moved(batch, self.device)
         return dict(self._cache[key])
 
     def ids(self, step: int) -> list[Any]:
@@ -103,9 +103,10 @@ class Batches:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """The tensors of a batch on `device`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {key: _moved(inner, device) for key, inner in value.items()}
+        return {key: moved(inner, device) for key, inner in value.items()}
     return value

@@ -37,13 +37,14 @@ from reverie import rng
 from reverie.errors import InputError
 from reverie.train import checkpoint, evidence, parallel, plan
 from reverie.train import precision as formats
-from reverie.train.batches import Batch, Batches
+from reverie.train.batches import Batch, Batches, moved
 from reverie.train.ema import Ema
 from reverie.train.log import Run, refuse_difference
 from reverie.train.machine import described, deterministic
 from reverie.train.parallel import Quiet, local, mean, team
 from reverie.train.schedule import constant
 from reverie.train.signals import Asked, listening
+from reverie.train.watch import Watch
 
 Losses = Mapping[str, Tensor]
 
@@ -279,19 +280,25 @@ class _Loop:
         run = self.run
         run.open()
         try:
-            with listening() as asked, deterministic(self.deterministic):
+            with (
+                listening() as asked,
+                deterministic(self.deterministic),
+                Watch(run, device=self.device, steps=self.steps) as watch,
+            ):
                 if self.replay is not None:
                     raise Replayed(0 if self._replay(self.replay or None) else 1)
                 self._begin()
+                watch.begin(self.counts.step)
                 self._join()
                 modes = [_modes(player.model) for player in self.players]
                 if self.estimate and self.counts.step < self.steps:
-                    self._say_plan()
+                    watch.said = self._say_plan()
                 while self.counts.step < self.steps:
+                    watch.start()
                     step = self._step(modes, asked)
                     if step is None:  # rolled back
                         continue
-                    run.progress(step.number, self.steps, loss=step.loss, items=step.items)
+                    watch.done(step)
                     yield step
                     stop = self._agreed(asked)
                     if step.every(self.save_every) or stop is not None:
@@ -693,20 +700,24 @@ class _Loop:
                 player.ema.updates = scalars["ema_updates"]
         self.counts = _Counts(**state["counts"])
 
-    def _say_plan(self) -> None:
-        batch = self.batches(self.counts.step, 0)
+    def _say_plan(self) -> plan.Plan:
+        first = self.batches(self.counts.step, 0)
         begun = time.perf_counter()
-        self.batches.function(self.counts.step, 0)  # again: the first call may open files and fill caches
+        # again: the first call may open files and fill caches; and a second batch may be of another kind
+        last = dict(self.batches.function(self.counts.step, min(1, self.accumulate - 1)))
+        last.pop("bad", None)
         loading = 0.0 if self.batches.ahead else time.perf_counter() - begun
         told = plan.estimate(
             self.players,
-            batch,
+            [first] if self.accumulate == 1 else [first, moved(last, self.device)],
             steps=self.steps - self.counts.step,
             loading=loading,
             accumulate=self.accumulate,
             precision=self.precision,
+            settings=self.run.config,
         )
         self.run.say(str(told))
+        return told
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:
