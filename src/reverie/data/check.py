@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reverie import disk
-from reverie.data.index import MARK_WORDS, Index
+from reverie.data.index import MARK_WORDS, Index, Item
 from reverie.errors import InputError
-from reverie.media import SUFFIXES
+from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part
 from reverie.progress import track
+
+CHANGED = "changed since the import: import the folder again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +66,53 @@ class Report:
         return "\n".join(lines)
 
 
-def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = False) -> Report:
+def check(
+    folder: str | Path | Index, *, contents: bool = False, limits: Limits = LIMITS, quiet: bool = False
+) -> Report:
     """Reads an index and compares it with the files: those that have gone or changed since the import are rejected too.
 
     contents: compare content hashes, not only sizes. InputError: no index, or nothing usable in the folder.
     """
     index = folder if isinstance(folder, Index) else Index.read(folder)
+    sizes: dict[str, int | None] = {}  # of files and tars; None: gone
+
+    def look(item: Item) -> str | None:
+        """What has become of an accepted item's bytes."""
+        name = item.shard or item.file_name
+        if name not in sizes or item.shard is None:
+            try:
+                sizes[name] = index.size_of(name)
+            except OSError:
+                sizes[name] = None
+        size = sizes[name]
+        if item.shard is not None:
+            if size is None:
+                return f"{name}, which held it, is gone: copy or pack it again"
+            if size < item.offset + item.bytes:
+                return f"{name}, which held it, is cut short: copy or pack it again"
+        elif size is None:
+            return "gone since the import: import the folder again"
+        elif size != item.bytes:
+            return CHANGED
+        if not contents:
+            return None
+        media = index.media(item)
+        if isinstance(media, Part):
+            try:
+                media.read(limits)
+            except MediaError as error:
+                return error.reason
+            return None
+        try:
+            return CHANGED if disk.sha256(media) != item.hash else None
+        except OSError:
+            return "gone since the import: import the folder again"
+
     rejected, marked, accepted, same = [], [], [], defaultdict(list)
     for item in track(index, total=len(index), label="checking", quiet=quiet):
         reason = None if item.marked else item.reject
         if reason is None:
-            path = index.path(item)
-            try:
-                changed = path.stat().st_size != item.bytes or (contents and disk.sha256(path) != item.hash)
-                reason = "changed since the import: import the folder again" if changed else None
-            except OSError:
-                reason = "gone since the import: import the folder again"
+            reason = look(item)
         if reason is None and item.marked:
             marked.append((item.file_name, str(item.reject)))
         elif reason is None:

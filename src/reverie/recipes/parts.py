@@ -15,6 +15,7 @@ from reverie.data.embeddings import media_below
 from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
 from reverie.data.pixels import Pixels
+from reverie.data.remote import address, local
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.systems.clip import Clip
@@ -28,8 +29,8 @@ CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
 
 def open_index(data: Path) -> Index:
-    """The index of a folder, imported first if it has none. Files that came after the import are told of."""
-    data = Path(data)
+    """The index of a folder, imported first if it has none, or at an address. Files that came after the import are told of."""
+    data = local(data)
     if not (data / FILE).exists():
         return import_folder(data)
     index = Index.read(data)
@@ -45,13 +46,20 @@ def open_index(data: Path) -> Index:
 
 def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:
     """The procedural world in `data`, pictures and clips; what is not there is drawn first."""
+    if where := address(data):
+        raise InputError(f"The world is drawn into a folder and read from there, not from {where}: name a folder.")
     parts = []
     for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
         there = (Path(data) / name / FILE).exists()
         part = (
             Index.read(data / name) if there else write_world(data / name, number, frames=frames, seed=seed)
         )
-        parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
+        parts += [
+            dataclasses.replace(
+                item, file_name=f"{name}/{item.file_name}", shard=item.shard and f"{name}/{item.shard}"
+            )
+            for item in part
+        ]
     return Index(data, parts)
 
 
