@@ -455,6 +455,7 @@ def search(
         sheet: Draw what was found to this PNG as well.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
+    from reverie.data.remote import address
     from reverie.recipes import search as finding
     from reverie.recipes.parts import capable
 
@@ -491,7 +492,7 @@ def search(
                 print(f"# {query}")
             for it in answer:
                 moment = f"  at {it.seconds:.1f} s" if it.seconds is not None else ""
-                print(f"{it.score:.3f}  {folder / it.name}{moment}")
+                print(f"{it.score:.3f}  {address(folder) or folder}/{it.name}{moment}")
     if sheet is not None:
         path = finding.sheet(sheet, found.folder, queries, answers, items)
         if not json:

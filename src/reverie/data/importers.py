@@ -78,7 +78,7 @@ _OTHER_MEDIA = {".svg", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".jp2
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    """A file in a plain tar, read where it lies: `size` bytes from `offset` on. `shard`: what the index calls the tar."""
+    """A file in a plain tar, read where it lies: `size` bytes from `offset` on. `shard`: the tar in the index."""
 
     tar: Path
     shard: str
@@ -130,7 +130,9 @@ def import_folder(
     InputError: no such folder, nothing usable in it, or nowhere to write.
     """
     if where := remote.address(folder):
-        raise InputError(f"{where} is an address, where nothing is imported: import the folder, and copy it there.")
+        raise InputError(
+            f"{where} is an address, where nothing is imported: import the folder, and copy it there."
+        )
     folder = remote.local(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
@@ -315,7 +317,7 @@ def _read_tar(
                         members[goal] = _Member(
                             tar=path, shard=shard, offset=member.offset_data, size=member.size
                         )
-                        archive.members = []  # or it would remember every one
+                        archive.members = []  # type: ignore[attr-defined]  # or it would remember every one
                         continue
                     stream = archive.extractfile(member)
                     assert stream is not None
@@ -620,7 +622,11 @@ def _examine(path: Path, member: _Member | None, name: str, verify: bool, limits
         if member is not None:
             data = member.read()  # it is within the limits, or would be no member
             item = replace(
-                item, bytes=len(data), hash=hashlib.sha256(data).hexdigest(), shard=member.shard, offset=member.offset
+                item,
+                bytes=len(data),
+                hash=hashlib.sha256(data).hexdigest(),
+                shard=member.shard,
+                offset=member.offset,
             )
             media = Part(name=name, length=len(data), hash=item.hash, fetch=lambda: data)
         else:

@@ -134,18 +134,17 @@ class Index:
         return remote.READERS if self.origin is not None else None
 
     def path(self, item: Item) -> Path:
-        """Where the media file of `item` lies, if it is a file of its own in this folder."""
-        assert item.shard is None, f"{item.file_name} lies in {item.shard}: use Index.media"
-        assert self.origin is None, f"{item.file_name} lies at {self.origin}: use Index.media"
+        """Where the media file of `item` lies. InputError: it is no file of its own, and only `media` opens it."""
+        if item.shard is not None or self.origin is not None:
+            where = item.shard or self.origin
+            raise InputError(f"{item.file_name} is no file of its own, but lies in {where}: use Index.media.")
         return self.folder / item.file_name
 
     def media(self, item: Item) -> Path | Part:
         """What decoders open: the file of `item`, or the part of a tar or of an address that it is."""
         if item.shard is None and self.origin is None:
             return self.folder / item.file_name
-        return Part(
-            name=item.file_name, length=item.bytes, hash=item.hash, fetch=partial(self._fetch, item)
-        )
+        return Part(name=item.file_name, length=item.bytes, hash=item.hash, fetch=partial(self._fetch, item))
 
     def bytes_of(self, item: Item, limits: Limits = LIMITS) -> bytes:
         """The bytes of an item, which are those that were indexed. MediaError: they are not, or cannot be read."""

@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from reverie.errors import InputError
 
 TABLE = "metadata.parquet"
 READERS = 32  # threads, which mostly wait
+PAUSES = (0.2, 1.0, 5.0)  # seconds before another try
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,3}(.*)", re.DOTALL)  # two letters: C:/ is a disk
 _opened: dict[Path, Remote] = {}
 
@@ -49,7 +52,10 @@ class Remote:
         try:
             files, root = fsspec.core.url_to_fs(self.address)
         except ImportError as error:
-            raise InputError(f"fsspec cannot open {self}: {str(error).rstrip('.')}.") from None
+            more = (
+                "pip install 'reverie[remote]'" if protocol in ("http", "https") else str(error).rstrip(".")
+            )
+            raise InputError(f"fsspec lacks what it needs to open {self}: {more}.") from None
         except ValueError:
             raise InputError(
                 f"fsspec knows no protocol {protocol!r}, with which {self} begins: use one such as s3://, gs:// or"
@@ -63,26 +69,29 @@ class Remote:
         """Bytes `start` to `start + length` of a file; all of it if no length is given. OSError: it cannot be read."""
         files, root = self._place
         end = None if length is None else start + length
-        try:
-            data = files.cat_file(f"{root}/{name}", start=start or None, end=end)
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(_told(error)) from None
-        return bytes(data)
+        return bytes(self._try(lambda: files.cat_file(f"{root}/{name}", start=start or None, end=end)))
 
     def size(self, name: str) -> int:
         """Bytes of a file. OSError: it is not there, or the server does not say."""
         files, root = self._place
-        try:
-            size = files.info(f"{root}/{name}").get("size")
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(_told(error)) from None
+        size = self._try(lambda: files.info(f"{root}/{name}")).get("size")
         if size is None:
             raise OSError("its size is not told")
         return int(size)
+
+    @staticmethod
+    def _try(work: Callable[[], Any]) -> Any:
+        """Networks fail for a moment: what may do better is tried again. OSError: it does not."""
+        for pause in (*PAUSES, None):
+            try:
+                return work()
+            except (FileNotFoundError, PermissionError, IsADirectoryError):
+                raise
+            except Exception as error:  # each protocol has kinds of its own
+                if pause is None:
+                    raise OSError(_told(error)) from None
+                time.sleep(pause)
+        raise AssertionError
 
 
 def address(place: str | Path) -> str | None:

@@ -73,7 +73,9 @@ class Packed:
             + (f"; {self.kept:,} of the tars were there already" if self.kept else "")
         ]
         if before:
-            lines.append(f"not packed, since they were rejected or marked: {before:,}, listed with their reasons")
+            lines.append(
+                f"not packed, since they were rejected or marked: {before:,}, listed with their reasons"
+            )
         if lost:
             lines.append(f"not packed, since they cannot be read any more: {len(lost):,}")
             lines += [f"  {name}: {why}" for name, why in lost]
@@ -131,7 +133,9 @@ def pack(
     """
     out = Path(out)
     if size < 1 or (count is not None and count < 1):
-        raise InputError(f"A tar of at most {size} bytes and {count} items holds nothing: give larger limits.")
+        raise InputError(
+            f"A tar of at most {size} bytes and {count} items holds nothing: give larger limits."
+        )
     if out.resolve().is_relative_to(index.folder.resolve()):
         raise InputError(f"{out} lies in the folder to pack, which would then hold all twice: name another.")
     plans = _plans(index, size=size, count=count, shuffle=shuffle)
@@ -311,7 +315,9 @@ def read_list(folder: Path) -> list[Shard] | None:
 
 
 def _list(out: Path, shards: Sequence[Shard]) -> None:
-    text = json.dumps({"format": 1, "shards": [vars(shard) for shard in shards]}, indent=1, ensure_ascii=False)
+    text = json.dumps(
+        {"format": 1, "shards": [vars(shard) for shard in shards]}, indent=1, ensure_ascii=False
+    )
     disk.write(out / LIST, text + "\n")
 
 

@@ -78,7 +78,12 @@ def score(
     if not todo:
         return 0, len(wanted), ()
     found = embed_pictures(
-        clip, index.folder, [item.file_name for item in todo], index=index, present=every_file(index), quiet=quiet
+        clip,
+        index.folder,
+        [item.file_name for item in todo],
+        index=index,
+        present=every_file(index),
+        quiet=quiet,
     )
     texts = sorted({text for item in todo for text in _texts(item, language)})
     steps = track(range(0, len(texts), TEXTS), total=-(-len(texts) // TEXTS), label="reading", quiet=quiet)
@@ -174,7 +179,12 @@ def dedupe(
     if by != "hash":
         clip = capable(model, "embed_image", device=device)
         seen = embed_pictures(
-            clip, index.folder, [item.file_name for item in items], index=index, present=every_file(index), quiet=quiet
+            clip,
+            index.folder,
+            [item.file_name for item in items],
+            index=index,
+            present=every_file(index),
+            quiet=quiet,
         )
         bad += seen.bad
         rows = torch.bincount(seen.file, minlength=len(seen.names)).tolist()

@@ -27,6 +27,7 @@ from reverie.data.dropping import check_share, drop_tokens, kept_patches
 from reverie.data.index import Index, Item
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
+from reverie.data.streaming import open_pixels
 from reverie.data.wording import draw_caption
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
@@ -116,6 +117,7 @@ def tiny(
     drop_text: float = 0.0,
     unmasked: float = 0.1,
     start: str = "",
+    stream: bool = False,
     seed: int = 0,
 ) -> Clip:
     """A small CLIP on any captioned folder: from random weights, with a vocabulary of its captions, or going on.
@@ -132,6 +134,7 @@ def tiny(
         drop_text: The share of the words that is left out at random.
         unmasked: The share of the steps, the last ones, in which nothing is left out.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
+        stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
@@ -141,7 +144,7 @@ def tiny(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index))
+    return fit(config, model, train_set, out, measures=val_of(index), stream=stream)
 
 
 def stickers(
@@ -240,6 +243,7 @@ def paper_b32(
     batch: int = 32_768,
     chunk: int = 0,
     accumulate: int = 1,
+    stream: bool = False,
 ) -> Clip:
     """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us.
 
@@ -250,6 +254,7 @@ def paper_b32(
         batch: Pictures that are compared with each other at a time.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         accumulate: Batches of a step.
+        stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
     tokenizer = Bpe.clip()
     config = ClipRun(
@@ -258,7 +263,8 @@ def paper_b32(
     )  # fmt: skip
     index = open_index(data)
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    return fit(config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={})
+    train_set = index.select(split="train")
+    return fit(config, Clip(config.model, tokenizer), train_set, out, measures={}, stream=stream)
 
 
 def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, seed: int) -> Clip:
@@ -286,11 +292,12 @@ def fit(
     *,
     measures: Mapping[str, Measure],
     finish: Callable[[Clip, Path], None] = save,
+    stream: bool = False,
 ) -> Clip:
     """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
+    pixels = open_pixels(index, size=config.model.image.size, stream=stream)
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
@@ -320,6 +327,7 @@ def fit(
                 step * config.accumulate + micro, config.batch, len(good), config.seed
             )
         ]
+        keys, bad = pixels.ready(keys, good)
         rgba = torch.stack([pixels[i][0] for _, i in keys])
         texts = [
             draw_caption(
@@ -342,6 +350,7 @@ def fit(
             "tokens": tokens,
             "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
             "ids": [index[i].file_name for _, i in keys],
+            "bad": bad,
         }
 
     def embed(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

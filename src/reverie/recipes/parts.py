@@ -16,6 +16,7 @@ from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
 from reverie.data.pixels import Pixels
 from reverie.data.remote import address, local
+from reverie.data.streaming import Streamed
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.systems.clip import Clip
@@ -29,7 +30,10 @@ CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
 
 def open_index(data: Path) -> Index:
-    """The index of a folder, imported first if it has none, or at an address. Files that came after the import are told of."""
+    """The index of a folder, imported first if it has none, or of an address.
+
+    Files that came after the import are told of.
+    """
     data = local(data)
     if not (data / FILE).exists():
         return import_folder(data)
@@ -47,7 +51,9 @@ def open_index(data: Path) -> Index:
 def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:
     """The procedural world in `data`, pictures and clips; what is not there is drawn first."""
     if where := address(data):
-        raise InputError(f"The world is drawn into a folder and read from there, not from {where}: name a folder.")
+        raise InputError(
+            f"The world is drawn into a folder and read from there, not from {where}: name a folder."
+        )
     parts = []
     for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
         there = (Path(data) / name / FILE).exists()
@@ -74,7 +80,7 @@ def plain_stickers(index: Index) -> Index:
     return Index(index.folder, items)
 
 
-def name_bad(run: Run, *sources: Pixels) -> None:
+def name_bad(run: Run, *sources: Pixels | Streamed) -> None:
     """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
     bad = [entry for pixels in sources for entry in pixels.bad]
     run.bad(0, bad)
