@@ -102,8 +102,10 @@ class Part:
                 raise
             except OSError:
                 raise _Refusal("the file cannot be read") from None
-            if len(data) != self.length:
+            if len(data) < self.length:
                 raise _Refusal(f"cut short: {len(data):,} of its {self.length:,} bytes are there")
+            if len(data) > self.length:
+                raise _Refusal(f"changed since it was indexed: {len(data):,} bytes, not {self.length:,}")
             if hashlib.sha256(data).hexdigest() != self.hash:
                 raise _Refusal("changed since it was indexed: its bytes do not match their checksum")
             return data

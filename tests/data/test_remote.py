@@ -210,6 +210,16 @@ def test_a_network_that_fails_for_a_moment(packed, memory, monkeypatch):
         there.bytes_of(there[0])
 
 
+def test_a_server_without_ranges_is_told_at_once(packed, memory, monkeypatch):
+    """Not a reason for each picture: every one would fetch a whole tar."""
+    memory.put(packed.folder, "/data/set")
+    there = Index.read("memory://data/set")
+    read = type(memory.files).cat_file
+    monkeypatch.setattr(type(memory.files), "cat_file", lambda self, path, **_: read(self, path))
+    with pytest.raises(InputError, match="serve it with byte ranges"):
+        Pixels(there, size=8, quiet=True)
+
+
 def test_what_is_missing_is_said_in_one_sentence(memory, monkeypatch):
     for address, words in (
         ("memory://nothing/here", "No index at memory://nothing/here: it needs a metadata.parquet there"),

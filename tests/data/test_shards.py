@@ -185,11 +185,17 @@ def test_what_cannot_be_read_any_more_is_listed(index, tmp_path, makers):
 def test_folders_that_hold_something_else_are_left_alone(index, tmp_path, makers):
     other = fill(tmp_path / "other", makers, 3)
     before = digests(other.folder)
-    with pytest.raises(InputError, match="already holds another index"):
+    with pytest.raises(InputError, match="already holds another index or other tars"):
         pack(index, other.folder, quiet=True)
     with pytest.raises(InputError, match="lies in the folder to pack"):
         pack(index, index.folder / "packed", quiet=True)
     assert digests(other.folder) == before
+    theirs = makers.data(makers.picture(), "png")  # whatever it is, it has our name
+    (tmp_path / "tars" / "shards").mkdir(parents=True)
+    (tmp_path / "tars" / "shards" / "train-00000.tar").write_bytes(theirs)
+    with pytest.raises(InputError, match="or other tars"):
+        pack(index, tmp_path / "tars", quiet=True)
+    assert (tmp_path / "tars" / "shards" / "train-00000.tar").read_bytes() == theirs
     pack(index, tmp_path / "out", quiet=True)
     before = digests(tmp_path / "out")
     with pytest.raises(InputError, match="complete packing of something else"):
@@ -259,6 +265,8 @@ def test_other_limits_after_an_interruption(index, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pack(index, tmp_path / "out", count=2, quiet=True)
     monkeypatch.undo()
+    listed = read_list(tmp_path / "out")
+    shards._list(tmp_path / "out", listed[:1])  # as if killed between a tar and its line in the list
     (tmp_path / "out" / "notes.txt").write_text("mine")
     pack(index, tmp_path / "out", quiet=True)
     pack(index, tmp_path / "whole", quiet=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from reverie import disk
 from reverie.data.index import MARK_WORDS, Index, Item
+from reverie.data.threads import in_order
 from reverie.errors import InputError
 from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part
 from reverie.progress import track
@@ -74,17 +76,20 @@ def check(
     contents: compare content hashes, not only sizes. InputError: no index, or nothing usable in the folder.
     """
     index = folder if isinstance(folder, Index) else Index.read(folder)
-    sizes: dict[str, int | None] = {}  # of files and tars; None: gone
+
+    @cache
+    def size_of(name: str) -> int | None:
+        try:
+            return index.size_of(name)
+        except OSError:
+            return None
 
     def look(item: Item) -> str | None:
-        """What has become of an accepted item's bytes."""
+        """Why an item cannot be used: as the index says, or by what has become of its bytes."""
+        if item.reject is not None and not item.marked:
+            return item.reject
         name = item.shard or item.file_name
-        if name not in sizes or item.shard is None:
-            try:
-                sizes[name] = index.size_of(name)
-            except OSError:
-                sizes[name] = None
-        size = sizes[name]
+        size = size_of(name)
         if item.shard is not None:
             if size is None:
                 return f"{name}, which held it, is gone: copy or pack it again"
@@ -109,10 +114,8 @@ def check(
             return "gone since the import: import the folder again"
 
     rejected, marked, accepted, same = [], [], [], defaultdict(list)
-    for item in track(index, total=len(index), label="checking", quiet=quiet):
-        reason = None if item.marked else item.reject
-        if reason is None:
-            reason = look(item)
+    steps = zip(index, in_order(look, index.items, index.readers or 1), strict=True)
+    for item, reason in track(steps, total=len(index), label="checking", quiet=quiet):
         if reason is None and item.marked:
             marked.append((item.file_name, str(item.reject)))
         elif reason is None:

@@ -139,7 +139,7 @@ def import_folder(
     if not 0 <= val < 1:
         raise InputError(f"val must be a share from 0 to below 1, not {val}.")
     target, prefix = _place(folder, Path(out) if out is not None else None)
-    if (target / FILE).exists() and (folder / PACKED).exists():
+    if not prefix and (folder / FILE).exists() and (folder / PACKED).exists():
         raise InputError(f"{folder} was packed by `reverie data pack` and has its index: use it as it is.")
     previous = _previous(target, folder)
     problems, members = _open_tars(folder, target, prefix, limits, quiet)

@@ -66,10 +66,18 @@ class Remote:
         return files, root.rstrip("/")
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes `start` to `start + length` of a file; all of it if no length is given. OSError: it cannot be read."""
+        """Bytes `start` to `start + length` of a file; all of it if no length is given.
+
+        OSError: it cannot be read. InputError: the server knows no ranges.
+        """
         files, root = self._place
         end = None if length is None else start + length
-        return bytes(self._try(lambda: files.cat_file(f"{root}/{name}", start=start or None, end=end)))
+        data = bytes(self._try(lambda: files.cat_file(f"{root}/{name}", start=start or None, end=end)))
+        if length is not None and start and len(data) > length:
+            raise InputError(
+                f"{self} gives the whole of {name} where a part is asked for: serve it with byte ranges, or copy it."
+            )
+        return data
 
     def size(self, name: str) -> int:
         """Bytes of a file. OSError: it is not there, or the server does not say."""

@@ -39,6 +39,7 @@ from reverie.rng import integer
 LIST = "shards.json"
 FOLDER = "shards"
 BLOCK = tarfile.BLOCKSIZE
+_NAME = re.compile(rf"{FOLDER}/(?:{'|'.join(SPLITS)})-\d{{5,}}\.tar")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
@@ -143,7 +144,7 @@ def pack(
         raise InputError(f"Nothing in {index.folder} is accepted and wanted: look at `reverie data check`.")
     try:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
-        done, kept = _finished(out, plans, quiet)
+        done, kept = _finished(out, index, plans)
         _refuse_full(out, sum(plan.room for plan in plans if plan.file not in done))
         display = Display("packing", first=kept)
         try:
@@ -268,11 +269,13 @@ def _renewed(before: Index, packed: Index) -> Index:
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 
-def _finished(out: Path, plans: Sequence[_Plan], quiet: bool) -> tuple[dict[str, Shard], int]:
+def _finished(out: Path, index: Index, plans: Sequence[_Plan]) -> tuple[dict[str, Shard], int]:
     """The tars of a run before that are as they shall be; what is left of the others goes."""
     before = read_list(out)
-    if before is None and (out / FILE).exists():
-        raise InputError(f"{out} already holds another index: name a new folder for the tars.")
+    if before is None:
+        if (out / FILE).exists() or any((out / FOLDER).glob("*.tar")):
+            raise InputError(f"{out} already holds another index or other tars: name a new folder.")
+        _list(out, [])  # from now on what lies there is ours
     wanted = {plan.file: plan for plan in plans}
     done = {}
     for shard in before or ():
@@ -284,11 +287,11 @@ def _finished(out: Path, plans: Sequence[_Plan], quiet: bool) -> tuple[dict[str,
             done[shard.file] = shard
     if (out / FILE).exists():
         same = {s.file: s.content for s in before or ()} == {p.file: p.content for p in plans}
-        if not same:
+        if not same or {item.file_name for item in Index.read(out)} != {item.file_name for item in index}:
             raise InputError(f"{out} holds a complete packing of something else: name a new folder.")
-    for shard in before or ():
-        if shard.file not in wanted:
-            (out / shard.file).unlink(missing_ok=True)
+    for path in (out / FOLDER).glob("*.tar"):
+        if f"{FOLDER}/{path.name}" not in wanted and _NAME.fullmatch(f"{FOLDER}/{path.name}"):
+            path.unlink()
     for draft in (*(out / FOLDER).glob(".*.tar.*"), *out.glob(f".{LIST}.*")):  # of a run that was killed
         with suppress(OSError):
             draft.unlink()
@@ -303,10 +306,7 @@ def read_list(folder: Path) -> list[Shard] | None:
         return None
     try:
         shards = [Shard(**entry) for entry in json.loads(text)["shards"]]
-        sound = all(
-            re.fullmatch(rf"{FOLDER}/[a-z]+-\d{{5,}}\.tar", shard.file) and isinstance(shard.left_out, dict)
-            for shard in shards
-        )
+        sound = all(_NAME.fullmatch(shard.file) and isinstance(shard.left_out, dict) for shard in shards)
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
