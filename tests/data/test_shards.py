@@ -1,5 +1,6 @@
 """Packed datasets: the very bytes, the same bytes each time, whatever kills the packer; read in place, or refused."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reverie import disk
 from reverie.codecs.bpe import Bpe
 from reverie.data import shards
 from reverie.data.check import check
@@ -250,6 +252,26 @@ def test_a_killed_packer_goes_on(index, tmp_path):
     assert made.kept == 2
     assert digests(out) == digests(tmp_path / "whole")
     assert made.index.items == whole.index.items
+
+
+@pytest.mark.chaos
+def test_a_full_disk_costs_what_was_being_written(index, tmp_path, monkeypatch):
+    publish, left = disk.publish, [2]
+
+    def full(draft, path, **options):
+        left[0] -= path.suffix == ".tar"
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(draft, path, **options)
+
+    monkeypatch.setattr(disk, "publish", full)
+    with pytest.raises(InputError, match=r"No space left on device.*the same command goes on"):
+        pack(index, tmp_path / "out", count=2, quiet=True)
+    monkeypatch.undo()
+    assert not [*(tmp_path / "out" / "shards").glob(".*")]
+    assert pack(index, tmp_path / "out", count=2, quiet=True).kept == 2
+    pack(index, tmp_path / "whole", count=2, quiet=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_other_limits_after_an_interruption(index, tmp_path, monkeypatch):
