@@ -24,7 +24,7 @@ from reverie import disk
 from reverie.errors import InputError
 
 TABLE = "metadata.parquet"
-READERS = 32  # threads, which mostly wait
+READERS = 16  # threads, which mostly wait
 PAUSES = (0.2, 1.0, 5.0)  # seconds before another try
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,3}(.*)", re.DOTALL)  # two letters: C:/ is a disk
 _opened: dict[Path, Remote] = {}
