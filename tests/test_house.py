@@ -85,7 +85,9 @@ def test_every_import_is_declared():
     groups = PROJECT["project"]["optional-dependencies"]
     declared = {name_and_floor(line)[0] for line in PROJECT["project"]["dependencies"]}
     extras = {
-        name_and_floor(line)[0] for name in ("video", "track", "stickers", "index") for line in groups[name]
+        name_and_floor(line)[0]
+        for name in ("video", "track", "stickers", "index", "remote")
+        for line in groups[name]
     }
     found = set()
     for path in SOURCE.rglob("*.py"):

@@ -123,6 +123,39 @@ def data_shrink(
     print(shrink(Index(index.folder, items), out, size=size, frames=frames, quality=quality))
 
 
+def data_pack(
+    folder: Path,
+    out: Path,
+    /,
+    *,
+    size: str = "1GB",
+    count: int | None = None,
+    split: str | None = None,
+    shuffle: bool = False,
+) -> None:
+    """Pack a dataset into webdataset tars with an index, by which they are read at any place.
+
+    The media are not encoded again. After an interruption the same command goes on. What comes out is a folder for
+    every other command, here or at an address such as s3://bucket/photos.
+
+    Args:
+        folder: A folder that was imported, or an address.
+        out: A new folder for the tars and their index.
+        size: Of a tar at most, such as 500MB.
+        count: At most so many items in a tar.
+        split: Only this split: train, val or test; all if not given, each in tars of its own.
+        shuffle: Put the items into the tars in random order, for those who read tars from end to end.
+    """
+    from reverie.data.index import Index
+    from reverie.data.shards import pack, size_in_bytes
+
+    index = Index.read(folder)
+    wanted = index.select(split=split, accepted=None)
+    print(pack(wanted, out, size=size_in_bytes(size), count=count, shuffle=shuffle))
+    if len(wanted) < len(index):
+        print(f"left in {folder}: {len(index) - len(wanted):,} items of other splits")
+
+
 def data_stickers(
     folder: Path, /, *, sources: tuple[str, ...] = (), size: int = 256, jobs: int | None = None
 ) -> None:
@@ -580,6 +613,7 @@ def search(
         sheet: Draw what was found to this PNG as well.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
+    from reverie.data.remote import address
     from reverie.recipes import search as finding
     from reverie.recipes.parts import capable
 
@@ -616,9 +650,9 @@ def search(
                 print(f"# {query}")
             for it in answer:
                 moment = f"  at {it.seconds:.1f} s" if it.seconds is not None else ""
-                print(f"{it.score:.3f}  {folder / it.name}{moment}")
+                print(f"{it.score:.3f}  {address(folder) or folder}/{it.name}{moment}")
     if sheet is not None:
-        path = finding.sheet(sheet, folder, queries, answers, items)
+        path = finding.sheet(sheet, found.folder, queries, answers, items)
         if not json:
             print(path)
 
@@ -990,6 +1024,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data dedupe": data_dedupe,
     "data filter": data_filter,
     "data shrink": data_shrink,
+    "data pack": data_pack,
     "data stickers": data_stickers,
     "data world": data_world,
     "train": train,

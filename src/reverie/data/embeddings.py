@@ -35,10 +35,11 @@ import numpy as np
 from PIL import Image
 
 from reverie import disk
+from reverie.data.index import Index
 from reverie.data.pixels import Bad
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, decode_array, pick, probe
+from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, decode_array, pick, probe
 from reverie.progress import track
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ def embed_folder(
     names: Sequence[str],
     *,
     key: str,
-    prepare: Callable[[list[Path] | list[Image.Image]], Tensor],
+    prepare: Callable[[list[Path | Part] | list[Image.Image]], Tensor],
     embed: Callable[[Tensor], Tensor],
+    index: Index | None = None,
     present: Collection[str] | None = None,
     batch: int = 64,
     dtype: str = "float16",
@@ -111,23 +113,35 @@ def embed_folder(
 
     key: the `fingerprint` of what makes them. prepare: pictures or their paths -> signals `b 3 h w`, called on
     `workers` threads. embed: signals -> vectors `b d`, called with `batch` of them. present: every file of the folder,
-    where `names` are some of them; the vectors of others leave the store. dtype: "float16" or "float32".
+    where `names` are some of them; the vectors of others leave the store. index: the folder's, without which only
+    files of their own are found, and no parts of tars. dtype: "float16" or "float32".
     InputError: vectors that are not finite, or whose values dtype cannot hold.
     """
     assert dtype in ("float16", "float32"), dtype
     folder = Path(folder)
+    workers = workers or (index.readers if index is not None else None)
+    parts = {
+        item.file_name: part for item in index or () if isinstance(part := index.media(item), Part)
+    } if index is not None else {}  # fmt: skip
     store = _Store(folder, key, dtype, quiet=quiet)
-    contents, reasons = store.look(names, set(names if present is None else present), workers, limits, quiet)
+    contents, reasons = store.look(
+        names, set(names if present is None else present), parts, workers, limits, quiet
+    )
     first: dict[str, str] = {}  # content -> a file that has it
     for name in names:
         if name in contents:
             first.setdefault(contents[name], name)
     todo = [(content, name) for content, name in first.items() if not store.knows(content)]
 
-    def load(job: tuple[str, str]) -> tuple[str, Tensor, list[float]] | tuple[str, str]:
+    def load(job: tuple[str, str]) -> tuple[str, Tensor, list[float]] | tuple[str, str] | Bad:
         content, name = job
+        media = parts.get(name, folder / name)
         try:
-            pictures, seconds = frames_of(folder / name, limits=limits)
+            media = media.held(limits) if isinstance(media, Part) else media
+        except MediaError as error:  # of the tar, not of this content
+            return Bad(name, error.reason)
+        try:
+            pictures, seconds = frames_of(media, limits=limits)
             return content, prepare(pictures), seconds
         except MediaError as error:
             return content, error.reason
@@ -136,6 +150,9 @@ def embed_folder(
         waiting: list[tuple[str, Tensor, list[float]]] = []
         steps = in_order(load, todo, workers)
         for result in track(steps, total=len(todo), label="embedding", quiet=quiet):
+            if isinstance(result, Bad):
+                reasons[result.path] = result.reason
+                continue
             if len(result) == 2:
                 store.refuse(*result)
                 continue
@@ -151,7 +168,9 @@ def embed_folder(
     return store.gather(folder, names, contents, reasons)
 
 
-def frames_of(path: Path, *, limits: Limits = LIMITS) -> tuple[list[Path] | list[Image.Image], list[float]]:
+def frames_of(
+    path: Path | Part, *, limits: Limits = LIMITS
+) -> tuple[list[Path | Part] | list[Image.Image], list[float]]:
     """What of a file is embedded, and the seconds at which it stands: a picture as it lies there, of a clip its frames.
 
     MediaError: nothing.
@@ -221,14 +240,26 @@ class _Store:
     # What the files hold
 
     def look(
-        self, names: Sequence[str], present: set[str], workers: int | None, limits: Limits, quiet: bool
+        self,
+        names: Sequence[str],
+        present: set[str],
+        parts: Mapping[str, Part],
+        workers: int | None,
+        limits: Limits,
+        quiet: bool,
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """The content of each of `names`, and the reasons of those that cannot be read."""
+        """The content of each of `names`, and the reasons of those that cannot be read.
+
+        Of parts of tars the index says it, and reading compares.
+        """
         folder = self.files.parent.parent
         known = _read_files(self.files)
         kept = {name: row for name, row in known.items() if name in present}
         contents, reasons, todo = {}, {}, []
         for name in names:
+            if name in parts:
+                contents[name] = parts[name].hash
+                continue
             try:
                 state = (folder / name).stat()
             except OSError:
@@ -259,6 +290,7 @@ class _Store:
                 contents[name] = found
                 kept[name] = (size, changed, found)
         self.alive = {content for _, _, content in kept.values()}
+        self.alive |= {part.hash for name, part in parts.items() if name in present}
         if self.writable and kept != known:
             _write_files(self.files, kept)
         return contents, reasons
@@ -390,7 +422,7 @@ class _Store:
         for name in good:
             whole.update(bytes.fromhex(contents[name]))
         bad = [
-            Bad(name, reasons[name] if name in reasons else self.bad[contents[name]])
+            Bad(name, reasons.get(name) or self.bad.get(contents[name], "a copy of it cannot be read"))
             for name in names
             if name in reasons or contents[name] not in self.where
         ]

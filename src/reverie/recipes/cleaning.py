@@ -61,6 +61,7 @@ def score(
     if not name.replace("_", "").isalnum():
         raise InputError(f"A score cannot be called {name!r}: use letters, digits and _.")
     index = Index.read(folder)
+    index.refuse_remote()
     wanted = [item for item in index if (item.reject is None or item.marked) and _texts(item, language)]
     if not wanted:
         has = "a caption" if language is None else f"a caption in {language!r}"
@@ -77,7 +78,12 @@ def score(
     if not todo:
         return 0, len(wanted), ()
     found = embed_pictures(
-        clip, index.folder, [item.file_name for item in todo], present=every_file(index), quiet=quiet
+        clip,
+        index.folder,
+        [item.file_name for item in todo],
+        index=index,
+        present=every_file(index),
+        quiet=quiet,
     )
     texts = sorted({text for item in todo for text in _texts(item, language)})
     steps = track(range(0, len(texts), TEXTS), total=-(-len(texts) // TEXTS), label="reading", quiet=quiet)
@@ -158,6 +164,7 @@ def dedupe(
     if by not in WAYS:
         raise InputError(f"Duplicates are not found by {by!r}: use {', '.join(WAYS)}.")
     index = Index.read(folder)
+    index.refuse_remote()
     items = [item for item in unmarked(index, "dedupe") if item.reject is None or item.marked]
     if not items:
         raise InputError(f"No file of {folder} is accepted: look at `reverie data check {folder}`.")
@@ -172,7 +179,12 @@ def dedupe(
     if by != "hash":
         clip = capable(model, "embed_image", device=device)
         seen = embed_pictures(
-            clip, index.folder, [item.file_name for item in items], present=every_file(index), quiet=quiet
+            clip,
+            index.folder,
+            [item.file_name for item in items],
+            index=index,
+            present=every_file(index),
+            quiet=quiet,
         )
         bad += seen.bad
         rows = torch.bincount(seen.file, minlength=len(seen.names)).tolist()
@@ -194,6 +206,7 @@ def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, 
     ranked = sorted(groups, key=lambda group: not any(copy.leak for copy in group))[:most]
     if not ranked:
         raise InputError(f"There are no near duplicates in {folder} to show: no sheet was written.")
+    index = Index(folder, [])
     shown, titles = [], []
     columns = min(8, 1 + max(len(group) for group in ranked))
     for group in ranked:
@@ -204,7 +217,7 @@ def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, 
             row.append((copy.item, f"{'LEAK ' * copy.leak}{signs} {copy.item.file_name}"))
         for item, title in row:
             try:
-                shown.append(decode_array(folder / item.file_name, size=112, frames=1, fit="pad")[0])
+                shown.append(decode_array(index.media(item), size=112, frames=1, fit="pad")[0])
             except MediaError as error:
                 shown.append(np.full((112, 112, 4), 200, np.uint8))
                 title = f"{item.file_name}: {error.reason}"

@@ -25,6 +25,7 @@ from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
 from reverie.data.dropping import check_share, drop_tokens, kept_patches
 from reverie.data.index import Index, Item
+from reverie.data.streaming import open_pixels
 from reverie.data.wording import draw_caption
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
@@ -127,6 +128,7 @@ def tiny(
     drop_text: float = 0.0,
     unmasked: float = 0.1,
     start: str = "",
+    stream: bool = False,
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -146,6 +148,7 @@ def tiny(
         drop_text: The share of the words that is left out at random.
         unmasked: The share of the steps, the last ones, in which nothing is left out.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
+        stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
@@ -155,7 +158,9 @@ def tiny(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index), memory=memory, engine=engine)
+    return fit(
+        config, model, train_set, out, measures=val_of(index), memory=memory, stream=stream, engine=engine
+    )
 
 
 def stickers(
@@ -263,6 +268,7 @@ def paper_b32(
     chunk: int = 0,
     memory: str = "",
     accumulate: int = 1,
+    stream: bool = False,
     engine: Engine = ENGINE,
 ) -> Clip:
     """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us.
@@ -275,6 +281,7 @@ def paper_b32(
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         accumulate: Batches of a step.
+        stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
     tokenizer = Bpe.clip()
     config = ClipRun(
@@ -290,6 +297,7 @@ def paper_b32(
         out,
         measures={},
         memory=memory,
+        stream=stream,
         engine=engine,
     )
 
@@ -319,6 +327,7 @@ def fit(
     *,
     measures: Mapping[str, Measure],
     finish: Callable[[Clip, Path], None] = save,
+    stream: bool = False,
     memory: str = "",
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -328,7 +337,8 @@ def fit(
     """
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    pixels = decoded(index, size=config.model.image.size)
+    with team().in_turn():
+        pixels = open_pixels(index, size=config.model.image.size, stream=stream)
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
@@ -367,6 +377,7 @@ def fit(
                 step * config.accumulate + micro, config.batch, len(good), config.seed
             )
         ]
+        keys, bad = pixels.ready(keys, good)
         rgba = torch.stack([pixels[i][0] for _, i in keys])
         texts = [
             draw_caption(
@@ -389,6 +400,7 @@ def fit(
             "tokens": tokens,
             "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
             "ids": [index[i].file_name for _, i in keys],
+            "bad": bad,
         }
 
     def embed(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
+from reverie.data.remote import address, local
+from reverie.data.streaming import Streamed
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.systems.clip import Clip
@@ -33,9 +35,12 @@ CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
 
 def open_index(data: Path) -> Index:
-    """The index of a folder, imported first if it has none. Files that came after the import are told of."""
-    data = Path(data)
+    """The index of a folder, imported first if it has none, or of an address.
+
+    Files that came after the import are told of.
+    """
     with team().in_turn():
+        data = local(data)
         index = Index.read(data) if (data / FILE).exists() else import_folder(data)
     known = {item.file_name for item in index}
     if team().first and (new := [name for name in media_below(data) if name not in known]):
@@ -49,6 +54,10 @@ def open_index(data: Path) -> Index:
 
 def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:
     """The procedural world in `data`, pictures and clips; what is not there is drawn first."""
+    if where := address(data):
+        raise InputError(
+            f"The world is drawn into a folder and read from there, not from {where}: name a folder."
+        )
     parts = []
     for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
         with team().in_turn():
@@ -58,7 +67,12 @@ def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:
                 if there
                 else write_world(data / name, number, frames=frames, seed=seed)
             )
-        parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
+        parts += [
+            dataclasses.replace(
+                item, file_name=f"{name}/{item.file_name}", shard=item.shard and f"{name}/{item.shard}"
+            )
+            for item in part
+        ]
     return Index(data, parts)
 
 
@@ -84,7 +98,7 @@ def plain_stickers(index: Index) -> Index:
     return Index(index.folder, items)
 
 
-def name_bad(run: Run, *sources: Pixels) -> None:
+def name_bad(run: Run, *sources: Pixels | Streamed) -> None:
     """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
     bad = [entry for pixels in sources for entry in pixels.bad]
     run.bad(0, bad)

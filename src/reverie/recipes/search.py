@@ -25,6 +25,7 @@ from torch import Tensor
 from reverie.data import neighbours
 from reverie.data.embeddings import FRAMES, Embeddings, embed_folder, fingerprint, frames_of, media_below
 from reverie.data.index import FILE, Index, Item
+from reverie.data.remote import local
 from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.media import MediaError, decode_array
@@ -81,6 +82,7 @@ def embed_pictures(
     folder: Path,
     names: Sequence[str],
     *,
+    index: Index | None = None,
     present: Collection[str],
     dtype: str = "float16",
     quiet: bool = False,
@@ -92,6 +94,7 @@ def embed_pictures(
         key=key_of(system),
         prepare=system.prepare,
         embed=system.embed_image,
+        index=index,
         present=present,
         dtype=dtype,
         quiet=quiet,
@@ -117,6 +120,7 @@ def open_folder(
     marked; with filters, what the index has of them. InputError: no folder, filters without an index, or nothing that
     can be read.
     """
+    folder = local(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
     index = Index.read(folder) if (folder / FILE).exists() else None
@@ -133,12 +137,11 @@ def open_folder(
                 f"No accepted file of {folder} is of the split and sources asked for; sources: {have}."
             )
     else:
-        known = [item for item in index or () if item.reject is None and (folder / item.file_name).is_file()]
+        known = [item for item in index or () if item.reject is None and _there(index, item)]
         marked = {item.file_name for item in index or () if item.marked}
         names = sorted({*there, *(item.file_name for item in known)} - marked)
-    found = embed_pictures(
-        clip, folder, names, present={*there, *names} if index is None else every_file(index), quiet=quiet
-    )
+    present = {*there, *names} if index is None else every_file(index)
+    found = embed_pictures(clip, folder, names, index=index, present=present, quiet=quiet)
     seen = set(found.names)
     by_name = {item.file_name: item for item in index or () if item.file_name in seen}
     if not found.names:
@@ -213,6 +216,12 @@ def search(
     return answers
 
 
+def _there(index: Index | None, item: Item) -> bool:
+    """Whether a file, or the tar that holds it, is there; at an address it is taken to be."""
+    assert index is not None
+    return index.origin is not None or (index.folder / (item.shard or item.file_name)).is_file()
+
+
 def sheet(
     path: Path,
     folder: Path,
@@ -221,18 +230,19 @@ def sheet(
     items: dict[str, Item],
 ) -> Path:
     """One PNG: each query at the head of what it found, with scores and captions; of clips the best frame."""
-    parts = []
+    parts, index = [], Index(folder, [])
     for query, found in zip(queries, answers, strict=True):
         shown, titles = [], []
         for it in found:
+            item = items.get(it.name)
             try:
-                frames = decode_array(folder / it.name, size=128, frames=FRAMES, fit="pad")
+                media = index.media(item) if item is not None else folder / it.name
+                frames = decode_array(media, size=128, frames=FRAMES, fit="pad")
             except MediaError as error:
                 raise InputError(
                     f"{it.name} cannot be shown any more: {error.reason}; search again."
                 ) from None
             shown.append(frames[min(it.frame, len(frames) - 1)])
-            item = items.get(it.name)
             words = item.captions[0].text if item is not None and item.captions else Path(it.name).stem
             moment = f" at {it.seconds:.1f} s" if it.seconds is not None else ""
             titles.append(f"{it.score:.3f}{moment} {words}")
