@@ -43,11 +43,12 @@ FREE = (
     "sample_every",
     "prefetch",
     "device",
+    "chunk",
     "estimate",
     "track",
     "out",
 )
-"""Configuration keys that may change when a run resumes, since no result depends on them."""
+"""Configuration keys that may change when a run resumes, since no result depends on them, save for rounding."""
 
 
 class Run:
