@@ -479,7 +479,7 @@ def runs_curves(
         json: Print a JSON document of what was drawn.
     """
     from reverie.train.curves import sheet
-    from reverie.train.log import read_lines
+    from reverie.train.runs import read_lines
 
     chosen = _runs_named(run, least=1)
     rows = {name: read_lines(folder / "metrics.jsonl") for name, folder in chosen.items()}

@@ -110,12 +110,20 @@ def test_the_end_of_the_memory_is_one_sentence_and_the_same_command_goes_on(tmp_
         return 1.0
 
     with pytest.raises(
-        InputError, match=r"did not suffice in step 4: take a smaller --batch; the same command"
+        InputError, match=r"did not suffice in step 4: take a smaller --batch; where others took it, the same"
     ):
         go(tmp_path, fail=ends)
     assert status(tmp_path)["state"] == "failed"
     go(tmp_path)
     assert status(tmp_path)["state"] == "finished"
+
+
+def test_a_run_goes_on_with_another_chunk_and_not_with_another_batch(tmp_path):
+    go(tmp_path, config={"steps": 4, "batch": 8, "chunk": 0})
+    go(tmp_path, config={"steps": 6, "batch": 8, "chunk": 2}, steps=6)
+    assert status(tmp_path)["step"] == 6
+    with pytest.raises(InputError, match=r"batch \(was 8, is 4\)"):
+        go(tmp_path, config={"steps": 8, "batch": 4, "chunk": 2}, steps=8)
 
 
 # ---------------------------------------------------------------- the command's own file

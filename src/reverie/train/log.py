@@ -33,8 +33,8 @@ from reverie import __version__, disk
 from reverie.errors import InputError
 from reverie.progress import Display, say, size
 from reverie.train import curves
+from reverie.train.runs import LOCK, leaves, read_json, read_lines
 
-LOCK = ".lock"  # held by the trainer for as long as it lives
 DIFFERENCES = 5  # so many are named
 FREE = (
     "save_every",
@@ -44,11 +44,12 @@ FREE = (
     "sample_every",
     "prefetch",
     "device",
+    "chunk",
     "estimate",
     "track",
     "out",
 )
-"""Configuration keys that may change when a run resumes, since no result depends on them."""
+"""Configuration keys that may change when a run resumes, since no result depends on them, save for rounding."""
 
 
 class Run:
@@ -256,14 +257,14 @@ def commanded(folder: Path, **command: Any) -> Iterator[None]:
     before = path.read_text(encoding="utf-8") if path.exists() else None
     told = resolved(command) | {"version": __version__, "started": begun}
     if before is not None:
-        first = json.loads(before)
+        first = read_json(path)
         told = first | {"resumed": [*first.get("resumed", ()), told]}
     disk.write(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     try:
         yield
     except BaseException as error:
         status = folder / "status.json"
-        state = json.loads(status.read_text(encoding="utf-8")) if status.exists() else {}
+        state = read_json(status)
         ours = state.get("process") == os.getpid() and state.get("since", "") >= begun
         if not ours:
             if before is not None:
@@ -320,33 +321,7 @@ def refuse_difference(before: Any, now: Any, *, where: str, free: frozenset[str]
         )
 
 
-def leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Every value of a nested configuration with its dotted name."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from leaves(inner, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value
-
-
 # ---------------------------------------------------------------- lines
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a JSONL file whose objects have a "step"; one that a kill tore is dropped."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 class _Lines:

@@ -1,8 +1,8 @@
 """How long a run will take and how much memory it needs, said before its first step and checked at its end.
 
-The estimate first runs two and four items of a batch forward, which tells what one item keeps for the way back: where
-all of them would not fit, the run is refused before it is tried, since a CPU's system would kill it without a word.
-Then it runs the batch forward and backward on the model itself, throws the gradients away and puts the buffers back;
+The estimate first runs two and four items of a batch, which tells what one item keeps for the way back: where all of
+them would not fit, the run is refused before it is tried, since a CPU's system would kill it without a word. Then it
+runs the batch forward and backward on the model itself, throws the gradients away and puts the buffers back;
 parameters, optimizer and EMA are only read, and every random draw of training is keyed, so a run is the same bit for
 bit with or without it.
 """
@@ -217,17 +217,18 @@ def _few(player: Player, batch: Batch, precision: str) -> tuple[int, int] | None
     counts = (2, 4) if items >= 8 else (1, 2) if items >= 4 else (0, 1)
     kept = []
     try:
-        with _buffers_kept(player):
-            for count in counts:
+        with _untouched(player):
+            for count in filter(None, counts):
                 part = {
                     name: value[: len(value) // items * count] if _has_rows(value, items) else value
                     for name, value in batch.items()
                 }
-                kept.append(_activations(player, part, precision, backward=False) if count else 0)
+                kept.append(_activations(player, part, precision))
     except Exception as error:
         if out_of_memory(error):
             raise
         return None  # such as batch norm, for which one item is too few
+    kept = kept if counts[0] else [0, *kept]
     each = max(1, (kept[1] - kept[0]) // (counts[1] - counts[0]))
     return kept[0] - each * counts[0], each
 
@@ -244,9 +245,9 @@ def _has_rows(value: Any, items: int = 1) -> bool:
 
 def _timed(players: Sequence[Player], player: Player, batch: Batch, precision: str) -> tuple[float, int]:
     """The seconds of one pass, and the bytes that it keeps for the way back."""
-    with _buffers_kept(player):
+    with _untouched(player):
         begun = time.perf_counter()
-        kept = _activations(player, batch, precision, backward=True)
+        kept = _activations(player, batch, precision)
         times = [time.perf_counter() - begun]
         while len(times) < 4 and team().any(sum(times) < 1):
             times.append(_pass(player, batch, precision))
@@ -256,7 +257,8 @@ def _timed(players: Sequence[Player], player: Player, batch: Batch, precision: s
 
 
 @contextmanager
-def _buffers_kept(player: Player) -> Iterator[None]:
+def _untouched(player: Player) -> Iterator[None]:
+    """Afterwards the player's buffers are as before, and there are no gradients."""
     buffers = [(buffer, buffer.clone()) for buffer in player.model.buffers()]
     try:
         yield
@@ -264,10 +266,11 @@ def _buffers_kept(player: Player) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+        player.model.zero_grad(set_to_none=True)
 
 
-def _activations(player: Player, batch: Batch, precision: str, *, backward: bool) -> int:
-    """The bytes that autograd keeps of a forward pass, each storage counted once."""
+def _activations(player: Player, batch: Batch, precision: str) -> int:
+    """The bytes that autograd keeps between forward and backward, each storage counted once."""
     kept: dict[int, int] = {}
     weights = {local(p).untyped_storage().data_ptr() for p in player.model.parameters()}
 
@@ -278,18 +281,17 @@ def _activations(player: Player, batch: Batch, precision: str, *, backward: bool
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _pass(player, batch, precision, backward=backward)
+        _pass(player, batch, precision)
     return sum(kept.values())
 
 
-def _pass(player: Player, batch: Batch, precision: str, *, backward: bool = True) -> float:
+def _pass(player: Player, batch: Batch, precision: str) -> float:
     device = next(player.model.parameters()).device
     torch.manual_seed(0)
     begun = time.perf_counter()
     with formats.autocast(precision, device):
         loss = player.loss(dict(batch))["loss"]
-    if backward:
-        loss.backward()
+    loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begun

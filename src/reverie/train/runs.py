@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -21,8 +21,8 @@ from typing import Any
 from reverie.errors import InputError
 from reverie.progress import duration, size
 from reverie.train.curves import ordered, series
-from reverie.train.log import LOCK, leaves, read_lines
 
+LOCK = ".lock"  # held by the trainer for as long as it lives
 DEEP = 4  # folders below the first in which runs are looked for
 SILENT = 600.0  # seconds without a sign of life, after which a run on another machine counts as dead
 SHOWN = 2  # measurements in a row of the list
@@ -162,6 +162,32 @@ def _state(
 def trained(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """The metrics of training steps: those that are logged with a learning rate."""
     return {name for row in rows if any(key.rsplit("/", 1)[-1] == "lr" for key in row) for name in row}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a JSONL file whose objects have a "step"; one that a kill tore is dropped."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Every value of a nested configuration with its dotted name."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
 
 
 def read_json(path: Path) -> dict[str, Any]:

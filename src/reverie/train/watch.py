@@ -53,7 +53,6 @@ class Watch:
         self._times: deque[float] = deque(maxlen=10_000)
         self._peak = self._before = 0
         self._rose = False
-        self._live: dict[str, float | None] = {}
 
     def __enter__(self) -> Watch:
         return self
@@ -87,14 +86,14 @@ class Watch:
         )
         if time.monotonic() - self._told >= EVERY:
             passed = time.monotonic() - self._clock
-            self._live = {
-                "loss": step.loss if math.isfinite(step.loss) else None,
-                "lr": step.lr,
-                "items_per_second": step.items / statistics.median(self._times),
-                "seconds_left": passed / (self._at - self._first) * (self.steps - self._at),
-                "memory": most or None,
-            }
-            self._keep("running", **self._live)
+            self._keep(
+                "running",
+                loss=step.loss if math.isfinite(step.loss) else None,
+                lr=step.lr,
+                items_per_second=step.items / statistics.median(self._times),
+                seconds_left=passed / max(1, self._at - self._first) * (self.steps - self._at),
+                memory=most or None,
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,8 +107,10 @@ class Watch:
             self._compare(aloud=error is None)
         if error is not None and isinstance(error, Exception) and out_of_memory(error):
             remedy = self.said.remedy() if self.said else "take a smaller --batch"
+            chunk = " (also with another chunk)" if "chunk" in self.run.config else ""
             told = InputError(
-                f"The memory did not suffice in step {self._at + 1}: {remedy}; the same command goes on."
+                f"The memory did not suffice in step {self._at + 1}: {remedy}; where others took it, the same command "
+                f"goes on{chunk}, and another batch needs a new folder."
             )
             self._keep("failed", reason=str(told))
             raise told from error
