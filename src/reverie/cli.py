@@ -329,7 +329,7 @@ def plan(
     json: bool = False,
     check: bool = False,
 ) -> None:
-    """Say what a run needs on machines that are not here: FLOPs, memory, throughput, days and cost, before it is rented.
+    """Say what a run needs on machines that are not here: FLOPs, memory, throughput, days and cost.
 
     The training step is counted from shapes alone and put against the GPU's roofline; docs/engine.md says how far off
     that is. Nothing is trained and no data is read.

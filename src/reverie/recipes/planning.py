@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,9 @@ class Part:
     batch: int
     pixels: int
     loss: Loss
-    towers: Loss | None = None  # where the loss can be taken of chunks: what they cost, and the rest of the loss
+    towers: Loss | None = (
+        None  # where the loss can be taken of chunks: what they cost, and the rest of the loss
+    )
     compare: Loss | None = None
 
 
@@ -109,14 +111,18 @@ def _clip_batch(model: Clip, items: int, how: How) -> dict[str, Tensor]:
     return batch
 
 
+def _embed(model: Clip) -> Callable[[Mapping[str, Any]], tuple[Tensor, ...]]:
+    return lambda batch: model.embed(dict(batch))
+
+
 def _clip_loss(model: Clip, items: int, how: How, peers: Peers) -> Tensor:
-    vectors = cached(model.embed, _clip_batch(model, items, how), chunk=how.chunk)
+    vectors = cached(_embed(model), _clip_batch(model, items, how), chunk=how.chunk)
     return model.compare(*vectors, peers=peers)["loss"]
 
 
 def _clip_towers(model: Clip, items: int, how: How, peers: Peers) -> Tensor:
     """The towers alone; what stands for the loss has no products."""
-    image, text = cached(model.embed, _clip_batch(model, items, how), chunk=how.chunk)
+    image, text = cached(_embed(model), _clip_batch(model, items, how), chunk=how.chunk)
     return (image + text).sum()
 
 
@@ -444,12 +450,12 @@ def plan(
     precision = precision or where.best()
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}.")
-    for what, value, least in (
+    for named, value, least in (
         ("batch", batch, 1), ("clips", clips, 0), ("steps", steps, 1), ("samples", samples, 1), ("size", size, 1),
         ("chunk", chunk, 0), ("accumulate", accumulate, 1), ("words", words, 0),
     ):  # fmt: skip
         if value is not None and value < least:
-            raise InputError(f"{what} is {value:g}: give {least} or more.")
+            raise InputError(f"{named} is {value:g}: give {least} or more.")
     if price is not None and price < 0:
         raise InputError(f"price is {price:g}: give dollars an hour, 0 or more.")
     check_share("drop", drop)
@@ -466,13 +472,15 @@ def plan(
     if samples is not None and steps is not None:
         raise InputError("steps and samples were both given: give one of them.")
     if samples is not None:
-        what = replace(
-            what, steps=math.ceil(samples / (accumulate * sum(part.batch for part in what.parts)))
-        )
+        what = replace(what, steps=math.ceil(samples / (accumulate * sum(part.batch for part in what.parts))))
     setup = Setup(
-        device=where, gpus=gpus, shard=shard or ("none" if gpus == 1 else "ddp"), precision=precision,
-        ema=what.ema, passes=accumulate * len(what.parts),
-    )  # type: ignore[arg-type]  # Setup refuses others  # fmt: skip
+        device=where,
+        gpus=gpus,
+        shard=shard or ("none" if gpus == 1 else "ddp"),
+        precision=precision,
+        ema=what.ema,
+        passes=accumulate * len(what.parts),
+    )
     return draw_up(
         what, how, setup, accumulate=accumulate, unmasked=unmasked if drop or drop_text else 1.0, price=price
     )
@@ -504,9 +512,7 @@ def draw_up(
     counts = [
         (_all_parts(model, what, each, way, peers=setup.gpus), share) for way, share in ways if share > 0
     ]
-    times = [
-        (roofline.seconds(found.times(accumulate), weights, setup), share) for found, share in counts
-    ]
+    times = [(roofline.seconds(found.times(accumulate), weights, setup), share) for found, share in counts]
     needed = max((roofline.memory(found, weights, setup) for found, _ in counts), key=lambda it: it.total)
     time = _mean(times)
     of_step = sum(share * found.flops for found, share in counts) * setup.gpus
@@ -571,11 +577,9 @@ def _largest(
 
     first = each[part.what]
     other = first // 2 if first > 1 else 2
-    slope = (roofline.memory(found, weights, setup).total - needs(other)) / (first - other)
-    guess = math.floor(other + (room - needs(other)) / max(slope, 1.0))
-    while 0 < guess != first and needs(guess) > room:  # the proportion is not quite one
-        guess = min(guess - 1, int(guess * 0.98))
-    return max(guess, 0)
+    least, here = needs(other), roofline.memory(found, weights, setup).total
+    slope = max((here - least) / (first - other), 1.0)
+    return max(math.floor(other + (room - least) / slope), 0)
 
 
 def _remedies(
@@ -584,7 +588,9 @@ def _remedies(
     """What would make it fit, each counted, not guessed. `found`: the step as it is planned."""
     ways, model = [(False, found)], model_of(what, how)
     weights = Weights.of(model)
-    if not how.recompute and any(isinstance(getattr(m, "blocks", None), nn.ModuleList) for m in model.modules()):
+    if not how.recompute and any(
+        isinstance(getattr(m, "blocks", None), nn.ModuleList) for m in model.modules()
+    ):
         less = replace(how, recompute=True)
         ways.append((True, _all_parts(model_of(what, less), what, each, less, peers=setup.gpus)))
     told, shards = [], ("fsdp",) if setup.gpus > 1 and setup.shard != "fsdp" else ()
@@ -598,7 +604,9 @@ def _remedies(
     if 0 < largest < each[part.what]:
         if part.towers is not None:
             chunk = 2 ** int(math.log2(largest))
-            told.append(f"--chunk {chunk}: the same batch and negatives, {chunk} at a time, each embedded twice")
+            told.append(
+                f"--chunk {chunk}: the same batch and negatives, {chunk} at a time, each embedded twice"
+            )
         else:
             share = -(-each[part.what] // largest)
             told.append(
@@ -626,7 +634,10 @@ def _number(value: float) -> str:
 def _told(it: Plan) -> list[str]:
     setup, time, need = it.setup, it.time, it.memory
     where = f"{setup.gpus:,} x {setup.device.name}" if setup.gpus > 1 else setup.device.name
-    how = [setup.precision, "sharded (fsdp)" if setup.shard == "fsdp" else setup.shard if setup.gpus > 1 else ""]
+    how = [
+        setup.precision,
+        "sharded (fsdp)" if setup.shard == "fsdp" else setup.shard if setup.gpus > 1 else "",
+    ]
     how += ["recompute"] * it.how.recompute + [f"chunks of {it.how.chunk:,}"] * bool(it.how.chunk)
     how += [f"{it.how.drop:.0%} of the patches dropped"] * bool(it.how.drop)
     step = " and ".join(f"{number:,} {what}" for what, number in it.batches.items())
@@ -655,7 +666,9 @@ def _told(it: Plan) -> list[str]:
     lines += [f"               it would with {remedy}" for remedy in it.remedies]
     lines += [
         f"  time         {time.step:.3g} s a step expected, {time.ideal:.3g} s at the roofline: "
-        + ", ".join(f"{name} {value / total:.0%}" for name, value in shares.items() if value / total >= 0.005),
+        + ", ".join(
+            f"{name} {value / total:.0%}" for name, value in shares.items() if value / total >= 0.005
+        ),
         f"  throughput   {it.rate:,.0f} samples/s, {it.rate / setup.gpus:,.1f} on each device;"
         f" {it.utilisation:.0%} of the peak",
     ]
@@ -666,9 +679,7 @@ def _told(it: Plan) -> list[str]:
             f"  sent         {sent} by each device in a step over {speed};"
             f" {time.communication:.2g} s, of which {time.exposed:.2g} s are not hidden"
         )
-    lines.append(
-        f"  data         {it.rate:,.0f} items/s to decode, {_size(it.data)}/s as JPEGs of that size"
-    )
+    lines.append(f"  data         {it.rate:,.0f} items/s to decode, {_size(it.data)}/s as JPEGs of that size")
     span = f"{it.days:.3g} days" if it.days >= 1 else f"{it.days * 24:.3g} hours"
     cost = f"; ${it.cost:,.0f} at ${it.price:g} an hour each" if it.price else ""
     lines.append(f"  in all       {span}, {it.device_days:,.4g} GPU-days{cost}")

@@ -66,7 +66,7 @@ class Run:
         setup = Setup(
             device=device(self.gpu), gpus=self.gpus, shard=self.shard if self.gpus > 1 else "none",
             precision=self.precision, ema=what.ema,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         return draw_up(what, how, setup, advise=False)
 
 
@@ -128,7 +128,12 @@ class QFormer(nn.Module):
         texts = self.words(torch.empty(items, 32, dtype=torch.long, device="meta"))
         queries = self.queries.expand(items, -1, -1)
         both = torch.cat([queries, texts], dim=1).repeat(3, 1, 1)
-        passes = [(queries, features, 32), (texts, None, 0), (texts, None, 0), (both, features.repeat(3, 1, 1), 32)]
+        passes = [
+            (queries, features, 32),
+            (texts, None, 0),
+            (texts, None, 0),
+            (both, features.repeat(3, 1, 1), 32),
+        ]
         total = torch.zeros((), device="meta")
         for number, (x, context, seen) in enumerate(passes):
             for layer in self.blocks:
@@ -167,9 +172,10 @@ class Dit(nn.Module):
         self.modulation = nn.Linear(1152, 2 * 1152)
         self.blocks = nn.ModuleList(ModulatedBlock(1152, 16, context_width=8) for _ in range(28))
         for block in self.blocks:
-            block.cross = nn.Identity()
-            block.norm_context = nn.Identity()
-            block.forward = partial(_without_cross, block)
+            assert isinstance(block, ModulatedBlock)
+            block.cross = nn.Identity()  # type: ignore[assignment]
+            block.norm_context = nn.Identity()  # type: ignore[assignment]
+            block.forward = partial(_without_cross, block)  # type: ignore[method-assign]
 
     def loss(self, items: int) -> Tensor:
         x = self.embed(torch.empty(items, 256, 16, device="meta"))
@@ -197,7 +203,9 @@ class MMDit(nn.Module):
     def __init__(self, *, frames: int, text: int = 512, again: int = 8):
         super().__init__()
         self.places, self.text = frames * 256, text
-        self.embed, self.context, self.out = (nn.Linear(*size) for size in ((64, 3072), (4096, 3072), (3072, 64)))
+        self.embed, self.context, self.out = (
+            nn.Linear(*size) for size in ((64, 3072), (4096, 3072), (3072, 64))
+        )
         self.vector = nn.Sequential(nn.Linear(256, 3072), nn.SiLU(), nn.Linear(3072, 3072))
         self.first = again
         self.blocks = nn.ModuleList([Two() for _ in range(again)] + [One() for _ in range(38)])
@@ -219,36 +227,37 @@ def _heads(qkv: Tensor) -> Tensor:
     return rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=24)
 
 
+class Stream(nn.Module):
+    """The weights of one of two kinds of tokens."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.modulation, self.norm = Linear(width, 6 * width), nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.mlp = Mlp(width, 4 * width, activation="gelu_tanh")
+
+    def heads(self, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        return _heads(self.qkv(modulate(self.norm(x), parts[0], parts[1])))
+
+    def rest(self, x: Tensor, mixed: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        x = x + parts[2] * self.out(mixed)
+        return x + parts[5] * self.mlp(modulate(self.norm(x), parts[3], parts[4]))
+
+
 class Two(nn.Module):
     """A stream of patches and one of words, with weights of their own, that attend to each other as one sequence."""
 
     def __init__(self, width: int = 3072):
         super().__init__()
-        self.streams = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "modulation": Linear(width, 6 * width), "norm": nn.LayerNorm(width, elementwise_affine=False),
-                    "qkv": Linear(width, 3 * width), "out": Linear(width, width),
-                    "mlp": Mlp(width, 4 * width, activation="gelu_tanh"),
-                }
-            )
-            for _ in range(2)
-        )  # fmt: skip
+        self.words, self.patches = Stream(width), Stream(width)
 
     def forward(self, x: Tensor, words: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-        both = list(zip((words, x), self.streams, strict=True))
-        parts = [s["modulation"](F.silu(vector)).chunk(6, -1) for _, s in both]
-        qkv = [
-            _heads(s["qkv"](modulate(s["norm"](y), p[0], p[1])))
-            for (y, s), p in zip(both, parts, strict=True)
-        ]
-        q, k, v = torch.cat(qkv, dim=3)
-        mixed = rearrange(attend(q, k, v), "b heads n d -> b n (heads d)").split([words.shape[1], x.shape[1]], 1)
-        outs = []
-        for (y, s), p, m in zip(both, parts, mixed, strict=True):
-            y = y + p[2] * s["out"](m)
-            outs.append(y + p[5] * s["mlp"](modulate(s["norm"](y), p[3], p[4])))
-        return outs[1], outs[0]
+        own = self.patches.modulation(F.silu(vector)).chunk(6, -1)
+        others = self.words.modulation(F.silu(vector)).chunk(6, -1)
+        q, k, v = torch.cat([self.words.heads(words, others), self.patches.heads(x, own)], dim=3)
+        mixed = rearrange(attend(q, k, v), "b heads n d -> b n (heads d)")
+        before, after = mixed.split([words.shape[1], x.shape[1]], 1)
+        return self.patches.rest(x, after, own), self.words.rest(words, before, others)
 
 
 class One(nn.Module):
@@ -347,9 +356,7 @@ RUNS: Sequence[Run] = (
 
 def check(runs: Sequence[Run] = RUNS) -> list[Checked]:
     """Plans every run."""
-    return [
-        Checked(run=run, plan=run.plan()) for run in track(runs, total=len(runs), label="counting")
-    ]
+    return [Checked(run=run, plan=run.plan()) for run in track(runs, total=len(runs), label="counting")]
 
 
 def told(found: Sequence[Checked]) -> str:

@@ -36,13 +36,14 @@ from reverie.objectives.contrastive import Peers
 Kind = Literal["product", "attention", "memory"]
 
 # torch.autocast on CUDA: what runs in half precision, and what in fp32 ("CUDA Ops that can autocast", torch.amp).
-HALF = frozenset(
-    "linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm conv1d conv2d conv3d conv_transpose2d"
-    " scaled_dot_product_attention".split()
-)
-FULL = frozenset(
-    "layer_norm group_norm softmax log_softmax logsumexp exp log softplus pow norm cumsum mse_loss l1_loss".split()
-)
+HALF = {
+    *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention"),
+}
+FULL = {
+    *("layer_norm", "group_norm", "softmax", "log_softmax", "logsumexp", "exp", "log", "softplus", "pow"),
+    *("norm", "cumsum", "mse_loss", "l1_loss"),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 # Reads only the rows that are asked for, or writes without reading.
@@ -146,8 +147,8 @@ def count(
     """Runs `loss` of a model on "meta", and its gradient, and counts them.
 
     `precision`: fp32, tf32 (as fp32), or bf16 and fp16, mixed as torch.autocast mixes them. `fused`: attention keeps
-    no scores (flash attention), otherwise it is products and a softmax, as before 2023. `peers`: the loss is that of one
-    of so many processes with equal parts, whose collectives give tensors of the right shape and are noted.
+    no scores (flash attention), otherwise it is products and a softmax, as before 2023. `peers`: the loss is that of
+    one of so many processes with equal parts, whose collectives give tensors of the right shape and are noted.
     """
     assert precision in PRECISIONS, precision
     assert all(p.is_meta for p in model.parameters()), "the model has memory: build it on the device meta"
@@ -184,7 +185,7 @@ def _run_backward(value: Tensor) -> None:
 
 
 def recompute(model: nn.Module) -> int:
-    """Activation checkpointing: every block of every stack (`blocks`) keeps its input alone. How many blocks these are."""
+    """Activation checkpointing: every block of every stack (`blocks`) keeps its input alone. Returns how many."""
     done = 0
     for module in list(model.modules()):
         blocks = getattr(module, "blocks", None)

@@ -1,13 +1,13 @@
 """What the machines can do that a run may be planned for: a literal table, and a short probe of this processor.
 
-Peaks are the makers' for dense products with sums in fp32, without sparsity; bandwidths are theirs too. Sources: NVIDIA's
-data sheets of V100 (2020), A100 (2022), H100, H200 (2024), HGX B200 (2025), L40S and T4, and the architecture papers of
-Ampere GA102 (RTX 3090) and Ada AD102 (RTX 4090). `link` is one way between GPUs of a node: NVLink, or PCIe where
+Peaks are the makers' for dense products with sums in fp32, without sparsity; bandwidths are theirs too. Sources:
+NVIDIA's data sheets of V100 (2020), A100 (2022), H100, H200 (2024), HGX B200 (2025), L40S and T4, and its papers on the
+Ampere GA102 (RTX 3090) and the Ada AD102 (RTX 4090). `link` is one way between GPUs of a node: NVLink, or PCIe where
 there is none. `network` is one way for each GPU between nodes, as the maker's own nodes have it (DGX-1 four 100 Gb/s
 ports for eight V100, DGX A100 eight of 200, DGX H100 and B200 eight of 400), elsewhere 100 Gb/s for a node.
 
-Prices are what a GPU was rented for by the hour, rounded, when this was written; they move, so give your own. The H200's
-is the 2 dollars of Open-Sora 2.0 (2503.09642: $107.5k for 2,240 GPU-days).
+Prices are what a GPU was rented for by the hour, rounded, when this was written; they move, so give your own. The
+H200's is the 2 dollars of Open-Sora 2.0 (2503.09642: $107.5k for 2,240 GPU-days).
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Device:
     network: float = 1.56  # GB/s for each device
     price: float = 0.0
     launch: float = 5e-6  # seconds, the least that an operator takes
-    reserve: float = 1.5  # GB that are no tensors: the driver's context, the communicator, what the allocator wastes
+    reserve: float = (
+        1.5  # GB that are no tensors: the driver's context, the communicator, what the allocator wastes
+    )
     measured: bool = False  # the peaks are measured, not a maker's
 
     def peak(self, precision: str) -> float:

@@ -7,15 +7,14 @@ are added up, with AdamW's, and with the communication that backward does not hi
 Real runs are slower: kernels miss their best, processes wait for the slowest, for data and for checkpoints. `ATTAINED`
 is the one factor for all of that. This machine's own processor, whose peaks are measured, is taken at its word.
 
-Memory: weights in fp32 with their gradients, AdamW's two moments and the average, and what is alive in the step at most,
-counted. Sharded (FSDP2) everything but the activations is divided among the devices, and a block at a time, with the
-next one, is gathered in the format of the products.
+Memory: weights in fp32 with their gradients, AdamW's two moments and the average, and what is alive in the step at
+most, counted. Sharded (FSDP2) everything but the activations is divided among the devices, and a block at a time,
+with the next one, is gathered in the format of the products.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
@@ -29,9 +28,10 @@ ATTENTION = 0.40  # of the peak: FlashAttention-2 at 256 to 1,024 positions, bot
 MEMORY = 0.80  # of the bandwidth: what copying kernels reach
 WIRE = 0.80  # of a link: NCCL's bus bandwidth for large messages
 ATTAINED = 0.5  # of the roofline: the median of the published runs of CLIP (`reverie plan --check`), rounded
-BUCKET = 25e6  # bytes of gradients that DDP sends at a time; the last bucket has no backward left to hide behind
+BUCKET = (
+    25e6  # bytes of gradients that DDP sends at a time; the last bucket has no backward left to hide behind
+)
 
-Shard = Literal["none", "ddp", "fsdp"]
 SHARDS = ("none", "ddp", "fsdp")
 WIDE = 4  # bytes of a number in fp32
 
@@ -72,7 +72,7 @@ class Setup:
 
     device: Device
     gpus: int = 1
-    shard: Shard = "none"
+    shard: str = "none"  # one of SHARDS
     precision: str = "bf16"
     ema: bool = True
     passes: int = 1  # forward and backward passes of a step, each of which gathers what is sharded
@@ -105,7 +105,9 @@ class Memory:
     optimizer: int
     ema: int
     gathered: int  # blocks that are whole for the moment
-    activations: int  # the most that is alive in the step: activations, their gradients, what operators work with
+    activations: (
+        int  # the most that is alive in the step: activations, their gradients, what operators work with
+    )
     reserve: int
 
     @property
@@ -225,7 +227,9 @@ def _speed(setup: Setup, *, neighbours: bool = False) -> float:
     the next device only the one at a node's edge uses the network."""
     device = setup.device
     if not device.link:
-        raise InputError(f"{device.name} has no link to others here: plan for --gpus 1, or for a GPU of the table.")
+        raise InputError(
+            f"{device.name} has no link to others here: plan for --gpus 1, or for a GPU of the table."
+        )
     if setup.gpus <= device.node:
         return device.link * GB * WIRE
     ports = 1 if neighbours else device.node
