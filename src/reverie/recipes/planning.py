@@ -315,11 +315,11 @@ def tally(model: nn.Module, part: Part, items: int, how: How, *, peers: int) -> 
         return run(lambda others: loss(model, items, how, others), peers=peers)
 
     chunks = -(-items // how.chunk) if how.chunk else 1
-    if chunks <= 6 or part.towers is None or part.compare is None:
+    if chunks <= 4 or part.towers is None or part.compare is None:
         return of(part.loss, items, peers)
-    # every chunk costs the same: three and six of them say what all cost
-    some, more = (of(part.towers, number * how.chunk) for number in (3, 6))
-    towers = along(some, more, (items / how.chunk - 3) / 3)
+    # every chunk costs the same: two and four of them say what all cost
+    some, more = (of(part.towers, number * how.chunk) for number in (2, 4))
+    towers = along(some, more, (items / how.chunk - 2) / 2)
     compared = of(part.compare, items, peers)
     both = towers + compared
     return replace(both, kept=towers.kept, peak=max(towers.peak, towers.kept + compared.peak))
