@@ -91,8 +91,8 @@ def test_an_unknown_command_is_one_sentence(words, hint, capsys):
         ("train clip-tiny", "`reverie train clip-tiny` needs DATA: a folder"),
         ("train clip-tiny x --steps ten", "--steps is 'ten': give a whole number."),
         (
-            "train clip-tiny x --frames 3",
-            "`reverie train clip-tiny` has no flag --frames: ",
+            "train clip-tiny x --guidance 3",
+            "`reverie train clip-tiny` has no flag --guidance: its flags are --out, --steps",
         ),
         ("train sora-world x", "`reverie train sora-world` needs --clip: the folder of a CLIP"),
     ],

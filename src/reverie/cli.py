@@ -493,6 +493,89 @@ def runs_curves(
         print(out)
 
 
+def plan(
+    recipe: str = "",
+    /,
+    *,
+    gpu: str = "a100-80",
+    gpus: int = 1,
+    batch: int | None = None,
+    clips: int | None = None,
+    steps: int | None = None,
+    samples: float | None = None,
+    size: int | None = None,
+    precision: str = "",
+    shard: str = "",
+    recompute: bool = False,
+    chunk: int = 0,
+    accumulate: int = 1,
+    words: int = 0,
+    drop: float = 0.0,
+    drop_text: float = 0.0,
+    unmasked: float = 0.1,
+    lock: str = "",
+    lora: int = 0,
+    fused: bool = True,
+    price: float | None = None,
+    json: bool = False,
+    check: bool = False,
+) -> None:
+    """Say what a run needs on machines that are not here: FLOPs, memory, throughput, days and cost.
+
+    The training step is counted from shapes alone and put against the GPU's roofline; docs/engine.md says how far off
+    that is. Nothing is trained and no data is read.
+
+    Args:
+        recipe: A recipe of `reverie train`, a public CLIP such as clip:ViT-L-14, or sora-dit:B.
+        gpu: v100-16, v100-32, a100-40, a100-80, h100, h200, b200, l40s, rtx4090, rtx3090, t4, or cpu, measured here.
+        gpus: How many.
+        batch: Items of a batch on all devices together; the recipe's own if not given.
+        clips: Clips of a step, for recipes that have them.
+        steps: How many steps; the recipe's own if not given.
+        samples: How many items are seen in all, such as 12.8e9, instead of steps.
+        size: Pixels a side; the recipe's own if not given.
+        precision: fp32, tf32, bf16 or fp16; the quickest that is stable if not given.
+        shard: ddp (weights whole on each device) or fsdp (divided); ddp if not given.
+        recompute: Keep each block's input alone and compute the rest again in backward.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        accumulate: Batches of a step.
+        words: Tokens of a text; as many as the text tower takes if not given.
+        drop: The share of the patches that is left out.
+        drop_text: The share of the words that is left out.
+        unmasked: The share of the steps in which nothing is left out.
+        lock: The tower that is not trained, image or text.
+        lora: Train only adapters of this rank.
+        fused: Attention keeps no scores; --no-fused for codes and devices without.
+        price: Dollars an hour of one GPU; the table's, which is rounded and old, if not given.
+        json: Print numbers for programs.
+        check: Plan published runs instead, and print how far off each is.
+    """
+    if check:
+        from reverie.recipes import published
+
+        found = published.check()
+        if json:
+            _print_json([it.numbers() for it in found])
+        else:
+            print(published.told(found))
+        return
+    if not recipe:
+        raise InputError(
+            "`reverie plan` needs RECIPE, such as clip-paper-b32 or clip:ViT-L-14; or give --check."
+        )
+    from reverie.recipes import planning
+
+    told = planning.plan(
+        recipe, gpu=gpu, gpus=gpus, batch=batch, clips=clips, steps=steps, samples=samples, size=size,
+        precision=precision, shard=shard, recompute=recompute, chunk=chunk, accumulate=accumulate, words=words,
+        drop=drop, drop_text=drop_text, unmasked=unmasked, lock=lock, lora=lora, fused=fused, price=price,
+    )  # fmt: skip
+    if json:
+        _print_json(told.numbers())
+    else:
+        print(told)
+
+
 # ---------------------------------------------------------------- use
 
 
@@ -1033,6 +1116,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "runs show": runs_show,
     "runs compare": runs_compare,
     "runs curves": runs_curves,
+    "plan": plan,
     "sample": sample,
     "search": search,
     "eval zero-shot": eval_zero_shot,
@@ -1221,6 +1305,7 @@ def _carry_out(name: str, data: Path, folder: Path, given: dict[str, Any], **mor
     from reverie.catalog import recipe
 
     run = recipe(name)  # torch is imported here
+    from reverie.data.remote import address
     from reverie.train.engine import Engine
     from reverie.train.log import commanded
     from reverie.train.parallel import processes, team
@@ -1228,7 +1313,8 @@ def _carry_out(name: str, data: Path, folder: Path, given: dict[str, Any], **mor
     rest = dict(given)
     engine = {field.name: rest.pop(field.name) for field in fields(Engine) if field.name in rest}
     with processes():
-        kept = nullcontext() if more else commanded(folder, recipe=name, data=data.resolve(), arguments=given)
+        where = address(data) or data.resolve()
+        kept = nullcontext() if more else commanded(folder, recipe=name, data=where, arguments=given)
         with kept:
             run(data, folder, engine=Engine(**engine, **more), **rest)
         if team().first:

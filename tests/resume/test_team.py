@@ -305,20 +305,20 @@ def test_torchrun_begins_again_when_a_process_dies(tmp_path):
     tuner.prepare(tmp_path)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["--max-restarts", "3", "-m", "--", "reverie", "train", "clip-tiny", str(tmp_path / "data")]
-    words += ["--start", str(tmp_path / "start"), "--steps", "120", "--batch", "6", "--shard"]
+    words += ["--start", str(tmp_path / "start"), "--steps", "50", "--batch", "6", "--shard"]
 
     def rows_of(name: str) -> list[str]:
         path = tmp_path / name / "metrics.jsonl"
         return path.read_text().splitlines() if path.exists() else []
 
-    for name, kills in (("alone", []), ("killed", [20, 70])):
+    for name, kills in (("alone", []), ("killed", [10, 30])):
         run = subprocess.Popen([*words, "--out", str(tmp_path / name)], stderr=subprocess.PIPE, text=True)
         for step in kills:
             while run.poll() is None and not any(f'"step": {step},' in row for row in rows_of(name)):
                 time.sleep(0.05)
             assert run.poll() is None, run.stderr.read()[-2000:]
             os.kill(random.choice(children_of(run.pid)), signal.SIGKILL)
-        _, told = run.communicate(timeout=300)
+        _, told = run.communicate(timeout=900)
         assert run.returncode == 0, told[-2000:]
         assert told.count("going on after step") == len(kills)
     assert rows_of("killed") == rows_of("alone")

@@ -58,15 +58,23 @@ class Engine:
                 "shard: there is one process, which holds all weights; start more by torchrun",
                 file=sys.stderr,
             )
-        for block in blocks_of(model):
-            if self.recompute:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if self.compile:
+        if self.recompute:
+            recompute(model)
+        if self.compile:
+            for block in blocks_of(model):
                 block.compile()
         return model
 
 
 ENGINE = Engine()
+
+
+def recompute(model: nn.Module) -> int:
+    """Every trained block keeps only what enters it, and is computed again on the way back. Returns their number."""
+    blocks = blocks_of(model)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)
 
 
 def home(device: str | None = None) -> torch.device:

@@ -1,0 +1,687 @@
+"""`reverie plan`: what a run needs and how long it takes on machines that are not here.
+
+The system of a recipe is built on torch's device "meta" from its configuration, so it has shapes and no memory; one
+device's share of its training step is run forward and backward there and counted (`train/counting.py`), and a roofline
+of the GPU in question turns the count into seconds (`train/roofline.py`). No formula belongs to a system, so what
+changes the step changes the plan: recompute, gradient caching, dropped patches, locked towers, adapters.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
+from reverie.data.dropping import check_share
+from reverie.encoders.text import Text
+from reverie.encoders.vit import VitConfig
+from reverie.errors import InputError
+from reverie.objectives.contrastive import Peers
+from reverie.recipes import clip, clip_finetune, judge, sora, video_vae
+from reverie.recipes.parts import CLIP_FRAMES
+from reverie.systems.classifier import Classifier, ClassifierConfig
+from reverie.systems.clip import Clip, ClipConfig
+from reverie.systems.clip_models import MODELS
+from reverie.systems.sora import Sora, SoraConfig
+from reverie.train import roofline
+from reverie.train.counting import PRECISIONS, Count, along, count, on_shapes
+from reverie.train.engine import recompute
+from reverie.train.gradient_cache import cached
+from reverie.train.hardware import GB, device
+from reverie.train.roofline import Memory, Setup, Time, Weights
+
+VOCAB = 4096  # pieces that the small recipes train at most
+JPEG = 25e3 / 256**2  # bytes of a pixel: LAION-400M's pictures of 256 pixels, 10 TB of 400 M
+STICKERS = 1949  # names of the held-out sticker styles
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What changes a step, besides the machines. `words` 0: as long as the text tower takes."""
+
+    precision: str = "bf16"
+    fused: bool = True
+    recompute: bool = False
+    chunk: int = 0
+    drop: float = 0.0
+    drop_text: float = 0.0
+    words: int = 0
+    lock: str = ""
+    lora: int = 0
+
+
+Loss = Callable[[Any, int, How, Peers], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One batch of a step: `batch` items on all devices together, each of so many pixels, and the loss of some."""
+
+    what: str
+    batch: int
+    pixels: int
+    loss: Loss
+    towers: Loss | None = (
+        None  # where the loss can be taken of chunks: what they cost, and the rest of the loss
+    )
+    compare: Loss | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is planned: how its model is built, and the batches of its step."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    parts: tuple[Part, ...]
+    steps: int
+    ema: bool = True
+
+
+# ---------------------------------------------------------------- systems as shapes
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _kept(count_of: int, share: float) -> int:
+    return max(round(count_of * (1 - share)), 1)
+
+
+def _clip_batch(model: Clip, items: int, how: How) -> dict[str, Tensor]:
+    image, text = model.config.image, model.config.text
+    words = how.words or text.length
+    if not 1 <= words <= text.length or (text.pool == "last" and words < text.length):
+        raise InputError(f"words is {words}, but this text tower reads {text.length} at most: give no more.")
+    batch = {
+        "image": _empty(items, 3, image.size, image.size),
+        "tokens": _empty(items, _kept(words, how.drop_text), dtype=torch.long),
+    }
+    if how.drop:
+        if not isinstance(image, VitConfig):
+            raise InputError(f"drop is {how.drop}, but a ResNet has no patches to drop: give 0.")
+        batch["keep"] = _empty(items, _kept(image.patches, how.drop), dtype=torch.long)
+    return batch
+
+
+def _embed(model: Clip) -> Callable[[Mapping[str, Any]], tuple[Tensor, ...]]:
+    return lambda batch: model.embed(dict(batch))
+
+
+def _clip_loss(model: Clip, items: int, how: How, peers: Peers) -> Tensor:
+    vectors = cached(_embed(model), _clip_batch(model, items, how), chunk=how.chunk)
+    return model.compare(*vectors, peers=peers)["loss"]
+
+
+def _clip_towers(model: Clip, items: int, how: How, peers: Peers) -> Tensor:
+    """The towers alone; what stands for the loss has no products."""
+    image, text = cached(_embed(model), _clip_batch(model, items, how), chunk=how.chunk)
+    return (image + text).sum()
+
+
+def _clip_compare(model: Clip, items: int, how: How, peers: Peers) -> Tensor:
+    """The loss alone, of vectors that need gradients."""
+    vectors = (_empty(items, model.config.width).requires_grad_() for _ in range(2))
+    return model.compare(*vectors, peers=peers)["loss"]
+
+
+def _clip(name: str, config: ClipConfig, how: How, *, batch: int, steps: int, ema: bool) -> Subject:
+    def build() -> Clip:
+        model = Clip(config)
+        return model
+
+    part = Part(
+        what="pictures", batch=batch, pixels=config.image.size**2, loss=_clip_loss, towers=_clip_towers,
+        compare=_clip_compare,
+    )  # fmt: skip
+    return Subject(name=name, build=build, parts=(part,), steps=steps, ema=ema)
+
+
+def _sora_loss(model: Sora, items: int, how: How, peers: Peers, *, frames: int) -> Tensor:
+    config = model.config
+    latents = _empty(items, *model.latent_shape(frames, config.size))
+    return model.loss(
+        {
+            "latents": latents,
+            "noise": torch.empty_like(latents),
+            "normal": _empty(items),
+            "tokens": _empty(items, how.words or config.text.length, dtype=torch.long),
+            "drop": _empty(items, dtype=torch.bool),
+            "known": _empty(items, latents.shape[2], dtype=torch.bool),
+        }
+    )["loss"]
+
+
+def _sora(name: str, config: SoraConfig, *, batch: int, clips: int, clip_frames: int, steps: int) -> Subject:
+    pixels = config.size[0] * config.size[1]
+    parts = [Part(what="pictures", batch=batch, pixels=pixels, loss=partial(_sora_loss, frames=1))]
+    if clips:
+        frames = CLIP_FRAMES if clip_frames == 8 else clip_frames
+        parts.append(
+            Part(
+                what="clips",
+                batch=clips,
+                pixels=pixels * frames,
+                loss=partial(_sora_loss, frames=clip_frames),
+            )
+        )
+    return Subject(name=name, build=lambda: Sora(config), parts=tuple(parts), steps=steps)
+
+
+def _vae_loss(model: VideoVae, items: int, how: How, peers: Peers, *, frames: int, size: int) -> Tensor:
+    video = _empty(items, 3, frames, size, size)
+    return model.loss({"video": video, "noise": _empty(items, *model.latent_shape(frames, (size, size)))})[
+        "loss"
+    ]
+
+
+def _judge_loss(model: Classifier, items: int, how: How, peers: Peers) -> Tensor:
+    size = model.config.size
+    pictures = _empty(items, 3, size, size)
+    return model.loss(
+        {
+            "image": pictures,
+            "other": torch.empty_like(pictures),
+            "label": _empty(items, dtype=torch.long),
+        }
+    )["loss"]
+
+
+# ---------------------------------------------------------------- by name
+
+
+def _defaults(recipe: Callable[..., Any]) -> dict[str, Any]:
+    return {name: part.default for name, part in inspect.signature(recipe).parameters.items()}
+
+
+def names() -> list[str]:
+    """Everything that can be planned."""
+    scales = [f"sora-dit:{scale}" for scale in sora.DIT]
+    return [*_RECIPES, *scales, *(f"clip:{name}" for name in MODELS)]
+
+
+_RECIPES: dict[str, Callable[..., Any]] = {
+    "clip-tiny": clip.tiny,
+    "clip-stickers": clip.stickers,
+    "clip-world": clip.world,
+    "clip-paper-b32": clip.paper_b32,
+    "clip-finetune": clip_finetune.finetune,
+    "sora-tiny": sora.tiny,
+    "sora-stickers": sora.stickers,
+    "sora-world": sora.world,
+    "sora-dit": sora.dit,
+    "video-vae-stickers": video_vae.stickers,
+    "judge-stickers": judge.stickers,
+}
+
+
+def subject(
+    name: str, how: How, *, batch: int | None, clips: int | None, steps: int | None, size: int | None
+) -> Subject:
+    """The system and the step of a recipe, of `clip:NAME` (a public shape) or `sora-dit:SCALE`.
+
+    What is not given is as the recipe has it; of the public shapes, as CLIP's paper has it (32 epochs of 400 million
+    pairs in batches of 32,768). InputError: there is no such name, or the size does not fit.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "clip" and rest in MODELS:
+        shape = MODELS[rest]
+        if size is not None:
+            shape = replace(shape, image=replace(shape.image, size=size))
+        paper = _defaults(clip.paper_b32)
+        return _clip(
+            name, shape, how, batch=batch or paper["batch"], steps=steps or paper["steps"], ema=False
+        )
+    scale = rest if kind == "sora-dit" and rest in sora.DIT else ""
+    if name not in _RECIPES and not scale:
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names())}."
+        raise InputError(f"There is no recipe {name!r} to plan: {hint}")
+    own = _defaults(_RECIPES[kind if scale else name])
+    batch, steps = batch or own["batch"], steps or own["steps"]
+    if kind.startswith("clip"):
+        if name == "clip-paper-b32":
+            return _clip(name, ClipConfig(), how, batch=batch, steps=steps, ema=False)
+        shape = clip.shape(VOCAB, VOCAB - 1, size=size or own.get("size", 64))
+        return _clip(name, shape, how, batch=batch, steps=steps, ema=True)
+    if kind.startswith("sora"):
+        with on_shapes():
+            reader = (
+                Clip(ClipConfig()) if kind == "sora-dit" else Clip(clip.shape(VOCAB, VOCAB - 1))
+            )  # whose text tower reads
+        sizes = sora.DIT[scale or own["scale"]] if kind == "sora-dit" else sora.TINY
+        config = sora.shape(reader, size=size or own.get("size", 64), sizes=sizes)
+        clips = own["clips"] if clips is None else clips
+        return _sora(name, config, batch=batch, clips=clips, clip_frames=8, steps=steps)
+    if kind == "judge-stickers":
+        labels = tuple(str(i) for i in range(STICKERS))
+        judged = ClassifierConfig(names=labels, size=size or own["size"])
+        part = Part(what="pairs", batch=batch, pixels=2 * judged.size**2, loss=_judge_loss)
+        return Subject(name=name, build=lambda: Classifier(judged), parts=(part,), steps=steps)
+    size = size or video_vae.VaeRun(model=VideoVaeConfig(), steps=1, batch=1, clips=1).size
+    frames = video_vae.VaeRun(model=VideoVaeConfig(), steps=1, batch=1, clips=1).clip_frames
+    parts = [
+        Part(what="pictures", batch=batch, pixels=size**2, loss=partial(_vae_loss, frames=1, size=size)),
+        Part(
+            what="clips",
+            batch=own["clips"] if clips is None else clips,
+            pixels=CLIP_FRAMES * size**2,
+            loss=partial(_vae_loss, frames=frames, size=size),
+        ),
+    ]
+    return Subject(
+        name=name,
+        build=lambda: VideoVae(VideoVaeConfig()),
+        parts=tuple(part for part in parts if part.batch),
+        steps=steps,
+    )
+
+
+# ---------------------------------------------------------------- counting a step
+
+
+def model_of(what: Subject, how: How) -> nn.Module:
+    """The model on "meta", with what is locked, adapted and computed again. Of shapes no token is known, so none is
+    checked and no padding cut: texts have as many words as `how` says."""
+    with on_shapes():
+        model = what.build()
+    if how.lock or how.lora:
+        if not isinstance(model, Clip):
+            raise InputError(f"{what.name} has no towers to lock or adapt: leave lock and lora out.")
+        clip_finetune.restrict(model, lock=how.lock, lora=how.lora)
+    for module in model.modules():
+        if isinstance(module, Text):
+            module.check = lambda tokens: None  # type: ignore[method-assign]
+            module.trim = lambda tokens: tokens  # type: ignore[method-assign]
+    if how.recompute and not recompute(model):
+        raise InputError(f"{what.name} has no stack of blocks to compute again: leave recompute out.")
+    return model
+
+
+def tally(model: nn.Module, part: Part, items: int, how: How, *, peers: int) -> Count:
+    """The loss of `items` on one of `peers` devices, forward and backward."""
+    run = partial(count, model, precision=how.precision, fused=how.fused)
+
+    def of(loss: Loss, items: int, peers: int = 1) -> Count:
+        return run(lambda others: loss(model, items, how, others), peers=peers)
+
+    chunks = -(-items // how.chunk) if how.chunk else 1
+    if chunks <= 4 or part.towers is None or part.compare is None:
+        return of(part.loss, items, peers)
+    # every chunk costs the same: two and four of them say what all cost
+    some, more = (of(part.towers, number * how.chunk) for number in (2, 4))
+    towers = along(some, more, (items / how.chunk - 2) / 2)
+    compared = of(part.compare, items, peers)
+    both = towers + compared
+    return replace(both, kept=towers.kept, peak=max(towers.peak, towers.kept + compared.peak))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs. Sizes in bytes, times in seconds; a sample is an item of any batch of the step."""
+
+    name: str
+    setup: Setup
+    how: How
+    steps: int
+    accumulate: int
+    batches: dict[str, int]  # what -> items of a step on all devices
+    each: dict[str, int]  # what -> items that are in one device's memory at a time
+    parameters: int
+    trained: int
+    flops: float  # of one sample, forward and backward
+    forward_flops: float
+    memory: Memory
+    time: Time
+    price: float
+    data: float  # bytes of media a second, all devices together
+    largest: int = 0  # items of the first batch that fit one device at a time; 0: none
+    remedies: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Of one step."""
+        return sum(self.batches.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.setup.device.memory * GB
+
+    @property
+    def rate(self) -> float:
+        """Samples a second, all devices together."""
+        return self.samples / self.time.step
+
+    @property
+    def days(self) -> float:
+        return self.steps * self.time.step / 86_400
+
+    @property
+    def device_days(self) -> float:
+        return self.days * self.setup.gpus
+
+    @property
+    def cost(self) -> float:
+        return self.device_days * 24 * self.price
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the peak that the step's FLOPs are."""
+        peak = self.setup.device.peak(self.setup.precision)
+        return self.flops * self.samples / self.setup.gpus / self.time.step / peak
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        memory = self.memory
+        return {
+            "recipe": self.name,
+            "gpu": self.setup.device.name,
+            "gpus": self.setup.gpus,
+            "precision": self.setup.precision,
+            "shard": self.setup.shard,
+            "steps": self.steps,
+            "accumulate": self.accumulate,
+            "batches": self.batches,
+            "per_device": self.each,
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "flops_per_sample": self.flops,
+            "forward_flops_per_sample": self.forward_flops,
+            "memory": {
+                name: getattr(memory, name)
+                for name in (
+                    "total", "weights", "gradients", "optimizer", "ema", "gathered", "activations", "reserve",
+                )
+            },
+            "fits": self.fits,
+            "largest_batch_per_device": self.largest,
+            "remedies": list(self.remedies),
+            "step_seconds": self.time.step,
+            "step_seconds_at_the_roofline": self.time.ideal,
+            "samples_per_second": self.rate,
+            "share_of_peak": self.utilisation,
+            "bytes_sent_per_step": self.time.bytes_sent,
+            "media_bytes_per_second": self.data,
+            "days": self.days,
+            "gpu_days": self.device_days,
+            "price_per_hour": self.price,
+            "cost": self.cost,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return "\n".join(_told(self))
+
+
+def plan(
+    name: str,
+    *,
+    gpu: str = "a100-80",
+    gpus: int = 1,
+    batch: int | None = None,
+    clips: int | None = None,
+    steps: int | None = None,
+    samples: float | None = None,
+    size: int | None = None,
+    precision: str = "",
+    shard: str = "",
+    recompute: bool = False,
+    chunk: int = 0,
+    accumulate: int = 1,
+    words: int = 0,
+    drop: float = 0.0,
+    drop_text: float = 0.0,
+    unmasked: float = 0.1,
+    lock: str = "",
+    lora: int = 0,
+    fused: bool = True,
+    price: float | None = None,
+) -> Plan:
+    """What a run of the recipe `name` needs on `gpus` of `gpu`. Settings as `reverie plan --help` tells them."""
+    where = device(gpu)
+    precision = precision or where.best()
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}.")
+    for named, value, least in (
+        ("batch", batch, 1), ("clips", clips, 0), ("steps", steps, 1), ("samples", samples, 1), ("size", size, 1),
+        ("chunk", chunk, 0), ("accumulate", accumulate, 1), ("words", words, 0),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise InputError(f"{named} is {value:g}: give {least} or more.")
+    if price is not None and price < 0:
+        raise InputError(f"price is {price:g}: give dollars an hour, 0 or more.")
+    check_share("drop", drop)
+    check_share("drop_text", drop_text)
+    if not 0 <= unmasked <= 1:
+        raise InputError(f"unmasked is {unmasked}: give a share of the steps, from 0 to 1.")
+    how = How(
+        precision=precision, fused=fused, recompute=recompute, chunk=chunk, drop=drop, drop_text=drop_text,
+        words=words, lock=lock, lora=lora,
+    )  # fmt: skip
+    what = subject(name, how, batch=batch, clips=clips, steps=steps, size=size)
+    if (chunk or drop or drop_text) and what.parts[0].towers is None:
+        raise InputError(f"{name} learns no pictures by texts: leave chunk, drop and drop_text out.")
+    if samples is not None and steps is not None:
+        raise InputError("steps and samples were both given: give one of them.")
+    if samples is not None:
+        what = replace(what, steps=math.ceil(samples / (accumulate * sum(part.batch for part in what.parts))))
+    setup = Setup(
+        device=where,
+        gpus=gpus,
+        shard=shard or ("none" if gpus == 1 else "ddp"),
+        precision=precision,
+        ema=what.ema,
+        passes=accumulate * len(what.parts),
+    )
+    return draw_up(
+        what, how, setup, accumulate=accumulate, unmasked=unmasked if drop or drop_text else 1.0, price=price
+    )
+
+
+def draw_up(
+    what: Subject,
+    how: How,
+    setup: Setup,
+    *,
+    accumulate: int = 1,
+    unmasked: float = 1.0,
+    price: float | None = None,
+    advise: bool = True,
+) -> Plan:
+    """The plan of a subject. `unmasked`: the share of the steps in which nothing is dropped. `advise`: also find the
+    largest batch that fits and, where the plan does not, what would."""
+    for part in what.parts:
+        if part.batch % setup.gpus and len(what.parts) == 1:
+            raise InputError(
+                f"a batch of {part.batch:,} cannot be shared by {setup.gpus:,} devices equally: give"
+                f" {-(-part.batch // setup.gpus) * setup.gpus:,}."
+            )
+    model = model_of(what, how)
+    weights = Weights.of(model)
+    each = {part.what: -(-part.batch // setup.gpus) for part in what.parts}
+    whole = replace(how, drop=0.0, drop_text=0.0)
+    ways = [(how, 1 - unmasked), (whole, unmasked)] if unmasked < 1 else [(whole, 1.0)]
+    counts = [
+        (_all_parts(model, what, each, way, peers=setup.gpus), share) for way, share in ways if share > 0
+    ]
+    times = [(roofline.seconds(found.times(accumulate), weights, setup), share) for found, share in counts]
+    needed = max((roofline.memory(found, weights, setup) for found, _ in counts), key=lambda it: it.total)
+    time = _mean(times)
+    of_step = sum(share * found.flops for found, share in counts) * setup.gpus
+    forward = sum(share * found.forward_flops for found, share in counts) * setup.gpus
+    items = sum(each.values()) * setup.gpus
+    batches = {part.what: part.batch * accumulate for part in what.parts}
+    media = sum(part.pixels * JPEG * part.batch for part in what.parts) * accumulate
+    result = Plan(
+        name=what.name, setup=setup, how=how, steps=what.steps, accumulate=accumulate, batches=batches, each=each,
+        parameters=weights.all, trained=weights.trained, flops=of_step / items, forward_flops=forward / items,
+        memory=needed, time=time, price=setup.device.price if price is None else price, data=media / time.step,
+    )  # fmt: skip
+    if not advise:
+        return result
+    found = max((found for found, _ in counts), key=lambda it: it.peak)
+    if not how.chunk:
+        largest = _largest(model, what, each, whole if unmasked else how, setup, weights, found)
+        result = replace(result, largest=largest)
+    if result.fits:
+        return result
+    return replace(result, remedies=tuple(_remedies(what, whole, setup, each, found, result.largest)))
+
+
+def _all_parts(model: nn.Module, what: Subject, each: dict[str, int], how: How, *, peers: int) -> Count:
+    total: Count | None = None
+    for part in what.parts:
+        one = tally(model, part, each[part.what], how, peers=peers)
+        total = one if total is None else total + one
+    assert total is not None, "a step has a batch"
+    return total
+
+
+def _mean(times: Sequence[tuple[Time, float]]) -> Time:
+    """Of times with their shares of the steps."""
+
+    def of(name: str) -> float:
+        return sum(share * getattr(time, name) for time, share in times)
+
+    sent = {key for time, _ in times for key in time.bytes_sent}
+    return Time(
+        products=of("products"), attention=of("attention"), moving=of("moving"), update=of("update"),
+        communication=of("communication"), exposed=of("exposed"), attained=times[0][0].attained,
+        bytes_sent={key: sum(share * time.bytes_sent.get(key, 0.0) for time, share in times) for key in sent},
+    )  # fmt: skip
+
+
+def _largest(
+    model: nn.Module,
+    what: Subject,
+    each: dict[str, int],
+    how: How,
+    setup: Setup,
+    weights: Weights,
+    found: Count,
+) -> int:
+    """How many items of the first batch one device can hold at a time: what is alive grows in proportion to them.
+    `found`: the step as it is planned."""
+    part, room = what.parts[0], setup.device.memory * GB
+
+    def needs(items: int) -> int:
+        return roofline.memory(tally(model, part, items, how, peers=setup.gpus), weights, setup).total
+
+    first = each[part.what]
+    other = first // 2 if first > 1 else 2
+    least, here = needs(other), roofline.memory(found, weights, setup).total
+    slope = max((here - least) / (first - other), 1.0)
+    return max(math.floor(other + (room - least) / slope), 0)
+
+
+def _remedies(
+    what: Subject, how: How, setup: Setup, each: dict[str, int], found: Count, largest: int
+) -> list[str]:
+    """What would make it fit, each counted, not guessed. `found`: the step as it is planned."""
+    ways, model = [(False, found)], model_of(what, how)
+    weights = Weights.of(model)
+    if not how.recompute and any(
+        isinstance(getattr(m, "blocks", None), nn.ModuleList) for m in model.modules()
+    ):
+        less = replace(how, recompute=True)
+        ways.append((True, _all_parts(model_of(what, less), what, each, less, peers=setup.gpus)))
+    told, shards = [], ("fsdp",) if setup.gpus > 1 and setup.shard != "fsdp" else ()
+    for again, needed in ways:
+        for shard in (setup.shard, *shards):
+            other = roofline.memory(needed, weights, replace(setup, shard=shard))
+            if other.total <= setup.device.memory * GB:
+                flags = ["--shard fsdp"] * (shard != setup.shard) + ["--recompute"] * again
+                told.append(f"{' '.join(flags)}: {_size(other.total)}")
+    part = what.parts[0]
+    if 0 < largest < each[part.what]:
+        if part.towers is not None:
+            chunk = 2 ** int(math.log2(largest))
+            told.append(
+                f"--chunk {chunk}: the same batch and negatives, {chunk} at a time, each embedded twice"
+            )
+        else:
+            share = -(-each[part.what] // largest)
+            told.append(
+                f"--batch {setup.gpus * (each[part.what] // share)} --accumulate {share}: the step in {share} parts"
+            )
+    return told or ["more or larger devices alone"]
+
+
+# ---------------------------------------------------------------- in words
+
+
+def _size(count_of: float) -> str:
+    if count_of < 1e6:
+        return f"{count_of / 1e3:.0f} kB"
+    return f"{count_of / 1e6:.0f} MB" if count_of < 1e9 else f"{count_of / 1e9:.1f} GB"
+
+
+def _number(value: float) -> str:
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= limit:
+            return f"{value / limit:.4g} {unit}"
+    return f"{value:,.0f} "
+
+
+def _told(it: Plan) -> list[str]:
+    setup, time, need = it.setup, it.time, it.memory
+    where = f"{setup.gpus:,} x {setup.device.name}" if setup.gpus > 1 else setup.device.name
+    how = [
+        setup.precision,
+        "sharded (fsdp)" if setup.shard == "fsdp" else setup.shard if setup.gpus > 1 else "",
+    ]
+    how += ["recompute"] * it.how.recompute + [f"chunks of {it.how.chunk:,}"] * bool(it.how.chunk)
+    how += [f"{it.how.drop:.0%} of the patches dropped"] * bool(it.how.drop)
+    step = " and ".join(f"{number:,} {what}" for what, number in it.batches.items())
+    held = " and ".join(f"{number:,} {what}" for what, number in it.each.items())
+    frozen = "" if it.trained == it.parameters else f", {_number(it.trained).strip()} of them trained"
+    parts = {
+        "weights": need.weights, "gradients": need.gradients, "AdamW": need.optimizer, "average": need.ema,
+        "gathered blocks": need.gathered, "activations": need.activations, "driver and waste": need.reserve,
+    }  # fmt: skip
+    total = time.ideal or 1.0
+    shares = {
+        "products": time.products, "attention": time.attention, "moving bytes": time.moving,
+        "update": time.update, "waiting for others": time.exposed,
+    }  # fmt: skip
+    lines = [
+        f"{it.name} on {where} ({', '.join(filter(None, how))})",
+        f"  parameters   {_number(it.parameters).strip()}{frozen}",
+        f"  a step       {step}" + (f" in {it.accumulate} parts" if it.accumulate > 1 else "")
+        + (f"; {held} on each device" if setup.gpus > 1 else "") + f"; {it.steps:,} steps",
+        f"  a sample     {_number(it.flops)}FLOPs, {_number(it.forward_flops).strip()} of them forward",
+        f"  memory       {_size(need.total)} of {setup.device.memory:.4g} GB on each device: "
+        + ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size),
+        f"  fits         {'yes' if it.fits else 'NO'}"
+        + (f"; up to {it.largest:,} {next(iter(it.each))} on each device at a time" * (not it.how.chunk)),
+    ]  # fmt: skip
+    lines += [f"               it would with {remedy}" for remedy in it.remedies]
+    lines += [
+        f"  time         {time.step:.3g} s a step expected, {time.ideal:.3g} s at the roofline: "
+        + ", ".join(
+            f"{name} {value / total:.0%}" for name, value in shares.items() if value / total >= 0.005
+        ),
+        f"  throughput   {it.rate:,.0f} samples/s, {it.rate / setup.gpus:,.1f} on each device;"
+        f" {it.utilisation:.0%} of the peak",
+    ]
+    if setup.gpus > 1:
+        speed = "the links of a node" if setup.gpus <= setup.device.node else "links and network"
+        sent = ", ".join(f"{name} {_size(size)}" for name, size in sorted(time.bytes_sent.items()))
+        lines.append(
+            f"  sent         {sent} by each device in a step over {speed};"
+            f" {time.communication:.2g} s, of which {time.exposed:.2g} s are not hidden"
+        )
+    lines.append(f"  data         {it.rate:,.0f} items/s to decode, {_size(it.data)}/s as JPEGs of that size")
+    span = f"{it.days:.3g} days" if it.days >= 1 else f"{it.days * 24:.3g} hours"
+    cost = f"; ${it.cost:,.0f} at ${it.price:g} an hour each" if it.price else ""
+    lines.append(f"  in all       {span}, {it.device_days:,.4g} GPU-days{cost}")
+    return lines
