@@ -458,13 +458,11 @@ class _Loop:
     def _count_samples(self, at: int, asked: Asked) -> tuple[int, bool]:
         """How many items the step had, and whether one of the processes was asked to save and sample now."""
         info = [entry for (step, _), entry in self.batches.info.items() if step == at]
-        items = sum(entry.items for entry in info)
-        heard = team().hear([items, [sample for entry in info for sample in entry.bad], asked.now])
-        now, asked.now = any(here for _, _, here in heard), False
-        items, bad = (
-            sum(count for count, _, _ in heard),
-            [(path, why) for _, some, _ in heard for path, why in some],
-        )
+        bad = [sample for entry in info for sample in entry.bad]
+        now, asked.now = asked.now, False
+        heard = team().hear([sum(entry.items for entry in info), bad, now])
+        items, now = sum(count for count, _, _ in heard), any(here for _, _, here in heard)
+        bad = [(path, reason) for _, some, _ in heard for path, reason in some]
         self.run.bad(at + 1, bad)
         counts = self.counts
         counts.items, counts.bad = counts.items + items, counts.bad + len(bad)
