@@ -12,9 +12,12 @@ of two wordings are close to each other, and a difference of equals keeps little
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reverie.data import neighbours
-from reverie.data.embeddings import FRAMES, Embeddings, embed_folder, fingerprint, frames_of, media_below
+from reverie.data.embeddings import (
+    FRAMES,
+    Embedder,
+    Embeddings,
+    embed_folder,
+    fingerprint,
+    frames_of,
+    media_below,
+)
 from reverie.data.index import FILE, Index, Item
+from reverie.data.preparing import Pool
 from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.media import MediaError, decode_array
 from reverie.pictures import grid, stack
+from reverie.recipes.parts import capable
 from reverie.systems.clip import Clip
 
 EXACT = 5_000_000  # vectors that are searched exactly; beyond, faiss looks into a part of them
@@ -83,19 +96,80 @@ def embed_pictures(
     *,
     present: Collection[str],
     dtype: str = "float16",
+    pool: Pool | None = None,
+    model: str | Path = "",
+    device: str | None = None,
     quiet: bool = False,
 ) -> Embeddings:
-    """The embeddings of the files `names` of a folder by a system; `present`: all whose embeddings are kept there."""
+    """The embeddings of the files `names` of a folder by a system; `present`: all whose embeddings are kept there.
+
+    pool: workers, each of which loads the `model`, which `system` is, to `device`.
+    """
+    key = key_of(system)
+    if pool is None:
+        start = partial(_embedder, system, folder, dtype)
+    else:
+        start = partial(embedder, everywhere(model), everywhere(folder), key, dtype, device)
     return embed_folder(
-        folder,
-        names,
-        key=key_of(system),
-        prepare=system.prepare,
-        embed=system.embed_image,
-        present=present,
-        dtype=dtype,
-        quiet=quiet,
+        folder, names, key=key, start=start, present=present, dtype=dtype, pool=pool, quiet=quiet
     )
+
+
+def _embedder(system: Embeds, folder: Path, dtype: str) -> Embedder:
+    return Embedder(folder=folder, prepare=system.prepare, embed=system.embed_image, dtype=dtype)
+
+
+def embedder(model: str, folder: str, key: str, dtype: str, device: str | None) -> Embedder:
+    """A worker's own model, which must be what `key` says. InputError: it is another, or the folder is not there."""
+    system = the_same(capable(model, "embed_image", device=device), model, key)
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{folder} is not on this machine: every machine must see the folder under the same name."
+        )
+    return _embedder(system, Path(folder), dtype)
+
+
+def the_same(system: Any, model: str, key: str) -> Any:
+    """`system`, if its weights are those of the fingerprint `key`. InputError: they are not."""
+    if key_of(system) != key:
+        raise InputError(f"{model} is another model here than where the command was started: copy it here.")
+    return system
+
+
+def everywhere(name_or_folder: str | Path) -> str:
+    """What workers shall call a model or folder, wherever they are started; names of shipped models stay."""
+    return os.path.abspath(name_or_folder) if Path(name_or_folder).exists() else str(name_or_folder)
+
+
+def embed(
+    folder: Path,
+    *,
+    model: str = "clip-stickers",
+    dtype: str = "float16",
+    pool: Pool | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Embeddings:
+    """Embed all that `reverie search` searches in a folder, and keep it there. InputError: no such folder or model."""
+    system = capable(model, "embed_image", device=device if pool is None else "cpu")
+    index, names = searched(folder)
+    present = set(names) if index is None else every_file(index)
+    return embed_pictures(
+        system, folder, names, present=present, dtype=dtype, pool=pool, model=model, device=device, quiet=quiet
+    )
+
+
+def searched(folder: Path) -> tuple[Index | None, list[str]]:
+    """The index of a folder, if it has one, and every picture and clip there, in the index or not, but for marked ones.
+
+    InputError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
+    index = Index.read(folder) if (folder / FILE).exists() else None
+    known = [item for item in index or () if item.reject is None and (folder / item.file_name).is_file()]
+    marked = {item.file_name for item in index or () if item.marked}
+    return index, sorted({*media_below(folder), *(item.file_name for item in known)} - marked)
 
 
 def every_file(index: Index) -> set[str]:
@@ -117,10 +191,7 @@ def open_folder(
     marked; with filters, what the index has of them. InputError: no folder, filters without an index, or nothing that
     can be read.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
-    index = Index.read(folder) if (folder / FILE).exists() else None
-    there = media_below(folder)
+    index, names = searched(folder)
     if index is None and (sources or split):
         raise InputError(
             f"{folder} has no index, so no sources or splits: run `reverie data import {folder}`."
@@ -132,12 +203,8 @@ def open_folder(
             raise InputError(
                 f"No accepted file of {folder} is of the split and sources asked for; sources: {have}."
             )
-    else:
-        known = [item for item in index or () if item.reject is None and (folder / item.file_name).is_file()]
-        marked = {item.file_name for item in index or () if item.marked}
-        names = sorted({*there, *(item.file_name for item in known)} - marked)
     found = embed_pictures(
-        clip, folder, names, present={*there, *names} if index is None else every_file(index), quiet=quiet
+        clip, folder, names, present=set(names) if index is None else every_file(index), quiet=quiet
     )
     seen = set(found.names)
     by_name = {item.file_name: item for item in index or () if item.file_name in seen}
