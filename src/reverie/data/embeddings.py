@@ -54,7 +54,7 @@ FORMAT = 1  # of what is written, and of how files become pictures
 EVERY = 30.0  # seconds of work that an interruption may cost
 LARGE = 2**28  # bytes of a part that is not held back for longer
 FAR = 2**30  # bytes to read that are worth the workers' start
-TYPES = ("float16", "bfloat16", "float32")
+TYPES = ("bfloat16", "float16", "float32")
 PARTS = 8  # more are joined into one
 DEAD = 1 / 8  # a larger share of vectors of contents that are gone is written off the disk
 
@@ -342,7 +342,7 @@ class Store:
             self.bad[content] = self._new_bad[content] = reason
         if share.good:
             vectors, seconds = share.tensors["vectors"], share.tensors["seconds"]
-            assert vectors.dtype == _type(self.dtype) and vectors.ndim == self.axes, vectors.dtype
+            assert (vectors.dtype, vectors.ndim) == (_type(self.dtype), self.axes)
             if not vectors.isfinite().all():
                 raise InputError(
                     f"some of the model's vectors are not finite numbers in {self.dtype}: the model is broken."

@@ -1,22 +1,23 @@
 """Preparing many files: vectors, latents and what else is computed of each once, here or by many workers (Ray Data).
 
-A *preparation* has two halves: `load` reads one job, `make` computes rows of those that could be read. The jobs are cut
-into shares in their order, and a share's rows depend on its jobs alone. So neither how many workers there are, nor the
-order in which they end, nor who of them dies changes a row; a share is done whole or not at all, and each is given once.
+A *preparation* has two halves: `load` reads one job, `make` computes rows of those that could be read. The jobs are
+cut into shares in their order, and a share's rows depend on its jobs alone. So neither how many workers there are, nor
+the order in which they end, nor who of them dies changes a row; a share is done whole or not at all, and is given once.
 (Between machines whose processors differ, or with another number of threads, the last bits may differ, as ever.)
 
-Without a `Pool` everything happens in this process. With one, Ray Data's `map_batches` runs the same functions in a pool
-of processes on one or many machines. Each calls `start` once, so a model is loaded once by each. When one dies, Ray
-starts another and does its share again; a share that killed its worker TRIES times is done again job by job, and a job
-that kills its worker even alone is told of and left out.
+Without a `Pool` everything happens in this process. With one, Ray Data's `map_batches` runs the same functions in
+processes on one or many machines. Each calls `start` once, so a model is loaded once by each. When one dies, Ray starts
+another and does its share again; a share that killed its worker TRIES times is done job by job, and a job that kills
+its worker even alone is told of and left out.
 
 What travels: to the workers `start`, a `functools.partial` of a module-level function and plain arguments (Ray pickles
-it by itself, as the function's name), and jobs as JSON; back, tensors as safetensors. The code, the models and the files
-must be on every machine under the same names; nothing is copied there.
+it by itself, as the function's name), and jobs as JSON; back, tensors as safetensors. The code, the models and the
+files must be on every machine under the same names; nothing is copied there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -60,7 +61,10 @@ class Preparation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What became of some jobs: `tensors` are of `good`, in order; `bad` cannot be read; `killed` may be tried again."""
+    """What became of some jobs: `tensors` of the good ones, in order, and why there are none of the others.
+
+    bad: what cannot be read. killed: what ended its worker, which may come of the machine; worth another try.
+    """
 
     good: list[Any]
     tensors: dict[str, Tensor]
@@ -166,7 +170,7 @@ class Pool:
             raise InputError(f"workers is {workers}: give at least 1.")
         if address is not None and address.startswith("ray://"):
             raise InputError(
-                f"Ray clients ({address}) are not supported: run the command on a machine of the cluster, with --ray auto."
+                f"Ray clients ({address}) are not supported: run this on a machine of the cluster, with --ray auto."
             )
         self.workers, self.address, self.gpus = workers, address or "local", gpus
         self._ours = False
@@ -196,12 +200,17 @@ class Pool:
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if not ray.is_initialized():
-            asked: dict[str, Any] = {"address": self.address, "log_to_driver": False, "logging_level": "ERROR"}
+            asked: dict[str, Any] = {
+                "address": self.address,
+                "log_to_driver": False,
+                "logging_level": "ERROR",
+            }
             if self.address == "local":
                 asked |= {"num_cpus": max(cores, self.workers or 1), "include_dashboard": False}
                 asked |= {"object_store_memory": STORE}
             try:
-                ray.init(**asked)
+                with _silent():
+                    ray.init(**asked)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 if self.address == "local":
                     raise
@@ -219,18 +228,18 @@ class Pool:
         each = fitting(processors, workers)
         if not each:
             raise InputError(
-                f"workers is {workers}, but the cluster at {self.address} has {sum(processors)} processors: ask for fewer."
+                f"workers is {workers}, more than the {sum(processors)} processors of the cluster: ask for fewer."
             )
-        if sum(gpus) and workers > sum(gpus):
-            share = 1 / next(n for n in itertools.count(2) if sum(gpus) * n >= workers)
-        else:
-            share = float(bool(sum(gpus)))
+        share = 10_000 // -(-workers // sum(gpus)) / 10_000 if sum(gpus) else 0.0  # Ray counts in such parts
         self._room = workers, each, share
         return self._room
 
-    def each(self, cuts: Sequence[Sequence[Job]], start: Callable[[], Preparation]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self, cuts: Sequence[Sequence[Job]], start: Callable[[], Preparation]
+    ) -> Iterator[tuple[int, Any]]:
         """The number of each cut as it ends, with its Share, or with None where it killed its worker TRIES times."""
-        assert isinstance(start, partial) and start.func.__qualname__ == start.func.__name__
+        assert isinstance(start, partial), "it travels by name"
+        assert start.func.__qualname__ == start.func.__name__, "it travels by name"
         workers, processors, gpus = self.begin()
         import ray
         import ray.data
@@ -241,7 +250,7 @@ class Pool:
             override_num_blocks=len(cuts),
         ).map_batches(
             _Worker,
-            fn_constructor_args=(start, tries, processors),
+            fn_constructor_args=(start, tries, TRIES, processors),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(cuts))),
@@ -303,8 +312,8 @@ class _Tries:
 class _Worker:
     """One process of the pool. What goes wrong comes back as words: Ray would try an exception again, or bury it."""
 
-    def __init__(self, start: Callable[[], Preparation], tries: Any, threads: int) -> None:
-        self.start, self.tries, self.threads = start, tries, threads
+    def __init__(self, start: Callable[[], Preparation], tries: Any, most: int, threads: int) -> None:
+        self.start, self.tries, self.most, self.threads = start, tries, most, threads
         self.preparation: Preparation | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -324,12 +333,14 @@ class _Worker:
         row = {"number": number, "good": [], "bad": "{}", "tensors": b"", "killed": False, "mistake": "",
                "failure": "", "host": platform.node()}  # fmt: skip
         try:
-            if ray.get(self.tries.begin.remote(number)) > TRIES:
+            if ray.get(self.tries.begin.remote(number)) > self.most:
                 return row | {"killed": True}
             if self.preparation is None:
                 self.preparation = self.start()
             cut = [tuple(job) for job in json.loads(jobs)]
-            share = _share(self.preparation, cut, in_order(partial(_load, self.preparation), cut, self.threads))
+            share = _share(
+                self.preparation, cut, in_order(partial(_load, self.preparation), cut, self.threads)
+            )
             place = {job: i for i, job in enumerate(cut)}
             return row | {
                 "good": [place[job] for job in share.good],
@@ -368,8 +379,23 @@ def _quiet_ray() -> None:
 def _keep_to_this_machine() -> None:
     """A local cluster listens on the loopback address alone, and obeys nobody without a token that is made here."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers wherever else something runs
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing that native code writes reaches standard error meanwhile; what goes wrong is raised."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _quiet_data() -> None:

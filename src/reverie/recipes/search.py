@@ -13,7 +13,6 @@ of two wordings are close to each other, and a difference of equals keeps little
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,12 +120,7 @@ def _embedder(system: Embeds, folder: Path, dtype: str) -> Embedder:
 
 def embedder(model: str, folder: str, key: str, dtype: str, device: str | None) -> Embedder:
     """A worker's own model, which must be what `key` says. InputError: it is another, or the folder is not there."""
-    system = the_same(capable(model, "embed_image", device=device), model, key)
-    if not Path(folder).is_dir():
-        raise InputError(
-            f"{folder} is not on this machine: every machine must see the folder under the same name."
-        )
-    return _embedder(system, Path(folder), dtype)
+    return _embedder(the_same(capable(model, "embed_image", device=device), model, key), seen(folder), dtype)
 
 
 def the_same(system: Any, model: str, key: str) -> Any:
@@ -134,6 +128,15 @@ def the_same(system: Any, model: str, key: str) -> Any:
     if key_of(system) != key:
         raise InputError(f"{model} is another model here than where the command was started: copy it here.")
     return system
+
+
+def seen(folder: str) -> Path:
+    """A folder that this machine sees. InputError: it does not."""
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{folder} is not on this machine: every machine must see the folder under the same name."
+        )
+    return Path(folder)
 
 
 def everywhere(name_or_folder: str | Path) -> str:
@@ -155,7 +158,15 @@ def embed(
     index, names = searched(folder)
     present = set(names) if index is None else every_file(index)
     return embed_pictures(
-        system, folder, names, present=present, dtype=dtype, pool=pool, model=model, device=device, quiet=quiet
+        system,
+        folder,
+        names,
+        present=present,
+        dtype=dtype,
+        pool=pool,
+        model=model,
+        device=device,
+        quiet=quiet,
     )
 
 
@@ -177,7 +188,7 @@ def every_file(index: Index) -> set[str]:
     return {item.file_name for item in index} | set(media_below(index.folder))
 
 
-def key_of(system: Embeds) -> str:
+def key_of(system: Any) -> str:
     """The fingerprint of a system's weights and configuration."""
     return fingerprint(system.state_dict(), type(system).__name__, system.config)
 
