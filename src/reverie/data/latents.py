@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reverie.data.embeddings import PLACE, TYPES, Store
+from reverie.data.index import Index
 from reverie.data.pixels import Bad
 from reverie.data.preparing import SHARE, Pool
 from reverie.errors import InputError
@@ -36,17 +37,29 @@ class Latents:
         self.place, self.names, self.bad = store.place, tuple(names), tuple(bad)
 
     @classmethod
-    def open(cls, folder: str | Path, *, key: str, size: tuple[int, int], frames: int = 1) -> Latents:
-        """The most exact that were encoded by the codec of this fingerprint. InputError: there are none."""
+    def open(cls, index: Index, *, key: str, size: tuple[int, int], frames: int = 1) -> Latents:
+        """Those of the items of an index, by the codec of this fingerprint, in the most exact type that is kept.
+
+        `bad` are the items whose files cannot be read. InputError: there are no latents, or not of every other item.
+        """
         for dtype in reversed(TYPES):
             name = _name(key, size, frames, dtype)
-            if (Path(folder) / PLACE / name).is_dir():
-                store = Store(Path(folder), name, dtype, axes=4, quiet=True)
-                if store.where:
-                    return cls(store)
+            if not (index.folder / PLACE / name).is_dir():
+                continue
+            store = Store(index.folder, name, dtype, axes=4, quiet=True)
+            none = [item for item in index if not store.knows(item.hash)]
+            if none and store.where:
+                raise InputError(
+                    f"{len(none):,} files, such as {none[0].file_name}, have no latents in {store.place}: run `reverie "
+                    "data encode` again."
+                )
+            if store.where:
+                good = [item.file_name for item in index if item.hash in store.where]
+                bad = [Bad(item.file_name, store.bad[item.hash]) for item in index if item.hash in store.bad]
+                return cls(store, good, bad)
         raise InputError(
-            f"{folder} has no latents of this codec at {size[0]} x {size[1]} with {frames} frames: run `reverie data "
-            "encode` first."
+            f"{index.folder} has no latents of this codec at {size[0]} x {size[1]} with {frames} frames: run `reverie "
+            "data encode` first."
         )
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ import reverie
 from reverie.data.embeddings import media_below
 from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
+from reverie.data.latents import Latents
 from reverie.data.pixels import Pixels
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
@@ -66,7 +67,7 @@ def plain_stickers(index: Index) -> Index:
     return Index(index.folder, items)
 
 
-def name_bad(run: Run, *sources: Pixels) -> None:
+def name_bad(run: Run, *sources: Pixels | Latents) -> None:
     """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
     bad = [entry for pixels in sources for entry in pixels.bad]
     run.bad(0, bad)
