@@ -164,13 +164,14 @@ def test_what_goes_wrong_in_a_worker_is_told_here(wrong, error, words, pool, tmp
 
 @pytest.mark.slow
 @ray_is_there
-def test_scores_are_those_of_one_process(pool, tmp_path):
+def test_scores_are_those_of_one_process(pool, tmp_path, monkeypatch):
     from reverie.data.stickers import sample_folder
-    from reverie.recipes.cleaning import score
+    from reverie.recipes import cleaning
 
+    monkeypatch.setattr(cleaning, "FEW", 0)  # captions go to workers, too
     for name, workers in (("one", None), ("two", pool)):
         shutil.copytree(sample_folder(), tmp_path / name)
-        score(tmp_path / name, pool=workers, quiet=True)
+        cleaning.score(tmp_path / name, pool=workers, quiet=True)
     one, two = (Index.read(tmp_path / name) for name in ("one", "two"))
     assert len(one) > 0
     assert [item.scores["clip"] for item in two] == pytest.approx(

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 SHARE = 64  # jobs
 TRIES = 3  # of a share, then of each of its jobs, before it is held to kill its worker
 KILLED = f"a worker died at it {TRIES} times: it takes more memory than there is, or breaks what reads it"
+TASKS = 10_000  # at most; with more shares than these, several go to a worker at once
 STORE = 2**30  # bytes of shared memory for what local workers hand over
 
 Job = tuple[str, ...]
@@ -94,7 +95,7 @@ def prepared(
     if not jobs:
         return
     cuts = [list(jobs[i : i + share]) for i in range(0, len(jobs), share)]
-    display = None if quiet else Display(label)
+    display = None if quiet or pool is not None else Display(label)
     try:
         if pool is None:
             preparation = start()
@@ -103,10 +104,22 @@ def prepared(
             for cut in cuts:
                 yield _share(preparation, cut, loaded)
             return
+
+        def say(text: str) -> None:
+            if display is not None:
+                display.say(text)
+            elif not quiet:
+                print(text, file=sys.stderr, flush=True)
+
+        say(f"{label}: starting workers")
         done = 0
-        for result in _spread(pool, cuts, start, display):
+        for result in _spread(pool, cuts, start, say):
             yield result
             done += len(result.good) + len(result.bad) + len(result.killed)
+            if (
+                display is None and not quiet
+            ):  # from here on: what it took to start says nothing of what is left
+                display = Display(label, first=done)
             if display is not None:
                 display.show(done, len(jobs))
         assert done == len(jobs)
@@ -216,8 +229,8 @@ class Pool:
                     raise
                 why = str(error).strip().partition("\n")[0].rstrip(".")
                 raise InputError(
-                    f"No Ray cluster can be joined at {self.address} ({why}): start one with `ray start --head`, or "
-                    "leave --ray out to use this machine."
+                    f"No Ray cluster can be joined at {self.address} ({why}): start one with `ray start --head`, "
+                    "set RAY_AUTH_MODE=token if it asks for a token, or leave --ray out to use this machine."
                 ) from None
             self._ours = True
         _quiet_data()
@@ -247,7 +260,7 @@ class Pool:
         tries = ray.remote(num_cpus=0)(_Tries).remote()
         data = ray.data.from_items(
             [{"number": i, "jobs": json.dumps(cut)} for i, cut in enumerate(cuts)],
-            override_num_blocks=len(cuts),
+            override_num_blocks=min(len(cuts), TASKS),
         ).map_batches(
             _Worker,
             fn_constructor_args=(start, tries, TRIES, processors),
@@ -279,7 +292,7 @@ def fitting(processors: Sequence[int], workers: int) -> int:
 
 
 def _spread(
-    pool: Pool, cuts: list[list[Job]], start: Callable[[], Preparation], display: Display | None
+    pool: Pool, cuts: list[list[Job]], start: Callable[[], Preparation], say: Callable[[str], None]
 ) -> Iterator[Share]:
     """The shares of all cuts; those that kill their workers are done again, each job by itself."""
     for last in (False, True):
@@ -293,8 +306,7 @@ def _spread(
             return
         if not last:
             cuts = [[job] for cut in deadly for job in cut]
-            text = f"a worker died {TRIES} times at the same {len(cuts):,}: trying them one by one"
-            print(text, file=sys.stderr) if display is None else display.say(text)
+            say(f"workers died {TRIES} times at the same {len(cuts):,}: these are tried one by one")
     yield Share(good=[], tensors={}, bad={}, killed={job: KILLED for cut in deadly for job in cut})
 
 

@@ -37,6 +37,7 @@ from reverie.recipes.search import embed_pictures, every_file, everywhere, key_o
 EACH = "caption_scores_{}"  # column of the index: the score of each caption, in the order of `captions`
 DONE = "scored_{}"  # column: what the scores were made of
 TEXTS = 256  # captions of a batch
+FEW = 8 * TEXTS  # captions that are embedded sooner than workers start
 WAYS = ("both", "hash", "embedding")
 
 
@@ -87,10 +88,11 @@ def score(
             f"The embeddings kept in {found.place} are broken: delete that folder and score again."
         )
     texts = sorted({text for item in todo for text in _texts(item, language)})
-    start = partial(_Words, clip) if pool is None else partial(_words, everywhere(model), key, device)
+    far = pool if len(texts) > FEW else None
+    start = partial(_Words, clip) if far is None else partial(_words, everywhere(model), key, device)
     vectors: dict[str, Tensor] = {}
     for share in prepared(
-        [(text,) for text in texts], start, pool=pool, share=TEXTS, threads=1, label="reading", quiet=quiet
+        [(text,) for text in texts], start, pool=far, share=TEXTS, threads=1, label="reading", quiet=quiet
     ):
         if share.killed:
             raise InputError(f"The captions cannot be embedded: {next(iter(share.killed.values()))}.")
