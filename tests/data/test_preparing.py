@@ -78,6 +78,12 @@ def test_workers_fit_on_the_machines(processors, workers, each):
     assert fitting(processors, workers) == each
 
 
+def test_workers_with_gpus_fit_where_the_gpus_are():
+    assert fitting([64, 8], 2, most=[0, 2]) == 4  # the large machine has none
+    assert fitting([64, 8], 2, most=[1, 1]) == 8
+    assert fitting([64, 8], 3, most=[1, 1]) == 0
+
+
 def test_without_ray_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(preparing, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"reverie\[ray\]"):

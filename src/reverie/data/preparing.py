@@ -235,16 +235,16 @@ class Pool:
             self._ours = True
         _quiet_data()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [int(node.get("GPU", 0)) for node in nodes] if self.gpus else []
+        gpus = [int(node.get("GPU", 0)) if self.gpus else 0 for node in nodes]
         processors = [int(node.get("CPU", 0)) for node in nodes]
         workers = self.workers or sum(gpus) or sum(processors)
-        each = fitting(processors, workers)
+        share = -(-workers // sum(gpus)) if sum(gpus) else 0  # workers of one GPU
+        each = fitting(processors, workers, most=[share * own for own in gpus] if share else None)
         if not each:
             raise InputError(
-                f"workers is {workers}, more than the {sum(processors)} processors of the cluster: ask for fewer."
+                f"workers is {workers}, more than fit on the cluster ({sum(processors)} processors): ask for fewer."
             )
-        share = 10_000 // -(-workers // sum(gpus)) / 10_000 if sum(gpus) else 0.0  # Ray counts in such parts
-        self._room = workers, each, share
+        self._room = workers, each, 10_000 // share / 10_000 if share else 0.0  # Ray counts in such parts
         return self._room
 
     def each(
@@ -285,10 +285,16 @@ class Pool:
         assert len(seen) == len(cuts), f"{len(cuts) - len(seen)} shares of {len(cuts)} did not come back"
 
 
-def fitting(processors: Sequence[int], workers: int) -> int:
-    """The most processors that each of `workers` can have on machines of so many each; 0: they do not fit."""
-    most = max(processors, default=0)
-    return next((n for n in range(most, 0, -1) if sum(own // n for own in processors) >= workers), 0)
+def fitting(processors: Sequence[int], workers: int, *, most: Sequence[int] | None = None) -> int:
+    """The most processors that each of `workers` can have on machines of so many each; 0: they do not fit.
+
+    most: how many workers a machine can have at all.
+    """
+    limits = most or [workers] * len(processors)
+    for each in range(max(processors, default=0), 0, -1):
+        if sum(min(own // each, limit) for own, limit in zip(processors, limits, strict=True)) >= workers:
+            return each
+    return 0
 
 
 def _spread(
