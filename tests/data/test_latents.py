@@ -183,6 +183,15 @@ def test_what_is_not_encoded_is_told(folder, codec):
         Latents.open(import_folder(folder), **about)
 
 
+def test_a_file_that_changed_after_the_import_is_left_out_with_its_reason(folder, codec):
+    index = Index.read(folder)
+    Image.new("RGB", (9, 9), (3, 200, 7)).save(folder / "2.png")
+    encode(folder, codec)
+    found = Latents.open(index, key=key_of(codec.model), size=(SIZE, SIZE))
+    assert [(bad.path, "changed since the import" in bad.reason) for bad in found.bad] == [("2.png", True)]
+    assert set(found.names) == {item.file_name for item in index} - {"2.png"}
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [({"size": 20}, "multiple of 8"), ({"frames": 4}, "such as 5"), ({"dtype": "int8"}, "choose one of")],

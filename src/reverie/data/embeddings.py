@@ -420,6 +420,10 @@ class Store:
 
     # Reading
 
+    def contents(self) -> dict[str, str]:
+        """The content of each file when it was last looked at."""
+        return {name: content for name, (_, _, content) in _read_files(self.files).items()}
+
     def rows_of(self, content: str) -> Tensor:
         """The rows of one content, mapped. KeyError: it has none."""
         part, i = self.where[content]

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CHANGED = "the file has changed since the import: import the folder again"
+
+
 class Latents:
     """What is kept of a folder: `latents[content]` is `c g h w`, for each `content in latents`."""
 
@@ -40,14 +43,17 @@ class Latents:
     def open(cls, index: Index, *, key: str, size: tuple[int, int], frames: int = 1) -> Latents:
         """Those of the items of an index, by the codec of this fingerprint, in the most exact type that is kept.
 
-        `bad` are the items whose files cannot be read. InputError: there are no latents, or not of every other item.
+        `bad` are the items whose files cannot be read or were not what the index says when they were encoded.
+        InputError: there are no latents, or not of every other item.
         """
         for dtype in reversed(TYPES):
             name = _name(key, size, frames, dtype)
             if not (index.folder / PLACE / name).is_dir():
                 continue
             store = Store(index.folder, name, dtype, axes=4, quiet=True)
-            none = [item for item in index if not store.knows(item.hash)]
+            found = store.contents()
+            changed = {item.file_name for item in index if found.get(item.file_name, item.hash) != item.hash}
+            none = [item for item in index if not store.knows(item.hash) and item.file_name not in changed]
             if none and store.where:
                 raise InputError(
                     f"{len(none):,} files, such as {none[0].file_name}, have no latents in {store.place}: run `reverie "
@@ -55,7 +61,11 @@ class Latents:
                 )
             if store.where:
                 good = [item.file_name for item in index if item.hash in store.where]
-                bad = [Bad(item.file_name, store.bad[item.hash]) for item in index if item.hash in store.bad]
+                bad = [
+                    Bad(item.file_name, store.bad.get(item.hash, CHANGED))
+                    for item in index
+                    if item.hash not in store.where
+                ]
                 return cls(store, good, bad)
         raise InputError(
             f"{index.folder} has no latents of this codec at {size[0]} x {size[1]} with {frames} frames: run `reverie "
