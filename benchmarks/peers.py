@@ -22,6 +22,17 @@ def torchvision_loads() -> None:
         _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def webdataset() -> Any:
+    """The package. SystemExit: it is not there."""
+    try:
+        import webdataset
+    except ImportError as error:
+        raise SystemExit(
+            f"webdataset is missing: `pip install webdataset` beside Reverie. ({error})"
+        ) from error
+    return webdataset
+
+
 def open_clip() -> Any:
     """The package. SystemExit: it is not there."""
     torchvision_loads()

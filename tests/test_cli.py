@@ -16,6 +16,7 @@ from PIL import Image
 
 from reverie import catalog, cli, command
 from reverie.errors import InputError
+from reverie.train.engine import Engine
 
 
 def reverie(*words: object) -> int:
@@ -91,8 +92,8 @@ def test_an_unknown_command_is_one_sentence(words, hint, capsys):
         ("train clip-tiny", "`reverie train clip-tiny` needs DATA: a folder"),
         ("train clip-tiny x --steps ten", "--steps is 'ten': give a whole number."),
         (
-            "train clip-tiny x --clips 3",
-            "`reverie train clip-tiny` has no flag --clips: its flags are --out, --steps",
+            "train clip-tiny x --frames 3",
+            "`reverie train clip-tiny` has no flag --frames: ",
         ),
         ("train sora-world x", "`reverie train sora-world` needs --clip: the folder of a CLIP"),
     ],
@@ -620,7 +621,8 @@ from pathlib import Path
 SOURCES = ("a", "b")
 seen = []
 
-def thing(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] = (), first: str = SOURCES[0]) -> str:
+def thing(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] = (), first: str = SOURCES[0],
+          engine=None) -> str:
     """Train a thing.
 
     Args:
@@ -630,7 +632,7 @@ def thing(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] =
         sources: Of which kinds.
         first: Which comes first.
     """
-    seen.append((data, out, steps, sources, first))
+    seen.append((data, out, steps, sources, first, engine.precision))
     return "a trained thing"
 '''
 
@@ -638,6 +640,7 @@ def thing(data: Path, out: Path, *, steps: int = 300, sources: tuple[str, ...] =
 def test_a_recipe_is_a_command_with_its_own_flags(monkeypatch, tmp_path, capsys):
     (tmp_path / "trained_things.py").write_text(THINGS)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(catalog.RECIPES, "thing", "trained_things:thing")
     assert reverie("train", "thing", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -647,11 +650,17 @@ def test_a_recipe_is_a_command_with_its_own_flags(monkeypatch, tmp_path, capsys)
     assert reverie("train", "thing", "pets", "--stepz", 7) == 2
     assert "trained_things" not in sys.modules  # neither help nor a mistake waits for the recipe's imports
     assert reverie("train", "thing", "pets", "--steps", 7, "--sources", "a", "b") == 0
-    assert reverie("train", "thing", tmp_path, "--out", "elsewhere", "--first", "b") == 0
+    assert (
+        reverie("train", "thing", tmp_path, "--out", "elsewhere", "--first", "b", "--precision", "fp32") == 0
+    )
     assert sys.modules.pop("trained_things").seen == [
-        (Path("pets"), Path("runs/thing-pets"), 7, ("a", "b"), "a"),
-        (tmp_path, Path("elsewhere"), 300, (), "b"),
+        (Path("pets"), Path("runs/thing-pets"), 7, ("a", "b"), "a", "auto"),
+        (tmp_path, Path("elsewhere"), 300, (), "b", "fp32"),
     ]
+    told = json.loads(Path("elsewhere/command.json").read_text())
+    assert (told["recipe"], told["data"]) == ("thing", str(tmp_path))
+    flags = {field.name: field.default for field in dataclasses.fields(Engine) if field.name != "replay"}
+    assert told["arguments"] == flags | {"steps": 300, "sources": [], "first": "b", "precision": "fp32"}
 
 
 @pytest.mark.parametrize("name", catalog.RECIPES)
@@ -659,7 +668,8 @@ def test_every_flag_of_a_recipe_has_a_sentence_and_its_outline_is_its_signature(
     parameters, doc = command.outline(catalog.RECIPES[name])
     real = catalog.recipe(name)
     wanted = [part.replace() for part in inspect.signature(real, eval_str=True).parameters.values()]
-    assert parameters == wanted
+    assert parameters == wanted[:-1]
+    assert (wanted[-1].name, wanted[-1].default) == ("engine", Engine())  # the flags that all recipes have
     assert doc == inspect.getdoc(real)
     assert reverie("train", name, "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -62,7 +62,7 @@ def findings(text: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (name := full_name(node, aliases)) in CALLS | MODULES:
             yield f"uses {name}"
-        if isinstance(node, ast.Name) and node.id in BUILTINS:
+        if isinstance(node, ast.Name) and node.id in BUILTINS and isinstance(node.ctx, ast.Load):
             yield f"uses {node.id}"
         if isinstance(node, ast.Attribute) and node.attr == "__reduce__":
             yield "uses __reduce__"

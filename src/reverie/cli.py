@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reverie.command import Command, asks_for_help, did_you_mean
-from reverie.errors import InputError
+from reverie.command import Command, asks_for_help, did_you_mean, restored
+from reverie.errors import InputError, out_of_memory
+from reverie.progress import MANNERS, SETTING, manner, say
 
 # ---------------------------------------------------------------- data
 
@@ -120,6 +121,39 @@ def data_shrink(
     index = Index.read(folder).select(sources=sources or None)
     items = [item for item in index if not any(item.scores.get(name, 0) > 0 for name in without)]
     print(shrink(Index(index.folder, items), out, size=size, frames=frames, quality=quality))
+
+
+def data_pack(
+    folder: Path,
+    out: Path,
+    /,
+    *,
+    size: str = "1GB",
+    count: int | None = None,
+    split: str | None = None,
+    shuffle: bool = False,
+) -> None:
+    """Pack a dataset into webdataset tars with an index, by which they are read at any place.
+
+    The media are not encoded again. After an interruption the same command goes on. What comes out is a folder for
+    every other command, here or at an address such as s3://bucket/photos.
+
+    Args:
+        folder: A folder that was imported, or an address.
+        out: A new folder for the tars and their index.
+        size: Of a tar at most, such as 500MB.
+        count: At most so many items in a tar.
+        split: Only this split: train, val or test; all if not given, each in tars of its own.
+        shuffle: Put the items into the tars in random order, for those who read tars from end to end.
+    """
+    from reverie.data.index import Index
+    from reverie.data.shards import pack, size_in_bytes
+
+    index = Index.read(folder)
+    wanted = index.select(split=split, accepted=None)
+    print(pack(wanted, out, size=size_in_bytes(size), count=count, shuffle=shuffle))
+    if len(wanted) < len(index):
+        print(f"left in {folder}: {len(index) - len(wanted):,} items of other splits")
 
 
 def data_stickers(
@@ -364,20 +398,176 @@ def data_filter(
 # ---------------------------------------------------------------- train
 
 
-def train(recipe: str, data: Path, /, *, out: Path | None = None) -> None:
+def train(
+    recipe: str,
+    data: Path,
+    /,
+    *,
+    out: Path | None = None,
+    device: str | None = None,
+    precision: str = "auto",
+    non_finite: str = "stop",
+    recompute: bool = False,
+    compile: bool = False,
+    shard: bool = False,
+    background: bool = False,
+) -> None:
     """Train a system on a captioned folder: `reverie train RECIPE DATA`.
 
     Says before the first step how long it will take and how much memory it needs. The same command goes on after an
-    interruption. Each recipe has flags of its own: `reverie train RECIPE --help`.
+    interruption. Each recipe has flags of its own: `reverie train RECIPE --help`. On several processes or machines:
+    `torchrun --nproc-per-node N -m -- reverie train RECIPE DATA`, where batches are those of all processes together.
 
     Args:
         recipe: Which system, and how.
         data: A folder that was imported, or one to import.
         out: The run's folder, in which the model goes to `model`; runs/RECIPE-DATA if not given.
+        device: Where to train, such as cpu or cuda; the GPU if there is one.
+        precision: fp32, bf16 or auto: bf16 where the processor has it.
+        non_finite: When a loss is not finite: stop, skip that step, or rollback to the last checkpoint without it.
+        recompute: Compute the blocks again on the way back instead of keeping what they did: less memory, more time.
+        compile: Compile the blocks first (torch.compile), which needs a C++ compiler on a CPU.
+        shard: Under torchrun, share out the weights over the processes (FSDP2); otherwise each has all (DDP).
+        background: Write checkpoints while training goes on, from a copy.
     """
     from reverie.catalog import RECIPES
 
     raise InputError(f"There is no recipe {recipe!r}: there are {', '.join(RECIPES)}.")
+
+
+def replay(run: Path, /, *, step: int = 0, device: str | None = None) -> int:
+    """Compute a step that stood out once more, from what the run kept of it, and say whether it gives the same.
+
+    Nothing is trained and nothing is written. Exit code 1: it gave something else.
+
+    Args:
+        run: The run's folder.
+        step: Which step; the newest of which there is evidence if not given.
+        device: Where to compute; the GPU if there is one.
+    """
+    import json
+
+    from reverie.catalog import RECIPES
+
+    path = run / "command.json"
+    try:
+        command = json.loads(path.read_text())
+        name, data, given = command["recipe"], Path(command["data"]), command["arguments"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} does not say which command this run was: name a folder of `reverie train`."
+        ) from None
+    if name not in RECIPES:
+        raise InputError(
+            f"{path} names the recipe {name!r}, which there is not: there are {', '.join(RECIPES)}."
+        )
+    known = Command.of_recipe(
+        "reverie train", RECIPES[name], like=Command.of("reverie train", train)
+    ).parameters
+    return _carry_out(name, data, run, restored(known, given) | {"device": device}, replay=step)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def runs(folder: Path = Path("runs"), /, *, json: bool = False) -> None:
+    """List the training runs below a folder: how far they are, how they go, how they ended.
+
+    `reverie runs show` tells all of one, `runs compare` puts several beside each other, `runs curves` draws them.
+    Nothing disturbs a run that is running.
+
+    Args:
+        folder: Where the runs are.
+        json: Print a JSON document.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    found = folders.find(folder)
+    records = [folders.read(path, name=_below(path, folder)) for path in found]
+    if json:
+        _print_json([asdict(record) for record in records])
+    else:
+        print(folders.listing(records) if records else f"There are no runs below {folder}.")
+
+
+def runs_show(run: str, /, *, json: bool = False) -> None:
+    """Tell all of one run: state, time and memory as said and as used, the last and the best of each metric, files.
+
+    Args:
+        run: The run's folder, or its name below runs.
+        json: Print a JSON document, with command and configuration.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    folder = folders.named(run)
+    record, more = folders.read(folder), folders.details(folder)
+    if json:
+        _print_json(asdict(record) | more)
+    else:
+        print(folders.showing(record, more))
+
+
+def runs_compare(
+    run: list[str], /, *, metrics: tuple[str, ...] = (), rows: int = 8, json: bool = False
+) -> None:
+    """Put runs beside each other: what differs in their configurations, and their metrics at the same steps.
+
+    Where a metric has many steps, a row is the mean since the row above it.
+
+    Args:
+        run: Two or more runs: folders, or names below runs.
+        metrics: Only these; all that the runs have in common if not given.
+        rows: How many rows a metric has.
+        json: Print a JSON document, with every step that the runs have in common.
+    """
+    from dataclasses import asdict
+
+    from reverie.train import runs as folders
+
+    if rows < 1:
+        raise InputError(f"rows is {rows}; give at least 1.")
+    chosen = _runs_named(run, least=2)
+    changed = folders.differences(chosen)
+    shared = folders.side_by_side(chosen, metrics=metrics, rows=None if json else rows)
+    if json:
+        _print_json({"differences": changed, "metrics": [asdict(each) for each in shared]})
+    else:
+        print(folders.comparison(chosen, changed, shared))
+
+
+def runs_curves(
+    run: list[str],
+    /,
+    *,
+    out: Path = Path("curves.png"),
+    metrics: tuple[str, ...] = (),
+    json: bool = False,
+) -> None:
+    """Draw the curves of runs on one sheet: a panel to each metric, a colour to each run.
+
+    Args:
+        run: One or more runs: folders, or names below runs.
+        out: The picture.
+        metrics: Only these; all if not given.
+        json: Print a JSON document of what was drawn.
+    """
+    from reverie.train.curves import sheet
+    from reverie.train.runs import read_lines
+
+    chosen = _runs_named(run, least=1)
+    rows = {name: read_lines(folder / "metrics.jsonl") for name, folder in chosen.items()}
+    if not (drawn := sheet(rows, out, metrics=metrics)):
+        raise InputError(
+            f"None of {', '.join(chosen)} has logged {' or '.join(metrics) or 'anything yet'}: nothing is drawn."
+        )
+    if json:
+        _print_json({"picture": str(out), "runs": [*chosen], "metrics": drawn})
+    else:
+        print(out)
 
 
 # ---------------------------------------------------------------- use
@@ -500,6 +690,7 @@ def search(
         sheet: Draw what was found to this PNG as well.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
+    from reverie.data.remote import address
     from reverie.recipes import search as finding
     from reverie.recipes.parts import capable
 
@@ -536,9 +727,9 @@ def search(
                 print(f"# {query}")
             for it in answer:
                 moment = f"  at {it.seconds:.1f} s" if it.seconds is not None else ""
-                print(f"{it.score:.3f}  {folder / it.name}{moment}")
+                print(f"{it.score:.3f}  {address(folder) or folder}/{it.name}{moment}")
     if sheet is not None:
-        path = finding.sheet(sheet, folder, queries, answers, items)
+        path = finding.sheet(sheet, found.folder, queries, answers, items)
         if not json:
             print(path)
 
@@ -912,9 +1103,15 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data dedupe": data_dedupe,
     "data filter": data_filter,
     "data shrink": data_shrink,
+    "data pack": data_pack,
     "data stickers": data_stickers,
     "data world": data_world,
     "train": train,
+    "replay": replay,
+    "runs": runs,
+    "runs show": runs_show,
+    "runs compare": runs_compare,
+    "runs curves": runs_curves,
     "sample": sample,
     "search": search,
     "eval zero-shot": eval_zero_shot,
@@ -940,6 +1137,26 @@ def _pool(workers: int | None, ray: str | None, device: str | None) -> AbstractC
     from reverie.data.preparing import Pool
 
     return Pool(workers, ray, gpus=device != "cpu")
+
+
+def _runs_named(words: Sequence[str], *, least: int) -> dict[str, Path]:
+    """Short names -> folders, each once."""
+    from reverie.train import runs as folders
+
+    found = [*dict.fromkeys(folders.named(word) for word in words)]
+    if len(found) < least:
+        raise InputError(f"{len(found)} run is too few to compare: name {least} or more.")
+    return dict(zip(folders.labels(found), found, strict=True))
+
+
+def _below(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path != folder else path.resolve().name
+
+
+def _print_json(document: Any) -> None:
+    import json
+
+    print(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 def _search_json(folder: Path, model: str, found: Any, queries: Sequence[Any], answers: Sequence[Any]) -> str:
@@ -999,7 +1216,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        print(f"reverie: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1007,19 +1224,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"reverie: {error.filename}: {error.strerror}; name another place or mend this one.",
-            file=sys.stderr,
-        )
+        _complain(f"{error.filename}: {error.strerror}; name another place or mend this one.")
         return 2
     except (MemoryError, RuntimeError) as error:
-        text = str(error)  # torch has no class of its own for want of memory on the CPU
-        if not (isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text):
+        if not out_of_memory(error):
             raise
-        print(
-            "reverie: this needs more memory than there is; ask for a smaller size, batch or number of frames.",
-            file=sys.stderr,
-        )
+        _complain("this needs more memory than there is; ask for a smaller size, batch or number of frames.")
         return 2
     except KeyboardInterrupt:
         print("reverie: stopped.", file=sys.stderr)
@@ -1031,12 +1241,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _complain(text: str) -> None:
+    """An error, in the manner that REVERIE_PROGRESS asks for."""
+    rank = os.environ.get("RANK", "0")
+    who = "reverie" if rank == "0" else f"reverie (process {rank})"
+    say(text if manner() == "json" else f"{who}: {text}", kind="error")
+
+
 def entry() -> None:
     """The `reverie` command."""
     sys.exit(main())
 
 
 def _run(words: list[str]) -> int:
+    if (asked := os.environ.get(SETTING, "")) not in ("", *MANNERS):
+        raise InputError(f"{SETTING} is {asked!r}: give {' or '.join(MANNERS)}, or leave it out.")
     if words in (["--version"], ["version"]):
         from importlib.metadata import version
 
@@ -1065,7 +1284,7 @@ def _run(words: list[str]) -> int:
 
 def _train(name: str, args: list[str]) -> int:
     """`reverie train NAME ...`: the flags are read first, and only then the recipe and torch are imported."""
-    from reverie.catalog import RECIPES, recipe
+    from reverie.catalog import RECIPES
 
     if name.startswith("-"):
         raise InputError(
@@ -1078,9 +1297,30 @@ def _train(name: str, args: list[str]) -> int:
     )
     given = command.parse(args)
     if given is not None:
-        folder = given["out"] or Path("runs") / f"{name}-{given['data'].resolve().name}"
-        recipe(name)(**given | {"out": folder})
-        print(f"the model: {folder / 'model'}")
+        folder = given.pop("out") or Path("runs") / f"{name}-{given['data'].resolve().name}"
+        return _carry_out(name, given.pop("data"), folder, given)
+    return 0
+
+
+def _carry_out(name: str, data: Path, folder: Path, given: dict[str, Any], **more: Any) -> int:
+    """Run a recipe in this process, and in those beside it under torchrun; `given` are its flags and the engine's."""
+    from dataclasses import fields
+
+    from reverie.catalog import recipe
+
+    run = recipe(name)  # torch is imported here
+    from reverie.train.engine import Engine
+    from reverie.train.log import commanded
+    from reverie.train.parallel import processes, team
+
+    rest = dict(given)
+    engine = {field.name: rest.pop(field.name) for field in fields(Engine) if field.name in rest}
+    with processes():
+        kept = nullcontext() if more else commanded(folder, recipe=name, data=data.resolve(), arguments=given)
+        with kept:
+            run(data, folder, engine=Engine(**engine, **more), **rest)
+        if team().first:
+            print(f"the model: {folder / 'model'}")
     return 0
 
 

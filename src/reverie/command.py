@@ -42,15 +42,19 @@ class Command:
 
     @staticmethod
     def of_recipe(prog: str, target: str, like: Command) -> Command:
-        """A recipe `(data, out, *, settings)`: `data` and `out` are as in the command `like`, the rest are flags."""
+        """A recipe `(data, out, *, settings, engine)`: its settings are flags, beside those that `like` has for all.
+
+        The parameter `engine` stands for the latter."""
         parameters, doc = outline(target)
         about, told = read_doc(doc)
-        shared = [part for part in like.parameters if part.name in ("data", "out")]
-        flags = [
-            part.replace(kind=part.KEYWORD_ONLY) for part in parameters if part.name not in ("data", "out")
-        ]
+        shared = [part for part in like.parameters if part.name != "recipe"]
+        known = {part.name for part in shared}
+        flags = [part.replace(kind=part.KEYWORD_ONLY) for part in parameters if part.name not in known]
         return Command(
-            prog=prog, about=about, told=told | {"out": like.told["out"]}, parameters=[*shared, *flags]
+            prog=prog,
+            about=about,
+            told={name: like.told[name] for name in known if name in like.told} | told,
+            parameters=[*shared[:2], *flags, *shared[2:]],
         )
 
     def parse(self, args: list[str]) -> dict[str, Any] | None:
@@ -137,6 +141,22 @@ class Command:
         )
 
 
+def restored(parameters: Iterable[Parameter], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that JSON has held, as their parameters have them."""
+    kinds = {part.name: _plain(part.annotation) for part in parameters}
+    return {
+        name: value
+        if value is None
+        else Path(value)
+        if kinds[name] is Path
+        else tuple(value)
+        if get_origin(kinds[name]) is tuple
+        else value
+        for name, value in values.items()
+        if name in kinds
+    }
+
+
 def outline(target: str) -> tuple[list[Parameter], str]:
     """Parameters and docstring of the function `module:name`, read from its source without importing it.
 
@@ -174,6 +194,8 @@ def outline(target: str) -> tuple[list[Parameter], str]:
             defaults = [None] * len(own.args) + own.kw_defaults
             parameters = []
             for part, default in zip([*own.args, *own.kwonlyargs], defaults, strict=True):
+                if part.arg == "engine":
+                    continue
                 assert part.annotation, f"{target}: {part.arg} has no type"
                 kind = (
                     inspect.Parameter.KEYWORD_ONLY

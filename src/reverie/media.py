@@ -19,6 +19,7 @@ always among them, and k frames play at k / n of the clip's rate.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import io
 import math
 import mmap
@@ -26,7 +27,7 @@ import struct
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -77,6 +78,45 @@ warnings.filterwarnings(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """A media file that is no file by itself: some bytes of a tar, or what lies at an address.
+
+    length, hash: how many bytes it has and their sha256. fetch: gets them, and raises `MediaError` or `OSError`.
+    """
+
+    name: str
+    length: int
+    hash: str
+    fetch: Callable[[], bytes]
+
+    def read(self, limits: Limits = LIMITS) -> bytes:
+        """Its bytes. MediaError: it is beyond `limits`, cut short, changed, or cannot be read."""
+        with _our_words(self):
+            if self.length == 0:
+                raise _Refusal("the file is empty")
+            if self.length > limits.bytes:
+                raise _Refusal(f"{self.length:,} bytes are more than the limit of {limits.bytes:,}")
+            try:
+                data = self.fetch()
+            except FileNotFoundError:
+                raise
+            except OSError:
+                raise _Refusal("the file cannot be read") from None
+            if len(data) < self.length:
+                raise _Refusal(f"cut short: {len(data):,} of its {self.length:,} bytes are there")
+            if len(data) > self.length:
+                raise _Refusal(f"changed since it was indexed: {len(data):,} bytes, not {self.length:,}")
+            if hashlib.sha256(data).hexdigest() != self.hash:
+                raise _Refusal("changed since it was indexed: its bytes do not match their checksum")
+            return data
+
+    def held(self, limits: Limits = LIMITS) -> Part:
+        """The same with its bytes in memory, so that opening it twice reads it once. MediaError: as `read`."""
+        data = self.read(limits)
+        return replace(self, fetch=lambda: data)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """A file's size as it will be shown (orientation applied). `frames` is 1 and `fps` 0.0 for an image."""
 
@@ -90,7 +130,7 @@ class Probe:
 class MediaError(InputError):
     """A file that cannot be used; `reason` is a short phrase in our own words, without the path."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path | Part, reason: str) -> None:
         super().__init__(f"{path.name}: {reason}.")
         self.reason = reason
 
@@ -99,9 +139,9 @@ class _Refusal(Exception):
     """Carries a reason up to where the path is known."""
 
 
-def probe(path: str | Path, limits: Limits = LIMITS) -> Probe:
+def probe(path: str | Path | Part, limits: Limits = LIMITS) -> Probe:
     """Reads the header (a video's first frame as well). MediaError: not media, damaged, or beyond `limits`."""
-    path = Path(path)
+    path = path if isinstance(path, Part) else Path(path)
     with _our_words(path), _open(path, limits) as file:
         found, _ = _header(file, limits)
         if found.kind in ("mp4", "webm"):
@@ -137,7 +177,7 @@ def flatten(pixels: np.ndarray, ground: int = 255) -> np.ndarray:
 
 
 def decode_array(
-    path: str | Path,
+    path: str | Path | Part,
     *,
     size: int | tuple[int, int] | None = None,
     frames: int | None = None,
@@ -156,7 +196,7 @@ def decode_array(
     resample: the filter, one of RESAMPLES.
     Raises MediaError when the file is not media, damaged, or beyond `limits`.
     """
-    path = Path(path)
+    path = path if isinstance(path, Part) else Path(path)
     box = _box(size, fit, resample)
     if frames is not None and frames < 1:
         raise InputError(f"frames must be at least 1, not {frames}.")
@@ -216,7 +256,7 @@ def tune_allocator() -> None:
 
 
 @contextmanager
-def _our_words(path: Path) -> Iterator[None]:
+def _our_words(path: Path | Part) -> Iterator[None]:
     """Turns whatever a decoder raises (Pillow and PyAV raise odd things) into a MediaError without its text."""
     try:
         yield
@@ -235,7 +275,10 @@ def _our_words(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _open(path: Path, limits: Limits) -> Iterator[BinaryIO]:
+def _open(path: Path | Part, limits: Limits) -> Iterator[BinaryIO]:
+    if isinstance(path, Part):
+        yield io.BytesIO(path.read(limits))
+        return
     if not path.is_file():
         raise _Refusal("there is no such file" if not path.exists() else "not a file")
     with path.open("rb") as file:
@@ -317,7 +360,7 @@ def _header(file: BinaryIO, limits: Limits) -> tuple[Probe, int]:
         "mp4": _mp4,
         "webm": _webm,
     }[kind]
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with _whole(file) as data:
         try:
             width, height, frames, seconds, start = reader(data, limits)
         except (struct.error, IndexError):
@@ -332,6 +375,16 @@ def _header(file: BinaryIO, limits: Limits) -> tuple[Probe, int]:
     )
     _check(found, limits)
     return found, start
+
+
+@contextmanager
+def _whole(file: BinaryIO) -> Iterator[_Data]:
+    """All bytes of a file, without reading those that nobody looks at."""
+    if isinstance(file, io.BytesIO):
+        yield file.getvalue()  # the same bytes, not copied
+        return
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
 
 
 def _rate(frames: int, seconds: float) -> float:
@@ -352,10 +405,11 @@ def _check(found: Probe, limits: Limits) -> None:
         )
 
 
+_Data = mmap.mmap | bytes
 _Claim = tuple[int, int, int, float, int]  # width, height, frames, seconds, index of the first frame
 
 
-def _png(data: mmap.mmap, limits: Limits) -> _Claim:
+def _png(data: _Data, limits: Limits) -> _Claim:
     if data[12:16] != b"IHDR":
         raise _Refusal("damaged: a PNG without its header")
     width, height = struct.unpack(">II", data[16:24])
@@ -388,7 +442,7 @@ def _png(data: mmap.mmap, limits: Limits) -> _Claim:
     return (width, height, frames, seconds, hidden) if animated and frames else (width, height, 1, 0.0, 0)
 
 
-def _jpeg(data: mmap.mmap, limits: Limits) -> _Claim:
+def _jpeg(data: _Data, limits: Limits) -> _Claim:
     at = 2
     for _ in range(STEPS):
         if data[at] != 0xFF:
@@ -406,7 +460,7 @@ def _jpeg(data: mmap.mmap, limits: Limits) -> _Claim:
     raise _Refusal("damaged: a JPEG without its size")
 
 
-def _webp(data: mmap.mmap, limits: Limits) -> _Claim:
+def _webp(data: _Data, limits: Limits) -> _Claim:
     end = 8 + struct.unpack("<I", data[4:8])[0]
     if end > len(data):
         raise _Refusal("cut short: the file is smaller than its header says")
@@ -437,7 +491,7 @@ def _webp(data: mmap.mmap, limits: Limits) -> _Claim:
     return width, height, max(1, frames), seconds, 0
 
 
-def _gif(data: mmap.mmap, limits: Limits) -> _Claim:
+def _gif(data: _Data, limits: Limits) -> _Claim:
     width, height, flags = struct.unpack("<HHB", data[6:11])
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     frames, seconds, delay = 0, 0.0, 0
@@ -472,7 +526,7 @@ def _gif(data: mmap.mmap, limits: Limits) -> _Claim:
     return width, height, frames, seconds, 0
 
 
-def _boxes(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _boxes(data: _Data, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """The ISO base media boxes in data[start:end]: name, start and end of the body."""
     for _ in range(10_000):
         if start + 8 > end:
@@ -492,7 +546,7 @@ def _boxes(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[bytes, int, 
     raise _Refusal("damaged: a file of too many boxes")
 
 
-def _leaves(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _leaves(data: _Data, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """The boxes that hold no boxes (and `ispe` in its four-fold nest), in file order."""
     for name, body, after in _boxes(data, start, end):
         if name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"iprp", b"ipco"):
@@ -503,7 +557,7 @@ def _leaves(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[bytes, int,
             yield name, body, after
 
 
-def _mp4(data: mmap.mmap, limits: Limits) -> _Claim:
+def _mp4(data: _Data, limits: Limits) -> _Claim:
     """mp4, mov and avif: the largest size that any picture track or item claims."""
     sizes, frames, seconds, time, picture, index = [(0, 0)], 1, 0.0, 0.0, False, False
     for name, body, end in _leaves(data, 0, len(data)):
@@ -534,7 +588,7 @@ def _mp4(data: mmap.mmap, limits: Limits) -> _Claim:
     return width, height, frames, seconds, 0
 
 
-def _number(data: mmap.mmap, at: int, *, marked: bool) -> tuple[int, int]:
+def _number(data: _Data, at: int, *, marked: bool) -> tuple[int, int]:
     """An EBML number (`marked`: an id, whose length bits stay) and where it ends; -1 is "unknown length"."""
     length = 9 - data[at].bit_length()
     if length > 8:
@@ -546,7 +600,7 @@ def _number(data: mmap.mmap, at: int, *, marked: bool) -> tuple[int, int]:
     return value, at + length
 
 
-def _webm(data: mmap.mmap, limits: Limits) -> _Claim:
+def _webm(data: _Data, limits: Limits) -> _Claim:
     """The size that the track headers claim; frames and time are counted when the file is opened."""
     width = height = at = 0
     for _ in range(STEPS):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from reverie import disk
 from reverie.errors import InputError
-from reverie.media import decode_array, flatten, on_white
+from reverie.media import Part, decode_array, flatten, on_white
 
 _FONTS = (  # that hold Chinese, by the beginning of the file name, best first
     "notosanscjk",
@@ -39,7 +39,7 @@ _MISSING = "\u25a1"  # drawn by hand in place of a character that no font here h
 
 
 def to_signal(
-    image: str | Path | Image.Image,
+    image: str | Path | Part | Image.Image,
     *,
     size: int | tuple[int, int] | None = None,
     fit: str = "crop",

@@ -1,7 +1,15 @@
-"""How far a long job is, on standard error: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""How far a long job is, on standard error: a bar on a terminal, a plain line every few seconds elsewhere.
+
+With REVERIE_PROGRESS=json every line is one JSON object: {"kind": "progress", "label", "done", "total",
+"seconds_left", ...}, {"kind": "line", "text"} or {"kind": "error", "text"}. REVERIE_PROGRESS=plain has plain lines on a
+terminal too.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +18,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 EVERY = 5.0  # seconds between plain lines
+SETTING, MANNERS = "REVERIE_PROGRESS", ("plain", "json")  # the command line refuses others
 
 
 class Display:
@@ -25,36 +34,72 @@ class Display:
         """Since it began."""
         return time.monotonic() - self._begun
 
-    def show(self, done: int, total: int, note: str = "") -> None:
-        """`done` of `total`, with a word on how it goes and the time that is left."""
+    def left(self, done: int, total: int) -> float | None:
+        """Seconds to go at the pace so far; None: nothing tells."""
         fresh = done - self.first
-        left = duration(self.seconds / fresh * (total - done)) if fresh > 0 else "?"
-        text = " · ".join(filter(None, (note, f"{left} left")))
-        if sys.stderr.isatty():
+        return self.seconds / fresh * (total - done) if fresh > 0 else None
+
+    def show(
+        self, done: int, total: int, note: str = "", numbers: dict[str, float | None] | None = None
+    ) -> None:
+        """`done` of `total`, with a word on how it goes (in JSON `numbers`) and the time that is left."""
+        left, form = self.left(done, total), manner()
+        text = " · ".join(filter(None, (note, f"{'?' if left is None else duration(left)} left")))
+        if form == "bar":
             if self._bar is None:
                 from rich.console import Console
                 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+                from rich.table import Column
 
+                console = Console(stderr=True)
                 words = TextColumn("{task.fields[label]}", markup=False)
-                columns = (words, BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-                self._bar = Progress(*columns, console=Console(stderr=True), transient=not self.stays)
+                counted = MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1))
+                bar = BarColumn(
+                    bar_width=min(40, max(4, console.width - 82))
+                )  # a narrow terminal reads the numbers
+                columns = (words, bar, counted, TextColumn("{task.description}"))
+                self._bar = Progress(*columns, console=console, transient=not self.stays)
                 self._task = self._bar.add_task("", label=self.label)
                 self._bar.start()
             self._bar.update(self._task, completed=done, total=total, description=text)
         elif (self.stays and done == total) or time.monotonic() - self._told >= EVERY:
             self._told = time.monotonic()
-            self.say(f"{self.label} {done}/{total} · {text}")
+            if form == "json":
+                _put({"kind": "progress", "label": self.label, "done": done, "total": total, "seconds_left": left}
+                     | (numbers or {}))  # fmt: skip
+            else:
+                say(f"{self.label} {done}/{total} · {text}")
 
     def say(self, text: str) -> None:
         """A line beside the bar."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def say(text: str, *, kind: str = "line") -> None:
+    """One line to the person, or as JSON to the program, that watches. `kind`: line or error."""
+    if manner() == "json":
+        _put({"kind": kind, "text": text})
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def manner() -> str:
+    """ "bar", "plain" or "json"."""
+    asked = os.environ.get(SETTING, "")
+    return asked if asked in MANNERS else "bar" if sys.stderr.isatty() else "plain"
+
+
+def _put(told: dict[str, Any]) -> None:
+    """A number that is not finite is null."""
+    told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
+    print(json.dumps(told, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -87,3 +132,12 @@ def duration(seconds: float) -> str:
     if seconds < 172800:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
+
+
+def size(count: float) -> str:
+    """ "34 kB", "1.5 MB", "120 MB", "2.4 GB"."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    if count < 1e9:
+        return f"{count / 1e6:.{1 if count < 1e7 else 0}f} MB"
+    return f"{count / 1e9:.1f} GB"

@@ -47,7 +47,7 @@ class Model:
     ) -> embeddings.Embeddings:
         names = media_below(folder) if names is None else names
         worker = Embedder(
-            folder=folder, prepare=self.prepare, embed=self.embed, batch=batch,
+            media=folder.__truediv__, prepare=self.prepare, embed=self.embed, batch=batch,
             dtype=options.get("dtype", "float16"),
         )  # fmt: skip
         return embed_folder(

@@ -201,16 +201,42 @@ def test_webdataset_tars(tmp_path, folder, makers, elsewhere):
     before = fingerprint(folder)
     out = tmp_path / "out" if elsewhere else None
     index = run(folder, out=out)
+    where = "set/" if elsewhere else ""
     assert texts(index) == {
-        "extracted/b__shard-001/0000.png": ["two"],
-        "extracted/shard-000/0000.png": ["zero"],
-        "extracted/shard-000/0001.png": ["one"],
+        f"{where}b/shard-001.tar/0000.png": ["two"],
+        f"{where}shard-000.tar/0000.png": ["zero"],
+        f"{where}shard-000.tar/0001.png": ["one"],
     }
     assert index[0].label == "7"
     assert fingerprint(folder) == before
-    assert all(index.path(item).read_bytes() == pictures[i] for item, i in zip(index, (2, 0, 1), strict=True))
-    assert elsewhere != (folder / "extracted").exists()
+    again = Index.read(out or folder)
+    assert [again.bytes_of(item) for item in again] == [pictures[i] for i in (2, 0, 1)]
+    assert all((again.folder / item.shard).is_file() for item in again)
+    assert not [*tmp_path.rglob("extracted")]
     assert run(folder, out=out).items == index.items
+
+
+def test_a_tar_that_was_unpacked_before_stays_so(folder, makers):
+    """Its names do not change, and nothing is there twice."""
+    pictures = [makers.data(makers.picture(i), "png") for i in range(2)]
+    pack(folder / "x.tar", [("0.png", pictures[0]), ("0.txt", b"zero"), ("1.png", pictures[1])])
+    (folder / "extracted" / "x").mkdir(parents=True)
+    (folder / "extracted" / "x" / "0.png").write_bytes(pictures[0])
+    index = run(folder, need_captions=False)
+    assert [(item.file_name, item.shard) for item in index] == [
+        ("extracted/x/0.png", None),
+        ("extracted/x/1.png", None),
+    ]
+
+
+def test_a_folder_of_tars_names_their_split(folder, makers):
+    for i, name in enumerate(("train", "val")):
+        (folder / name).mkdir()
+        pack(folder / name / "0.tar", [("0.png", makers.data(makers.picture(i), "png")), ("0.txt", b"w")])
+    assert [(item.file_name, item.split) for item in run(folder)] == [
+        ("train/0.tar/0.png", "train"),
+        ("val/0.tar/0.png", "val"),
+    ]
 
 
 def test_class_folders_within_a_tar(folder, makers):
@@ -223,8 +249,8 @@ def test_class_folders_within_a_tar(folder, makers):
     )
     index = run(folder)
     assert [(item.file_name, item.label) for item in index] == [
-        ("extracted/a/1.png", None),
-        ("extracted/a/cat/0.png", "cat"),
+        ("a.tar/1.png", None),
+        ("a.tar/cat/0.png", "cat"),
     ]
     assert index[0].reject.startswith("no caption")  # the name of the shard is no class
 
@@ -311,15 +337,11 @@ def test_a_hostile_tar_writes_nothing_outside(tmp_path, folder, makers):
         info.size = 2**20 + 1
         archive.addfile(info, io.BytesIO(bytes(info.size)))
     index = run(folder)
-    assert [item.file_name for item in index if item.reject is None] == ["extracted/evil/good.png"]
-    assert reasons(index)["evil.tar"].startswith(
-        "10 of its members not unpacked: '../../canary.png' leads out"
-    )
+    assert [item.file_name for item in index if item.reject is None] == ["evil.tar/good.png"]
+    assert reasons(index)["evil.tar"].startswith("10 of its members not taken: '../../canary.png' leads out")
     written = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert written == [
         "set/evil.tar",
-        "set/extracted/evil/good.png",
-        "set/extracted/evil/good.txt",
         "set/metadata.parquet",
     ]
     assert not Path("/tmp/canary-of-reverie.png").exists()

@@ -113,7 +113,7 @@ def test_gone_on_with_is_left_alone(after, folder, codec, tmp_path):
     run = partial(video_vae.encode_folder, names=names, key="0" * 16, share=2, quiet=True, **about)
 
     def start(where: Path, encode) -> video_vae.Encoder:
-        return video_vae.Encoder(folder=where, encode=encode, stride=4, batch=2, **about)
+        return video_vae.Encoder(media=where.__truediv__, encode=encode, stride=4, batch=2, **about)
 
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     shutil.copytree(folder, alone)
@@ -160,7 +160,10 @@ def test_bad_files_are_listed_and_the_recipe_leaves_them_out(folder, codec):
     assert set(kept.names) == {item.file_name for item in index}
     config = SimpleNamespace(size=(SIZE, SIZE), text=SimpleNamespace(length=8))
     words = SimpleNamespace(encode=lambda texts, length: torch.zeros(len(texts), length, dtype=torch.long))
-    model = SimpleNamespace(codec=codec.model, encode=torch.no_grad()(codec.model.encode), tokenizer=words)
+    encode_now = torch.no_grad()(codec.model.encode)
+    model = SimpleNamespace(
+        codec=codec.model, encode=encode_now, tokenizer=words, parameters=codec.model.parameters
+    )
     run = {"model": config, "steps": 1, "batch": 4, "clips": 0}
     one, two = (
         Source(index, SoraRun(**run, latents=latents), model, frames=1).pictures(0)

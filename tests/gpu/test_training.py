@@ -10,13 +10,29 @@ from PIL import Image
 
 import reverie
 from reverie.data.importers import import_folder
+from reverie.errors import InputError
 from reverie.recipes import clip, sora
 from reverie.recipes.parts import home
+from reverie.train import Player, adamw, estimate, memory
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
+
+
+def test_the_end_of_the_gpu_s_memory_is_one_sentence_with_a_remedy(monkeypatch):
+    """First where it is foreseen, then where torch finds out."""
+    model = torch.nn.Linear(1 << 12, 1 << 12, device="cuda")
+    player = Player(
+        model, optimizer=adamw(model, lr=1e-3), loss=lambda b: {"loss": model(b["x"]).square().mean()}
+    )
+    batch = {"x": torch.zeros(1, 1, device="cuda").expand(1 << 24, 1 << 12)}
+    with pytest.raises(InputError, match=r"would need about .* are free: give --batch \d+"):
+        estimate([player], [batch], steps=1, settings={"batch": 1 << 24})
+    monkeypatch.setattr(memory, "available", lambda device, swap=False: None)
+    with pytest.raises(InputError, match="did not suffice for one batch: take a smaller --batch"):
+        estimate([player], [batch], steps=1, settings={"batch": 1 << 24})
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX 
 def start():
     """Starts the trainer in a child, forked in milliseconds from a server that has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "reverie.train"])  # torch.optim imports the first, late
+    context.set_forkserver_preload(
+        ["torch._dynamo", "reverie.train.loop"]
+    )  # torch.optim imports the first, late
     children = []
 
     def begin(folder: Path, **arguments):

@@ -1,9 +1,10 @@
-"""A small run that drops patches and words or trains adapters; the tests kill it in a child process."""
+"""Small runs of the recipes, CLIP's and Sora's; the tests kill them in a child process."""
 
 from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 STEPS = 8
@@ -29,6 +30,15 @@ def prepare(place: Path) -> None:
             colour[number] = 200 - 9 * i
             Image.new("RGB", (16, 16), tuple(colour)).save(place / "data" / name / f"{i}.png")
     import_folder(place / "data", val=0, quiet=True)
+    (place / "moving").mkdir()
+    for number in range(6):
+        frames = [Image.new("RGB", (16, 16), (20 * number, 12 * moment, 90)) for moment in range(16)]
+        save = (
+            frames[0].save if number % 2 else partial(frames[0].save, save_all=True, append_images=frames[1:])
+        )
+        save(place / "moving" / f"{number}.webp", lossless=True)
+        (place / "moving" / f"{number}.txt").write_text(names[number % 3])
+    import_folder(place / "moving", val=0, quiet=True)
     words = Bpe.train([*names] * 3, vocab=600)
     torch.manual_seed(0)
     text = TextConfig(vocab=words.vocab, length=10, width=32, depth=1, heads=2, end=words.end)
@@ -36,13 +46,19 @@ def prepare(place: Path) -> None:
     reverie.save(Clip(ClipConfig(image=image, text=text, width=16), words), place / "start")
 
 
-def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None) -> None:
-    """`way`: "drop" or "lora"; `kill`: the sub-step of a save to die at, and of which save."""
+def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None, **engine) -> None:
+    """`way`: "drop", "lora" or "sora"; `kill`: the sub-step of a save to die at, or "backward", and the how manieth.
+
+    Sora's steps have two batches, so an odd backward pass is in the middle of one.
+    """
     import torch
 
+    from reverie.recipes import sora
     from reverie.recipes.clip import tiny
     from reverie.recipes.clip_finetune import finetune
     from reverie.train import Run, checkpoint
+    from reverie.train.engine import Engine
+    from reverie.train.parallel import processes
 
     torch.set_num_threads(1)
     times: dict[str, int] = {}
@@ -54,8 +70,28 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
 
     checkpoint._reached = reached
     Run.curves = lambda self: None
-    shared = {"start": str(place / "start"), "steps": STEPS, "batch": 6, "lr": 1e-2, "drop": 0.5}
-    if way == "drop":
-        tiny(place / "data", out, drop_text=0.5, unmasked=0.3, **shared)
-    else:
-        finetune(place / "data", out, lora=2, lock="text", layer_decay=0.7, blend=0.5, **shared)
+    backward = torch.Tensor.backward
+
+    def counted(self, *given, **named):
+        backward(self, *given, **named)
+        reached("backward")
+
+    torch.Tensor.backward = counted  # type: ignore[method-assign]
+    how = Engine(**engine)
+    shared = {
+        "start": str(place / "start"),
+        "steps": STEPS,
+        "batch": 6,
+        "lr": 1e-2,
+        "drop": 0.5,
+        "engine": how,
+    }
+    with processes():
+        if way == "sora":
+            sora.TINY = (2, 64, 1)
+            begun = str(place / "start")
+            sora.tiny(place / "moving", out, clip=begun, steps=STEPS, batch=2, clips=2, size=16, engine=how)
+        elif way == "drop":
+            tiny(place / "data", out, drop_text=0.5, unmasked=0.3, **shared)
+        else:
+            finetune(place / "data", out, lora=2, lock="text", layer_decay=0.7, blend=0.5, **shared)

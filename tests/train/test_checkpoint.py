@@ -183,8 +183,8 @@ def test_model_and_optimizer_come_back_exactly(tmp_path):
     path = save(tmp_path, 3, tensors=parts)
 
     other, other_optimizer = trained(0, seed=1)
-    checkpoint.restore(checkpoint.model_tensors(other), path / "model.safetensors")
-    checkpoint.restore_optimizer(other, other_optimizer, path / "optimizer.safetensors", scalars)
+    checkpoint.restore(checkpoint.model_tensors(other), path, "model")
+    checkpoint.restore_optimizer(other, other_optimizer, path, "optimizer", scalars)
     assert other.out.weight is other.words.weight
     for _ in range(2):
         for m, o in ((model, optimizer), (other, other_optimizer)):
@@ -216,8 +216,8 @@ def test_other_optimizers_come_back_exactly(tmp_path, kind):
     path = save(tmp_path, 1, tensors={"model": checkpoint.model_tensors(model), "optimizer": tensors})
     scalars = json.loads(json.dumps(scalars))
     other, other_optimizer = make(1)
-    checkpoint.restore(checkpoint.model_tensors(other), path / "model.safetensors")
-    checkpoint.restore_optimizer(other, other_optimizer, path / "optimizer.safetensors", scalars)
+    checkpoint.restore(checkpoint.model_tensors(other), path, "model")
+    checkpoint.restore_optimizer(other, other_optimizer, path, "optimizer", scalars)
     go(model, optimizer)
     go(other, other_optimizer)
     assert torch.equal(model.weight, other.weight)
@@ -234,4 +234,4 @@ def test_other_optimizers_come_back_exactly(tmp_path, kind):
 def test_another_model_is_refused(tmp_path, other, reason):
     path = save(tmp_path, 1, tensors={"model": checkpoint.model_tensors(nn.Linear(3, 2))})
     with pytest.raises(InputError, match=reason):
-        checkpoint.restore(checkpoint.model_tensors(other), path / "model.safetensors")
+        checkpoint.restore(checkpoint.model_tensors(other), path, "model")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from reverie.cli import main
 from reverie.errors import InputError
-from reverie.progress import duration
+from reverie.progress import counting, duration, size
 from reverie.train import Run
 from reverie.train.log import Progress, refuse_difference, resolved
 
@@ -125,20 +126,24 @@ def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
         Run(tmp_path / "b", track=True)
 
 
+def told(**more):
+    return {"loss": 1.0, "items": 8, "seconds": 0.5, "lr": 1e-3, "memory": 2_400_000_000} | more
+
+
 def test_progress_without_a_terminal_is_a_plain_line_now_and_then(capsys, monkeypatch):
     monkeypatch.setattr("reverie.progress.EVERY", 0.0)
     progress = Progress()
-    progress.update(1, 3, loss=2.0, items=8)
-    progress.update(2, 3, loss=1.0, items=8)
-    progress.update(3, 3, loss=math.nan, items=8)
+    progress.update(1, 3, **told(loss=2.0))
+    progress.update(2, 3, **told())
+    progress.update(3, 3, **told(loss=math.nan, memory=0))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("step 1/3 · loss 2 · ")
-    assert re.fullmatch(r"step 2/3 · loss 1.9 · [\d.]+ items/s · \d+ s left", lines[1])
-    assert lines[2].endswith("· 0 s left")
+    assert lines[0] == "step 1/3 · loss 2 · ? items/s · lr 0.001 · 2.4 GB · ? left"
+    assert re.fullmatch(r"step 2/3 · loss 1.9 · 16.0 items/s · lr 0.001 · 2.4 GB · \d+ s left", lines[1])
+    assert lines[2] == "step 3/3 · loss 1.9 · 16.0 items/s · lr 0.001 · 0 s left"
     monkeypatch.setattr("reverie.progress.EVERY", 3600)
     quiet = Progress()
     for step in range(1, 4):
-        quiet.update(step, 3, loss=1.0, items=8)
+        quiet.update(step, 3, **told())
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -147,7 +152,7 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     progress = Progress()
     for step in range(1, 4):
-        progress.update(step, 3, loss=0.5, items=8)
+        progress.update(step, 3, **told(loss=0.5))
     progress.say("a word [in brackets]")
     progress.close()
     text = capsys.readouterr().err
@@ -156,8 +161,61 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     assert "loss 0.5" in text
 
 
+def test_throughput_is_that_of_the_steps_and_not_of_what_lies_between(capsys, monkeypatch):
+    monkeypatch.setattr("reverie.progress.EVERY", 0.0)
+    progress = Progress()
+    for step, seconds in enumerate((9.0, 0.5, 0.25, 0.25), 1):  # the first one warms up
+        progress.update(step, 9, **told(seconds=seconds))
+    assert progress.numbers["items_per_second"] == pytest.approx(24 / (0.5 + 0.25 + 0.25))
+
+
+def test_with_json_every_line_is_one_object(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("REVERIE_PROGRESS", "json")
+    monkeypatch.setattr("reverie.progress.EVERY", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run = Run(tmp_path)
+    run.progress(1, 3, **told(loss=math.nan))
+    run.progress(2, 3, **told())
+    run.say("a word")
+    run.close()
+    with counting("drawing") as show:
+        show(1, 2)
+    assert main(["train", "none", "data"]) == 2
+    first, second, word, drawing, error = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first["loss"] is None
+    assert second.pop("seconds_left") >= 0
+    assert second == {
+        "kind": "progress", "label": "step", "done": 2, "total": 3, "loss": 1.0, "items_per_second": 16.0, "lr": 1e-3,
+        "memory": 2_400_000_000,
+    }  # fmt: skip
+    assert word == {"kind": "line", "text": "a word"}
+    assert (drawing["label"], drawing["done"]) == ("drawing", 1)
+    assert error["kind"] == "error"
+    assert "no recipe" in error["text"]
+
+
+def test_plain_lines_on_a_terminal_when_asked_and_other_wishes_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("reverie.progress.EVERY", 0.0)
+    monkeypatch.setenv("REVERIE_PROGRESS", "plain")
+    progress = Progress()
+    progress.update(1, 3, **told())
+    assert capsys.readouterr().err == "step 1/3 · loss 1 · ? items/s · lr 0.001 · 2.4 GB · ? left\n"
+    monkeypatch.setenv("REVERIE_PROGRESS", "loud")
+    assert main(["runs"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "reverie: REVERIE_PROGRESS is 'loud': give plain or json, or leave it out.\n"
+    )
+
+
 def test_durations():
     assert [duration(s) for s in (40, 720, 12600, 181440)] == ["40 s", "12 min", "3.5 h", "2.1 days"]
+
+
+def test_sizes():
+    counts = (34_000, 1_500_000, 120_000_000, 2_400_000_000)
+    assert [size(count) for count in counts] == ["34 kB", "1.5 MB", "120 MB", "2.4 GB"]
 
 
 def test_a_saved_model_is_left_alone(tmp_path):

@@ -1,7 +1,9 @@
+import copy
 import itertools
 import json
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -454,3 +456,107 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     ):
         go(tmp_path, with_bad(4 / 6), steps=12)
     go(tmp_path / "b", with_bad(4 / 6), steps=12, max_bad=0.7)
+
+
+# ---------------------------------------------------------------- saves in the background
+
+
+def test_a_background_save_never_sees_later_weights(tmp_path, monkeypatch):
+    """The writer is held back until training has gone on; the file has the weights of its step."""
+    save, saved, gate = checkpoint.save, [], threading.Event()
+
+    def late(folder, step, **named):
+        assert gate.wait(30)
+        saved.append(step)
+        return save(folder, step, **named)
+
+    plain, _ = go(tmp_path / "plain", steps=6)
+    monkeypatch.setattr(checkpoint, "save", late)
+    run, player = Run(tmp_path / "late", progress=False), make()
+    for step in train([player], clean, run=run, steps=6, save_every=3, estimate=False, background=True):
+        run.log(step.number, step.metrics)
+        if step.number == 5:
+            assert saved == []  # two steps after the save began
+            gate.set()
+    assert saved == [3, 6]
+    assert same(state(plain), state(player))
+    for name in ("step-00000003", "step-00000006"):
+        manifests = [(tmp_path / way / "checkpoints" / name / "MANIFEST.json") for way in ("plain", "late")]
+        assert manifests[0].read_text() == manifests[1].read_text()
+
+
+def test_at_most_one_background_save_is_under_way(tmp_path, monkeypatch):
+    save, under_way, most = checkpoint.save, [], []
+
+    def watched(folder, step, **named):
+        under_way.append(step)
+        most.append(len(under_way))
+        time.sleep(0.05)
+        path = save(folder, step, **named)
+        under_way.remove(step)
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", watched)
+    go(tmp_path, background=True, save_every=1)
+    assert len(most) == 8
+    assert max(most) == 1
+
+
+def test_a_background_save_that_fails_stops_the_next_step(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def failing(folder, step, **named):
+        if step == 6:
+            raise InputError("the disk is full")
+        return save(folder, step, **named)
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    seen = []
+
+    def slow(step, micro):
+        seen.append(step)
+        time.sleep(0.05)
+        return clean(step, micro)
+
+    with pytest.raises(InputError, match="the disk is full"):
+        go(tmp_path, slow, background=True, steps=20)
+    assert max(seen) in (6, 7)
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000003"
+
+
+# ---------------------------------------------------------------- how a run is carried out
+
+
+@pytest.mark.parametrize(
+    "how", [{"recompute": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)]
+)
+def test_how_blocks_are_computed_changes_nothing_but_rounding(tmp_path, how):
+    from reverie.encoders.vit import Vit, VitConfig
+    from reverie.train.engine import Engine
+
+    def trained(folder, engine):
+        torch.manual_seed(0)
+        model = engine.place(Vit(VitConfig(size=16, patch=8, width=16, depth=2, heads=2)))
+        kept: list[int] = []
+        image = torch.randn(8, 3, 16, 16, generator=rng.generator(0, "image"))
+
+        def loss(batch):
+            def count(tensor):
+                kept.append(tensor.untyped_storage().data_ptr())
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                return {"loss": model.embed(image).square().mean()}
+
+        player = Player(model, loss=loss, optimizer=adamw(model, lr=1e-2))
+        run = Run(folder, progress=False)
+        losses = [step.loss for step in train([player], clean, run=run, steps=4, estimate=False)]
+        return losses, len(set(kept)), copy.deepcopy(model).state_dict()
+
+    plain, held, weights = trained(tmp_path / "plain", Engine(device="cpu"))
+    losses, less, others = trained(tmp_path / "other", Engine(device="cpu", **how))
+    tolerance = 1e-3 if "compile" in how else 1e-6  # Adam makes much of the rounding of fused kernels
+    torch.testing.assert_close(losses, plain, rtol=tolerance, atol=0)
+    assert weights.keys() == others.keys()
+    if "recompute" in how:
+        assert less < held / 2

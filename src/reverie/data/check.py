@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from reverie import disk
-from reverie.data.index import MARK_WORDS, Index
+from reverie.data.index import MARK_WORDS, Index, Item
+from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import SUFFIXES
+from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part
 from reverie.progress import track
+
+CHANGED = "changed since the import: import the folder again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +68,54 @@ class Report:
         return "\n".join(lines)
 
 
-def check(folder: str | Path | Index, *, contents: bool = False, quiet: bool = False) -> Report:
+def check(
+    folder: str | Path | Index, *, contents: bool = False, limits: Limits = LIMITS, quiet: bool = False
+) -> Report:
     """Reads an index and compares it with the files: those that have gone or changed since the import are rejected too.
 
     contents: compare content hashes, not only sizes. InputError: no index, or nothing usable in the folder.
     """
     index = folder if isinstance(folder, Index) else Index.read(folder)
-    rejected, marked, accepted, same = [], [], [], defaultdict(list)
-    for item in track(index, total=len(index), label="checking", quiet=quiet):
-        reason = None if item.marked else item.reject
-        if reason is None:
-            path = index.path(item)
+
+    @cache
+    def size_of(name: str) -> int | None:
+        try:
+            return index.size_of(name)
+        except OSError:
+            return None
+
+    def look(item: Item) -> str | None:
+        """Why an item cannot be used: as the index says, or by what has become of its bytes."""
+        if item.reject is not None and not item.marked:
+            return item.reject
+        name = item.shard or item.file_name
+        size = size_of(name)
+        if item.shard is not None:
+            if size is None:
+                return f"{name}, which held it, is gone: copy or pack it again"
+            if size < item.offset + item.bytes:
+                return f"{name}, which held it, is cut short: copy or pack it again"
+        elif size is None:
+            return "gone since the import: import the folder again"
+        elif size != item.bytes:
+            return CHANGED
+        if not contents:
+            return None
+        media = index.media(item)
+        if isinstance(media, Part):
             try:
-                changed = path.stat().st_size != item.bytes or (contents and disk.sha256(path) != item.hash)
-                reason = "changed since the import: import the folder again" if changed else None
-            except OSError:
-                reason = "gone since the import: import the folder again"
+                media.read(limits)
+            except MediaError as error:
+                return error.reason
+            return None
+        try:
+            return CHANGED if disk.sha256(media) != item.hash else None
+        except OSError:
+            return "gone since the import: import the folder again"
+
+    rejected, marked, accepted, same = [], [], [], defaultdict(list)
+    steps = zip(index, in_order(look, index.items, index.readers or 1), strict=True)
+    for item, reason in track(steps, total=len(index), label="checking", quiet=quiet):
         if reason is None and item.marked:
             marked.append((item.file_name, str(item.reject)))
         elif reason is None:

@@ -27,7 +27,7 @@ import numpy as np
 from reverie.data.index import Index, Item
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, MediaError, decode_array, flatten
+from reverie.media import LIMITS, Limits, MediaError, Part, decode_array, flatten
 from reverie.progress import track
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _cosines() -> np.ndarray:
     return np.cos(np.pi * np.outer(np.arange(LOW), 2 * np.arange(SIDE) + 1) / (2 * SIDE))
 
 
-def hashes_of(path: str | Path, *, moments: int = 1, limits: Limits = LIMITS) -> np.ndarray:
+def hashes_of(path: str | Path | Part, *, moments: int = 1, limits: Limits = LIMITS) -> np.ndarray:
     """The hashes of a file's `moments` evenly spaced frames: bool `moments 64`. MediaError: it cannot be decoded."""
     from PIL import Image
 
@@ -97,11 +97,11 @@ def hash_items(
 
     def of(item: Item) -> np.ndarray | str:
         try:
-            return hashes_of(index.path(item), moments=MOMENTS if item.frames > 1 else 1, limits=limits)
+            return hashes_of(index.media(item), moments=MOMENTS if item.frames > 1 else 1, limits=limits)
         except MediaError as error:
             return error.reason
 
-    steps = in_order(of, items, workers)
+    steps = in_order(of, items, workers or index.readers)
     found = track(steps, total=len(items), label="hashing", quiet=quiet)
     return {item.file_name: value for item, value in zip(items, found, strict=True)}
 

@@ -39,10 +39,11 @@ import numpy as np
 from PIL import Image
 
 from reverie import disk
+from reverie.data.index import Index
 from reverie.data.pixels import Bad
-from reverie.data.preparing import SHARE, Pool, Share, prepared
+from reverie.data.preparing import SHARE, Pool, Share, Unreached, prepared
 from reverie.errors import InputError
-from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, decode_array, pick, probe
+from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, decode_array, pick, probe
 
 if TYPE_CHECKING:
     import torch
@@ -103,12 +104,13 @@ def media_below(folder: Path) -> list[str]:
 class Embedder:
     """The preparation: jobs are (content, file name); a file that can be read has a row for each of its moments.
 
-    prepare: pictures or their paths -> signals `b 3 h w`, called on several threads. embed: signals -> vectors `b d`,
+    media: from names to what decoders open. prepare: pictures or their paths -> signals `b 3 h w`, called on several
+    threads. embed: signals -> vectors `b d`,
     called with about `batch` of them. dtype: "float16" or "float32".
     """
 
-    folder: Path
-    prepare: Callable[[list[Path] | list[Image.Image]], Tensor]
+    media: Callable[[str], Path | Part]
+    prepare: Callable[[list[Path | Part] | list[Image.Image]], Tensor]
     embed: Callable[[Tensor], Tensor]
     dtype: str = "float16"
     batch: int = 64
@@ -116,7 +118,7 @@ class Embedder:
 
     def load(self, job: tuple[str, str]) -> tuple[Tensor, list[float]]:
         """Signals, and the seconds at which they stand. MediaError: the file has none."""
-        pictures, seconds = frames_of(self.folder / job[1], limits=self.limits)
+        pictures, seconds = frames_of(at_hand(self.media(job[1]), self.limits), limits=self.limits)
         return self.prepare(pictures), seconds
 
     def make(self, loaded: Iterable[tuple[Tensor, list[float]]]) -> dict[str, Tensor]:
@@ -154,6 +156,7 @@ def embed_folder(
     *,
     key: str,
     start: Callable[[], Embedder],
+    index: Index | None = None,
     present: Collection[str] | None = None,
     share: int = SHARE,
     dtype: str = "float16",
@@ -167,18 +170,29 @@ def embed_folder(
     key: the `fingerprint` of what makes them. start: gives what does, for this folder and dtype. present: every file of
     the folder, where `names` are some of them; the vectors of others leave the store. share: files that are done
     together. workers: threads that read. pool: workers in processes of their own, for which `start` is plain
-    (data/preparing.py). InputError: vectors that are not finite, or whose values dtype cannot hold.
+    (data/preparing.py). index: the folder's, without which only files of their own are found, and no parts of tars.
+    InputError: vectors that are not finite, or whose values dtype cannot hold.
     """
     store = Store(Path(folder), f"embeddings-{key}-{dtype}", dtype, quiet=quiet)
     contents, reasons = store.fill(
-        names, start, present=present, share=share, workers=workers, pool=pool, limits=limits,
+        names, start, index=index, present=present, share=share, workers=workers, pool=pool, limits=limits,
         label="embedding", quiet=quiet,
     )  # fmt: skip
     store.tidy()
     return store.gather(Path(folder), names, contents, reasons)
 
 
-def frames_of(path: Path, *, limits: Limits = LIMITS) -> tuple[list[Path] | list[Image.Image], list[float]]:
+def at_hand(media: Path | Part, limits: Limits) -> Path | Part:
+    """A file, or a part of a tar with its bytes. Unreached: the tar cannot be read, which says nothing of the part."""
+    try:
+        return media.held(limits) if isinstance(media, Part) else media
+    except MediaError as error:
+        raise Unreached(Path(media.name), error.reason) from None
+
+
+def frames_of(
+    path: Path | Part, *, limits: Limits = LIMITS
+) -> tuple[list[Path | Part] | list[Image.Image], list[float]]:
     """What of a file is embedded, and the seconds at which it stands: a picture as it lies there, of a clip its frames.
 
     MediaError: nothing.
@@ -254,12 +268,16 @@ class Store:
         self,
         names: Sequence[str],
         present: set[str],
+        parts: Mapping[str, Part],
         workers: int | None,
         limits: Limits,
         quiet: bool,
         pool: Pool | None,
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """The content of each of `names`, and the reasons of those that cannot be read."""
+        """The content of each of `names`, and the reasons of those that cannot be read.
+
+        Of parts of tars the index says it, and reading compares.
+        """
         folder = self.files.parent.parent
         known = _read_files(self.files)
         kept = {name: row for name, row in known.items() if name in present}
@@ -267,6 +285,9 @@ class Store:
         reasons: dict[str, str] = {}
         todo: dict[str, tuple[int, int]] = {}
         for name in names:
+            if name in parts:
+                contents[name] = parts[name].hash
+                continue
             try:
                 state = (folder / name).stat()
             except OSError:
@@ -293,6 +314,7 @@ class Store:
                 reasons[name] = reason
                 kept.pop(name, None)
         self.alive = {content for _, _, content in kept.values()}
+        self.alive |= {part.hash for name, part in parts.items() if name in present}
         if self.writable and kept != known:
             _write_files(self.files, kept)
         return contents, reasons
@@ -305,6 +327,7 @@ class Store:
         start: Callable[[], Any],
         *,
         present: Collection[str] | None,
+        index: Index | None = None,
         share: int,
         workers: int | None,
         pool: Pool | None,
@@ -313,8 +336,12 @@ class Store:
         quiet: bool,
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Have the rows of the files `names` made that are not kept; the contents of the files, and what has none."""
+        workers = workers or (index.readers if index is not None else None)
+        parts = {
+            item.file_name: part for item in index or () if isinstance(part := index.media(item), Part)
+        } if index is not None else {}  # fmt: skip
         contents, reasons = self.look(
-            names, set(names if present is None else present), workers, limits, quiet, pool
+            names, set(names if present is None else present), parts, workers, limits, quiet, pool
         )
         first: dict[str, str] = {}  # content -> a file that has it
         for name in names:
@@ -472,7 +499,7 @@ class Store:
         for name in good:
             whole.update(bytes.fromhex(contents[name]))
         bad = [
-            Bad(name, reasons[name] if name in reasons else self.bad[contents[name]])
+            Bad(name, reasons.get(name) or self.bad.get(contents[name], "a copy of it cannot be read"))
             for name in names
             if name in reasons or contents[name] not in self.where
         ]

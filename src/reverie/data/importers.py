@@ -9,8 +9,9 @@ Media are known by content, whatever their names. Words are looked for, and all 
   are understood; any other column is kept as it is;
 - class-named folders: where no file of a folder has words, the folder's name is label and caption, unless it is a
   general one (`images`, `train`, ...);
-- webdataset tars (.tar, .tar.gz, .tgz): their members are unpacked into `extracted/` beside the index, and then read
-  as sidecars are.
+- webdataset tars: files of one stem belong together, as beside each other in a folder. A plain .tar is indexed where it
+  lies, its members named `a.tar/0001.png`, and read from there; a gzipped one (.tar.gz, .tgz), which can only be read
+  from its beginning, is unpacked into `extracted/` beside the index, as is one that was unpacked there before.
 
 Text must be UTF-8 (or UTF-16 with its mark): a file whose caption is neither is rejected, not guessed at. A file
 without any words is rejected too, unless `need_captions` is off. Languages are told by their script (zh, ja, ko, or
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -43,12 +45,13 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from reverie import disk
+from reverie.data import remote
 from reverie.data.check import nothing_usable
 from reverie.data.index import FILE, SPLITS, Caption, Index, Item, is_ours
 from reverie.data.marks import still_marked
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, decode_array, probe, sniff
+from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, decode_array, probe, sniff
 from reverie.progress import track
 from reverie.rng import integer
 
@@ -58,6 +61,7 @@ TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TARS = (".tar", ".tar.gz", ".tgz")
 OTHER_TARS = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 EXTRACTED = "extracted"
+PACKED = "shards.json"  # what tells a folder that `data/shards.py` packed
 GROWTH = 50  # a gzipped tar holds at most so many times its size, lest a small file fill the disk
 LONGEST = 2**20  # bytes of one sidecar
 GENERAL = {"images", "image", "img", "imgs", "pictures", "photos", "videos", "clips", "data", "media", "files",
@@ -70,6 +74,21 @@ _MEANT = {"label": "label", "class": "label", "class_name": "label", "category":
 _IMPORTED = ("sidecar:", "json:", "table:", "class:")  # how the caption sources of an import begin
 _OTHER_MEDIA = {".svg", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".ico", ".tga", ".exr",
                 ".dng", ".cr2", ".nef", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".3gp"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """A file in a plain tar, read where it lies: `size` bytes from `offset` on. `shard`: the tar in the index."""
+
+    tar: Path
+    shard: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 @dataclass
@@ -110,18 +129,24 @@ def import_folder(
     workers: threads.
     InputError: no such folder, nothing usable in it, or nowhere to write.
     """
-    folder = Path(folder)
+    if where := remote.address(folder):
+        raise InputError(
+            f"{where} is an address, where nothing is imported: import the folder, and copy it there."
+        )
+    folder = remote.local(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
     if not 0 <= val < 1:
         raise InputError(f"val must be a share from 0 to below 1, not {val}.")
     target, prefix = _place(folder, Path(out) if out is not None else None)
+    if not prefix and (folder / FILE).exists() and (folder / PACKED).exists():
+        raise InputError(f"{folder} was packed by `reverie data pack` and has its index: use it as it is.")
     previous = _previous(target, folder)
-    problems = _unpack_all(folder, target, prefix, limits, quiet)
-    files, words, extensions = _look(folder, target, prefix, problems)
+    problems, members = _open_tars(folder, target, prefix, limits, quiet)
+    files, words, extensions = _look(folder, target, prefix, members, problems)
 
     def examine(name: str) -> Item:
-        return _examine(files[name], name, verify, limits)
+        return _examine(files[name], members.get(files[name]), name, verify, limits)
 
     names = sorted(files)
     steps = in_order(examine, names, workers)
@@ -212,9 +237,15 @@ def _previous(target: Path, folder: Path) -> Index | None:
 # --- tars ------------------------------------------------------------------------------------------------------------
 
 
-def _unpack_all(folder: Path, target: Path, prefix: str, limits: Limits, quiet: bool) -> dict[str, str]:
-    """Unpacks every tar of the folder; returns what was refused, by the tar's file name."""
-    problems = {}
+def _open_tars(
+    folder: Path, target: Path, prefix: str, limits: Limits, quiet: bool
+) -> tuple[dict[str, str], dict[Path, _Member]]:
+    """What was refused of the tars of the folder, by their file names, and what lies in the plain ones.
+
+    A member has the path that it would have if its tar were a folder. Gzipped tars are unpacked.
+    """
+    problems: dict[str, str] = {}
+    members: dict[Path, _Member] = {}
     for path in _walk(folder, target, links=True):
         if path.name.lower().endswith(OTHER_TARS):
             problems[_file_name(prefix, path.relative_to(folder))[0]] = (
@@ -223,26 +254,43 @@ def _unpack_all(folder: Path, target: Path, prefix: str, limits: Limits, quiet: 
         elif not path.is_file() and path.suffix.lower() not in SIDECARS:
             problems[_file_name(prefix, path.relative_to(folder))[0]] = "a link that leads nowhere"
     tars = [path for path in _walk(folder, target) if path.name.lower().endswith(TARS)]
-    for path in track(tars, total=len(tars), label="unpacking", quiet=quiet):
+    for path in track(tars, total=len(tars), label="opening tars", quiet=quiet):
         inside = path.relative_to(folder)
+        name, sound = _file_name(prefix, inside)
         into = (
             target
             / EXTRACTED
             / "__".join(inside.with_suffix("").parts if inside.suffix == ".tar" else inside.parts)
         )
-        refused = _unpack(path, into, limits)
+        if sound and not into.exists() and not _zipped(path):
+            refused = _read_tar(path, path, limits, name, members)
+        else:
+            refused = _read_tar(path, into, limits)
         if refused:
             listed = "; ".join(refused[:3]) + ("; ..." if len(refused) > 3 else "")
-            name, _ = _file_name(prefix, inside)
-            problems[name] = f"{len(refused)} of its members not unpacked: {listed}"
-    return problems
+            problems[name] = f"{len(refused)} of its members not taken: {listed}"
+    return problems, members
 
 
-def _unpack(path: Path, into: Path, limits: Limits) -> list[str]:
-    """Writes the media and sidecars of one tar below `into`; the reasons for what is refused."""
+def _zipped(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"\x1f\x8b"
+    except OSError:
+        return True  # what is wrong with it is said when it is unpacked
+
+
+def _read_tar(
+    path: Path, into: Path, limits: Limits, shard: str = "", members: dict[Path, _Member] | None = None
+) -> list[str]:
+    """Takes the media and sidecars of one tar; the reasons for what is refused.
+
+    They are noted in `members` by their paths below `into`, or else written there.
+    """
     refused: list[str] = []
     seen: set[Path] = set()
     try:
+        size = path.stat().st_size
         with _open_tar(path) as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
@@ -263,6 +311,14 @@ def _unpack(path: Path, into: Path, limits: Limits) -> list[str]:
                     refused.append(f"{member.name[:100]!r} is there twice")
                 else:
                     seen.add(goal)
+                    if members is not None:
+                        if member.offset_data + member.size > size:
+                            raise EOFError
+                        members[goal] = _Member(
+                            tar=path, shard=shard, offset=member.offset_data, size=member.size
+                        )
+                        archive.members = []  # type: ignore[attr-defined]  # or it would remember every one
+                        continue
                     stream = archive.extractfile(member)
                     assert stream is not None
                     _write_once(goal, stream.read())
@@ -341,10 +397,10 @@ def _file_name(prefix: str, inside: Path) -> tuple[str, bool]:
 
 
 def _look(
-    folder: Path, target: Path, prefix: str, problems: dict[str, str]
+    folder: Path, target: Path, prefix: str, members: dict[Path, _Member], problems: dict[str, str]
 ) -> tuple[dict[str, Path], dict[str, _Words], Counter[str]]:
     """The media files by name, what is said of them, and how many files there are of each extension."""
-    paths = list(_walk(folder, target))
+    paths = [*_walk(folder, target), *members]
     places = {path: _file_name(prefix, path.relative_to(folder)) for path in paths}
     if prefix:
         more = list(_walk(target / EXTRACTED, target / EXTRACTED))
@@ -360,12 +416,12 @@ def _look(
             tables.append((path, name))
         elif suffix in SIDECARS or path.name.lower().endswith(TARS + OTHER_TARS):
             continue
-        elif suffix in SUFFIXES or suffix in _OTHER_MEDIA or _is_media(path):
+        elif suffix in SUFFIXES or suffix in _OTHER_MEDIA or (path not in members and _is_media(path)):
             if not sound:
                 problems[name] = "its name is not UTF-8: rename it"
                 continue
             files[name] = path
-            words[name] = _sidecars(path, places)
+            words[name] = _sidecars(path, places, members)
     for path, name in tables:
         _read_table(path, name, files, words, problems)
     return files, words, extensions
@@ -379,14 +435,14 @@ def _is_media(path: Path) -> bool:
         return False
 
 
-def _sidecars(path: Path, places: dict[Path, Any]) -> _Words:
+def _sidecars(path: Path, places: dict[Path, Any], members: dict[Path, _Member]) -> _Words:
     words = _Words()
     for suffix in SIDECARS:
         for beside in dict.fromkeys((path.with_suffix(suffix), path.with_name(path.name + suffix))):
             if beside not in places:
                 continue
             try:
-                text = _read_text(beside)
+                text = _read_text(beside, members.get(beside))
                 if suffix in TEXTS:
                     lines = [line.strip() for line in text.splitlines() if line.strip()]
                     if not lines:
@@ -401,11 +457,11 @@ def _sidecars(path: Path, places: dict[Path, Any]) -> _Words:
     return words
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, member: _Member | None) -> str:
     try:
-        if path.stat().st_size > LONGEST:
+        if (member.size if member else path.stat().st_size) > LONGEST:
             raise _Unusable(f"is larger than {LONGEST:,} bytes")
-        data = path.read_bytes()
+        data = member.read() if member else path.read_bytes()
     except OSError:
         raise _Unusable("cannot be read") from None
     return _decode_text(data)
@@ -558,17 +614,29 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def _examine(path: Path, name: str, verify: bool, limits: Limits) -> Item:
+def _examine(path: Path, member: _Member | None, name: str, verify: bool, limits: Limits) -> Item:
     """What the bytes say: hash, size, frames; or why they cannot be used."""
     item = Item(file_name=name, hash="", bytes=0, width=0, height=0)
+    media: Path | Part = path
     try:
-        item = replace(item, bytes=path.stat().st_size)
-        if item.bytes <= limits.bytes:
-            item = replace(item, hash=disk.sha256(path))
-        found = probe(path, limits)
+        if member is not None:
+            data = member.read()  # it is within the limits, or would be no member
+            item = replace(
+                item,
+                bytes=len(data),
+                hash=hashlib.sha256(data).hexdigest(),
+                shard=member.shard,
+                offset=member.offset,
+            )
+            media = Part(name=name, length=len(data), hash=item.hash, fetch=lambda: data)
+        else:
+            item = replace(item, bytes=path.stat().st_size)
+            if item.bytes <= limits.bytes:
+                item = replace(item, hash=disk.sha256(path))
+        found = probe(media, limits)
         item = replace(item, width=found.width, height=found.height, frames=found.frames, fps=found.fps)
         if verify and found.kind not in ("mp4", "webm"):
-            decode_array(path, size=32, limits=limits)
+            decode_array(media, size=32, limits=limits)
     except MediaError as error:
         return replace(item, reject=error.reason)
     except OSError:
@@ -576,8 +644,11 @@ def _examine(path: Path, name: str, verify: bool, limits: Limits) -> Item:
     return item
 
 
-def _inner(name: str, prefix: str) -> tuple[str, ...]:
+def _inner(item: Item, prefix: str) -> tuple[str, ...]:
     """The folders of a file below the imported folder, or below the tar that it came from."""
+    name = item.file_name
+    if item.shard is not None:
+        return PurePosixPath(name.removeprefix(f"{item.shard}/")).parts[:-1]
     if name.startswith(f"{EXTRACTED}/"):
         return PurePosixPath(name).parts[2:-1]
     return PurePosixPath(name.removeprefix(prefix)).parts[:-1]
@@ -591,7 +662,7 @@ def _name_classes(items: list[Item], words: dict[str, _Words], prefix: str) -> N
         if (its := words[item.file_name]).captions or its.problem or "label" in its.meant
     }
     for item in items:
-        folders, its = _inner(item.file_name, prefix), words[item.file_name]
+        folders, its = _inner(item, prefix), words[item.file_name]
         if not folders or item.file_name.rpartition("/")[0] in captioned:
             continue
         name = folders[-1]
@@ -601,8 +672,10 @@ def _name_classes(items: list[Item], words: dict[str, _Words], prefix: str) -> N
 
 
 def _given_split(item: Item, its: _Words, prefix: str) -> str | None:
-    """The split that the user named, in words or by a top folder."""
-    folders = _inner(item.file_name, prefix)
+    """The split that the user named, in words or by a top folder, of the tar if it lies in one."""
+    folders = _inner(item, prefix)
+    if item.shard is not None:
+        folders = (*PurePosixPath(item.shard.removeprefix(prefix)).parts[:-1], *folders)
     return its.meant.get("split", folders[0] if folders and folders[0].lower() in SPLIT_NAMES else None)
 
 

@@ -6,6 +6,10 @@ open it. Every stage reads it and adds columns; a rejected file stays in it, wit
 Columns: the fields of `Item`; `captions` is a list of structs (text, source, language); each score is a float column
 `score_<name>` (null where an item has none). Columns that Reverie does not know are kept when the table is rewritten.
 
+In a packed dataset (`data/shards.py`) an item's bytes lie in a tar: the columns `shard` (its path, as file names are)
+and `offset` say where, and `file_name` is what the file was called. What reads media asks `Index.media`, which knows
+a file, a part of a tar, and what lies at an address (`data/remote.py`).
+
 A reason in `reject` is either what is wrong with the file, or a mark: "marked by filter: ..." or "marked by dedupe:
 ...", which `data/marks.py` sets and takes back. To all who select, both are rejected.
 """
@@ -16,11 +20,14 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from reverie import disk
+from reverie.data import remote
 from reverie.errors import InputError
+from reverie.media import LIMITS, Limits, MediaError, Part
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +49,10 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One media file. `frames` is 1 for an image; `fps` is 0.0 for images; `reject` is None or the reason."""
+    """One media file. `frames` is 1 for an image; `fps` is 0.0 for images; `reject` is None or the reason.
+
+    shard, offset: the tar that holds it, and where in it its `bytes` begin; None: it is a file of its own.
+    """
 
     file_name: str
     hash: str
@@ -58,6 +68,8 @@ class Item:
     licence: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
     reject: str | None = None
+    shard: str | None = None
+    offset: int = 0
 
     @property
     def marked(self) -> str | None:
@@ -111,9 +123,50 @@ class Index:
             name: self.extra[name][row].as_py() for name in self.extra.column_names if name != "file_name"
         }
 
+    @property
+    def origin(self) -> remote.Remote | None:
+        """The address that the media lie at; None: they are in the folder."""
+        return remote.opened(self.folder)
+
+    @property
+    def readers(self) -> int | None:
+        """How many threads shall read: more where each waits for an answer; None: one for each processor."""
+        return remote.READERS if self.origin is not None else None
+
     def path(self, item: Item) -> Path:
-        """Where the media file of `item` lies."""
+        """Where the media file of `item` lies. InputError: it is no file of its own, and only `media` opens it."""
+        if item.shard is not None or self.origin is not None:
+            where = item.shard or self.origin
+            raise InputError(f"{item.file_name} is no file of its own, but lies in {where}: use Index.media.")
         return self.folder / item.file_name
+
+    def media(self, item: Item) -> Path | Part:
+        """What decoders open: the file of `item`, or the part of a tar or of an address that it is."""
+        if item.shard is None and self.origin is None:
+            return self.folder / item.file_name
+        return Part(name=item.file_name, length=item.bytes, hash=item.hash, fetch=partial(self._fetch, item))
+
+    def bytes_of(self, item: Item, limits: Limits = LIMITS) -> bytes:
+        """The bytes of an item, which are those that were indexed. MediaError: they are not, or cannot be read."""
+        part = self.media(item)
+        if isinstance(part, Path):
+            part = Part(name=item.file_name, length=item.bytes, hash=item.hash, fetch=part.read_bytes)
+        return part.read(limits)
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a file or tar of this dataset. OSError: it is not there."""
+        return (self.folder / name).stat().st_size if self.origin is None else self.origin.size(name)
+
+    def _fetch(self, item: Item) -> bytes:
+        name, start = (item.file_name, 0) if item.shard is None else (item.shard, item.offset)
+        if self.origin is not None:
+            return self.origin.read(name, start, item.bytes)
+        path = self.folder / name
+        if not path.is_file():
+            raise MediaError(path, f"there is no {name}, which holds it")
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(item.bytes)
 
     def select(
         self,
@@ -139,9 +192,13 @@ class Index:
 
     @classmethod
     def read(cls, folder: str | Path) -> Index:
-        """Reads `folder/metadata.parquet`. InputError: no such table, not ours, or a file name that leaves `folder`."""
+        """Reads `folder/metadata.parquet`. InputError: no such table, not ours, or a file name that leaves `folder`.
+
+        folder: or an address such as s3://bucket/photos, whose table is fetched into the user's cache.
+        """
         import pyarrow.parquet as pq
 
+        folder = remote.local(folder)
         path = Path(folder) / FILE
         if not path.is_file():
             raise InputError(f"No index in {folder}: run `reverie data import {folder}` first.")
@@ -163,6 +220,7 @@ class Index:
             raise InputError(
                 "This index is a selection; writing it would lose the other items. Write the whole index."
             )
+        self.refuse_remote()
         path = self.folder / FILE
         table = self._to_table()
         try:
@@ -176,6 +234,13 @@ class Index:
             ) from None
         return path
 
+    def refuse_remote(self) -> None:
+        """InputError: this dataset lies at an address, where nothing is written."""
+        if self.origin is not None:
+            raise InputError(
+                f"{self.origin} is only read, and this would change its index: pack or copy it into a folder first."
+            )
+
     def _to_table(self) -> pa.Table:
         import pyarrow as pa
 
@@ -183,8 +248,9 @@ class Index:
         if len(set(names)) < len(names):
             twice = Counter(names).most_common(1)[0][0]
             raise InputError(f"The index lists {twice!r} twice: a file name must be unique.")
-        for name in names:
-            _check_name(name)
+        for item in self.items:
+            _check_name(item.file_name)
+            _check_place(item)
         schema = _schema(pa)
         rows = [
             {
@@ -196,6 +262,15 @@ class Index:
             for item in self.items
         ]
         table = pa.Table.from_pylist(rows, schema=schema)
+        if any(item.shard is not None for item in self.items):
+            for place in _places(pa):
+                table = table.append_column(
+                    place,
+                    pa.array(
+                        [None if item.shard is None else getattr(item, place.name) for item in self.items],
+                        place.type,
+                    ),
+                )
         for name in sorted({name for item in self.items for name in item.scores}):
             values = pa.array([item.scores.get(name) for item in self.items], pa.float64())
             table = table.append_column(f"score_{name}", values)
@@ -222,6 +297,9 @@ class Index:
             for name in table.column_names
             if name.startswith("score_") and pa.types.is_floating(table[name].type)
         ]
+        if {"shard", "offset"} <= set(table.column_names):
+            for place in _places(pa):
+                schema = schema.append(place)
         known = set(schema.names) | set(scores)
         try:
             rows = table.select(schema.names).cast(schema).to_pylist()
@@ -234,13 +312,15 @@ class Index:
         for i, row in enumerate(rows):
             _check_name(row["file_name"])
             captions = tuple(Caption(**caption) for caption in row.pop("captions") or ())
-            items.append(
-                Item(
-                    **row,
-                    captions=captions,
-                    scores={name: column[i] for name, column in values.items() if column[i] is not None},
-                )
+            if row.get("shard") is None:
+                row.pop("shard", None), row.pop("offset", None)
+            item = Item(
+                **row,
+                captions=captions,
+                scores={name: column[i] for name, column in values.items() if column[i] is not None},
             )
+            _check_place(item)
+            items.append(item)
         extra = [name for name in table.column_names if name not in known]
         return cls(folder, items, extra=table.select(["file_name", *extra]) if extra else None)
 
@@ -270,6 +350,22 @@ def _schema(pa: Any) -> pa.Schema:
             ("reject", text),
         ]
     )
+
+
+def _places(pa: Any) -> list[Any]:
+    """The columns of a packed dataset."""
+    return [pa.field("shard", pa.string()), pa.field("offset", pa.int64())]
+
+
+def _check_place(item: Item) -> None:
+    """A place in a tar is a path inside the folder, and a place at all."""
+    if item.shard is None:
+        return
+    _check_name(item.shard)
+    if not (isinstance(item.offset, int) and item.offset >= 0 and item.bytes >= 0):
+        raise InputError(
+            f"The index puts {item.file_name!r} at byte {item.offset} of {item.shard}: import the folder again."
+        )
 
 
 def _check_name(name: str | None) -> None:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reverie.data.embeddings import PLACE, TYPES, Store
+from reverie.data.embeddings import PLACE, TYPES, Store, at_hand
 from reverie.data.index import Index
 from reverie.data.pixels import Bad
 from reverie.data.preparing import SHARE, Pool
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, decode_array, pick, probe
+from reverie.media import LIMITS, Limits, Part, decode_array, pick, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +92,7 @@ class Encoder:
     after the first. batch: videos of one length that are encoded together.
     """
 
-    folder: Path
+    media: Callable[[str], Path | Part]
     encode: Callable[[Tensor], Tensor]
     stride: int
     size: tuple[int, int]
@@ -108,7 +108,7 @@ class Encoder:
 
         from reverie.data.augment import on_white
 
-        path = self.folder / job[1]
+        path = at_hand(self.media(job[1]), self.limits)
         found = probe(path, self.limits)
         frames = 1 if found.frames == 1 else self.frames
         pixels = torch.from_numpy(
@@ -165,6 +165,7 @@ def encode_folder(
     frames: int,
     dtype: str,
     share: int = SHARE,
+    index: Index | None = None,
     pool: Pool | None = None,
     limits: Limits = LIMITS,
     quiet: bool = False,
@@ -182,6 +183,7 @@ def encode_folder(
         names,
         start,
         present=None,
+        index=index,
         share=share,
         workers=None,
         pool=pool,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reverie.media import LIMITS, Limits, MediaError, Probe, decode_array, probe
+from reverie.media import LIMITS, Limits, MediaError, Part, Probe, decode_array, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LIMITS", "Limits", "MediaError", "Probe", "decode", "probe"]
+__all__ = ["LIMITS", "Limits", "MediaError", "Part", "Probe", "decode", "probe"]
 
 
 def decode(
-    path: str | Path,
+    path: str | Path | Part,
     *,
     size: int | tuple[int, int] | None = None,
     frames: int | None = None,

@@ -14,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -101,6 +103,12 @@ class Pixels:
             )
         return torch.from_numpy(np.array(self._data[self._starts[i] : self._starts[i + 1]]))
 
+    def ready(
+        self, keys: Sequence[tuple[int, int]], good: Sequence[int]
+    ) -> tuple[list[tuple[int, int]], list[Bad]]:
+        """The samples (epoch, item) of a batch as they are, none replaced: `Streamed` has something to do here."""
+        return list(keys), []
+
     def _refuse_too_many(self, bad: list[Bad]) -> None:
         if len(bad) <= self._max_bad * len(self.index) and len(bad) < len(self.index):
             return
@@ -134,6 +142,7 @@ class Pixels:
                     return record
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_full(folder)
             with disk.whole(path) as draft, draft.open("w+b") as file:
                 record = self._decode_all(file, workers, quiet)
                 file.flush()
@@ -145,6 +154,7 @@ class Pixels:
         return record
 
     def _temporary(self, workers: int | None, quiet: bool) -> dict[str, Any]:
+        self._refuse_full(Path(tempfile.gettempdir()))
         with tempfile.TemporaryFile() as file:
             record = self._decode_all(file, workers, quiet)
             file.flush()
@@ -183,7 +193,7 @@ class Pixels:
 
     def _decode_all(self, file: BinaryIO, workers: int | None, quiet: bool) -> dict[str, Any]:
         counts, bad, crc = [], [], 0
-        steps = in_order(self._frames_of, self.index.items, workers)
+        steps = in_order(self._frames_of, self.index.items, workers or self.index.readers)
         for i, frames in enumerate(track(steps, total=len(self.index), label="decoding", quiet=quiet)):
             if isinstance(frames, str):
                 counts.append(0)
@@ -200,19 +210,38 @@ class Pixels:
         return record
 
     def _frames_of(self, item: Item) -> np.ndarray | str:
-        """The frames `f 4 h w` of one item, contiguous, or the reason why there are none."""
-        if item.reject is not None:
-            return item.reject
-        path = self.index.path(item)
-        try:
-            frames = decode_array(path, size=self.size, frames=self.frames, fit=self.fit, limits=self.limits)
-            if disk.sha256(path) != item.hash:
-                return "the file has changed since the import: import the folder again"
-        except MediaError as error:
-            return error.reason
-        except OSError:
-            return "the file cannot be read"
-        return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+        return decode_item(
+            self.index, item, size=self.size, frames=self.frames, fit=self.fit, limits=self.limits
+        )
+
+    def _refuse_full(self, folder: Path) -> None:
+        """InputError: the disk cannot hold the pixels."""
+        count = sum(min(item.frames, self.frames) for item in self.index if item.reject is None)
+        needed, free = 4 * count * self.size[0] * self.size[1], shutil.disk_usage(folder).free
+        if needed > free:
+            raise InputError(
+                f"The pixels of {self.index.folder} need {needed / 1e9:,.1f} GB, and {folder} has {free / 1e9:,.1f} GB"
+                " free: use a larger disk, or decode them whenever they are asked for (--stream, where the recipe has"
+                " it)."
+            )
+
+
+def decode_item(
+    index: Index, item: Item, *, size: tuple[int, int], frames: int, fit: str, limits: Limits
+) -> np.ndarray | str:
+    """The frames of one item, uint8 `f 4 h w`, contiguous; or the reason why there are none."""
+    if item.reject is not None:
+        return item.reject
+    media = index.media(item)
+    try:
+        pixels = decode_array(media, size=size, frames=frames, fit=fit, limits=limits)
+        if isinstance(media, Path) and disk.sha256(media) != item.hash:  # a part of a tar has been compared
+            return "the file has changed since the import: import the folder again"
+    except MediaError as error:
+        return error.reason
+    except OSError:
+        return "the file cannot be read"
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def cache_of(index: Index) -> Path | None:

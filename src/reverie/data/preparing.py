@@ -64,7 +64,7 @@ class Preparation(Protocol):
 class Share:
     """What became of some jobs: `tensors` of the good ones, in order, and why there are none of the others.
 
-    bad: what cannot be read. killed: what ended its worker, which may come of the machine; worth another try.
+    bad: what cannot be read. killed: what ended its worker or was not reached; worth another try.
     """
 
     good: list[Any]
@@ -73,8 +73,13 @@ class Share:
     killed: dict[Any, str] = field(default_factory=dict)
 
 
+class Unreached(MediaError):
+    """What holds a file cannot be read now, which says nothing of the file; it is told of and tried again next time."""
+
+
 class _Refused(NamedTuple):
     reason: str
+    passing: bool
 
 
 def prepared(
@@ -132,7 +137,7 @@ def _load(preparation: Preparation, job: Job) -> Any:
     try:
         return preparation.load(job)
     except MediaError as error:
-        return _Refused(error.reason)
+        return _Refused(error.reason, isinstance(error, Unreached))
 
 
 def _counted(loaded: Iterator[Any], total: int, display: Display | None) -> Iterator[Any]:
@@ -146,11 +151,12 @@ def _share(preparation: Preparation, jobs: Sequence[Job], loaded: Iterator[Any])
     """One share; it takes as many of `loaded` as there are jobs."""
     good: list[Job] = []
     bad: dict[Job, str] = {}
+    passing: dict[Job, str] = {}
 
     def sound() -> Iterator[Any]:
         for job, one in zip(jobs, loaded, strict=False):
             if isinstance(one, _Refused):
-                bad[job] = one.reason
+                (passing if one.passing else bad)[job] = one.reason
             else:
                 good.append(job)
                 yield one
@@ -158,8 +164,8 @@ def _share(preparation: Preparation, jobs: Sequence[Job], loaded: Iterator[Any])
     rest = sound()
     first = list(itertools.islice(rest, 1))
     tensors = preparation.make(itertools.chain(first, rest)) if first else {}
-    assert len(good) + len(bad) == len(jobs), "a preparation left some of what was loaded"
-    return Share(good=good, tensors=tensors, bad=bad)
+    assert len(good) + len(bad) + len(passing) == len(jobs), "a preparation left some of what was loaded"
+    return Share(good=good, tensors=tensors, bad=bad, killed=passing)
 
 
 # ---------------------------------------------------------------- many workers
@@ -339,7 +345,7 @@ class _Worker:
 
         rows = [self._row(row["number"], row["jobs"]) for row in table.to_pylist()]
         return pa.Table.from_pylist(rows, pa.schema([
-            ("number", pa.int64()), ("good", pa.list_(pa.int64())), ("bad", pa.string()),
+            ("number", pa.int64()), ("good", pa.list_(pa.int64())), ("bad", pa.string()), ("passing", pa.string()),
             ("tensors", pa.large_binary()), ("killed", pa.bool_()), ("mistake", pa.string()),
             ("failure", pa.string()), ("host", pa.string()),
         ]))  # fmt: skip
@@ -348,8 +354,8 @@ class _Worker:
         import ray
         from safetensors.torch import save
 
-        row = {"number": number, "good": [], "bad": "{}", "tensors": b"", "killed": False, "mistake": "",
-               "failure": "", "host": platform.node()}  # fmt: skip
+        row = {"number": number, "good": [], "bad": "{}", "passing": "{}", "tensors": b"", "killed": False,
+               "mistake": "",               "failure": "", "host": platform.node()}  # fmt: skip
         try:
             if ray.get(self.tries.begin.remote(number)) > self.most:
                 return row | {"killed": True}
@@ -363,6 +369,7 @@ class _Worker:
             return row | {
                 "good": [place[job] for job in share.good],
                 "bad": json.dumps({place[job]: reason for job, reason in share.bad.items()}),
+                "passing": json.dumps({place[job]: reason for job, reason in share.killed.items()}),
                 "tensors": save({name: value.contiguous() for name, value in share.tensors.items()}),
             }
         except InputError as error:
@@ -376,8 +383,9 @@ def _unpack(cut: Sequence[Job], row: dict[str, Any]) -> Share:
 
     good = [cut[i] for i in row["good"]]
     bad = {cut[int(i)]: reason for i, reason in json.loads(row["bad"]).items()}
-    assert len(good) + len(bad) == len(cut)
-    return Share(good=good, tensors=load(row["tensors"]), bad=bad)
+    passing = {cut[int(i)]: reason for i, reason in json.loads(row["passing"]).items()}
+    assert len(good) + len(bad) + len(passing) == len(cut)
+    return Share(good=good, tensors=load(row["tensors"]), bad=bad, killed=passing)
 
 
 # ---------------------------------------------------------------- how Ray behaves

@@ -43,7 +43,7 @@ def contact_sheet(
     for item in drawn:
         words = _words(item)
         try:
-            frames = decode_array(accepted.path(item), size=size, frames=2, fit="pad", limits=limits)
+            frames = decode_array(accepted.media(item), size=size, frames=2, fit="pad", limits=limits)
         except MediaError as error:
             frames, words = np.full((1, size, size, 4), 200, np.uint8), f"{item.file_name}: {error.reason}"
         pictures.append(np.concatenate(list(frames), axis=1))

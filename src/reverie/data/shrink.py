@@ -37,7 +37,7 @@ def shrink(
     items = []
     taken: set[Path] = set()
     for item in track(index, total=len(index), label="shrinking", quiet=quiet):
-        pixels = decode_array(index.path(item), size=size, frames=frames, fit="pad")
+        pixels = decode_array(index.media(item), size=size, frames=frames, fit="pad")
         data = encode(pixels, fps=item.fps * len(pixels) / item.frames, quality=quality)
         path = (out / item.file_name).with_suffix(".webp")
         if path in taken:  # a.png and a.jpg beside each other
@@ -56,6 +56,8 @@ def shrink(
                 height=found.height,
                 frames=found.frames,
                 fps=found.fps,
+                shard=None,
+                offset=0,
             )
         )
     small = Index(out, items)

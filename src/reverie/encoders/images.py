@@ -11,30 +11,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reverie.errors import InputError
+from reverie.media import Part
 from reverie.pictures import to_signal
 
-Images = Tensor | Sequence[str | Path | Image.Image]
+Images = Tensor | Sequence[str | Path | Part | Image.Image]
 AT_ONCE = 64  # pictures of a list that are open at a time
 REACH = 1.5  # a generator may overshoot 1 a little; pictures normalised by mean and std reach 1.8 and more
 
 
-def check_images(images: Sequence[str | Path | Image.Image]) -> None:
+def check_images(images: Sequence[str | Path | Part | Image.Image]) -> None:
     """InputError: this is no list of one picture or path, or more."""
-    if isinstance(images, str | Path | Image.Image):
+    if isinstance(images, str | Path | Part | Image.Image):
         raise InputError("images must be a list, but is one picture or path: write [image].")
     if not hasattr(images, "__len__"):
         raise InputError(f"images must be a tensor or a list, but are {images!r:.60}.")
     if not len(images):
         raise InputError("there is no image: give a list of one or more.")
     for image in images:
-        if not isinstance(image, str | Path | Image.Image):
+        if not isinstance(image, str | Path | Part | Image.Image):
             raise InputError(
                 f"an image is a path or a PIL picture, not {type(image).__name__}: stack to `b 3 h w`."
             )
 
 
 def open_images(
-    images: Sequence[str | Path | Image.Image], *, size: int, fit: str = "crop", resample: str = "bicubic"
+    images: Sequence[str | Path | Part | Image.Image],
+    *,
+    size: int,
+    fit: str = "crop",
+    resample: str = "bicubic",
 ) -> Tensor:
     """Pictures or their paths -> `b 3 size size` in [-1, 1]; `media.decode_array` says how they are fitted."""
     check_images(images)
@@ -42,7 +47,9 @@ def open_images(
     return torch.stack([torch.from_numpy(signal) for signal in signals])
 
 
-def in_parts(images: Sequence[str | Path | Image.Image], embed: Callable[[Sequence], Tensor]) -> Tensor:
+def in_parts(
+    images: Sequence[str | Path | Part | Image.Image], embed: Callable[[Sequence], Tensor]
+) -> Tensor:
     """`embed` of AT_ONCE pictures at a time, so that a long list does not stand in memory: `b d`."""
     check_images(images)
     images = list(images)

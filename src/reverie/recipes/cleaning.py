@@ -64,6 +64,7 @@ def score(
     if not name.replace("_", "").isalnum():
         raise InputError(f"A score cannot be called {name!r}: use letters, digits and _.")
     index = Index.read(folder)
+    index.refuse_remote()
     wanted = [item for item in index if (item.reject is None or item.marked) and _texts(item, language)]
     if not wanted:
         has = "a caption" if language is None else f"a caption in {language!r}"
@@ -80,8 +81,8 @@ def score(
     if not todo:
         return 0, len(wanted), ()
     found = embed_pictures(
-        clip, index.folder, [item.file_name for item in todo], present=every_file(index), pool=pool, model=model,
-        device=device, quiet=quiet,
+        clip, index.folder, [item.file_name for item in todo], index=index, present=every_file(index),
+        pool=pool, model=model, device=device, quiet=quiet,
     )  # fmt: skip
     if not found.vectors.isfinite().all():
         raise InputError(
@@ -184,6 +185,7 @@ def dedupe(
     if by not in WAYS:
         raise InputError(f"Duplicates are not found by {by!r}: use {', '.join(WAYS)}.")
     index = Index.read(folder)
+    index.refuse_remote()
     items = [item for item in unmarked(index, "dedupe") if item.reject is None or item.marked]
     if not items:
         raise InputError(f"No file of {folder} is accepted: look at `reverie data check {folder}`.")
@@ -198,7 +200,12 @@ def dedupe(
     if by != "hash":
         clip = capable(model, "embed_image", device=device)
         seen = embed_pictures(
-            clip, index.folder, [item.file_name for item in items], present=every_file(index), quiet=quiet
+            clip,
+            index.folder,
+            [item.file_name for item in items],
+            index=index,
+            present=every_file(index),
+            quiet=quiet,
         )
         bad += seen.bad
         rows = torch.bincount(seen.file, minlength=len(seen.names)).tolist()
@@ -220,6 +227,7 @@ def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, 
     ranked = sorted(groups, key=lambda group: not any(copy.leak for copy in group))[:most]
     if not ranked:
         raise InputError(f"There are no near duplicates in {folder} to show: no sheet was written.")
+    index = Index(folder, [])
     shown, titles = [], []
     columns = min(8, 1 + max(len(group) for group in ranked))
     for group in ranked:
@@ -230,7 +238,7 @@ def copies_sheet(folder: Path, groups: Sequence[Sequence[Copy]], path: Path, *, 
             row.append((copy.item, f"{'LEAK ' * copy.leak}{signs} {copy.item.file_name}"))
         for item, title in row:
             try:
-                shown.append(decode_array(folder / item.file_name, size=112, frames=1, fit="pad")[0])
+                shown.append(decode_array(index.media(item), size=112, frames=1, fit="pad")[0])
             except MediaError as error:
                 shown.append(np.full((112, 112, 4), 200, np.uint8))
                 title = f"{item.file_name}: {error.reason}"

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
 from reverie.data.dropping import check_share, drop_tokens, kept_patches
 from reverie.data.index import Index, Item
-from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels, cache_of
+from reverie.data.streaming import open_pixels
 from reverie.data.wording import draw_caption
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
@@ -36,9 +35,11 @@ from reverie.evals.zero_shot import zero_shot
 from reverie.recipes.parts import (
     averaged,
     captioned,
+    decoded,
     heads_of,
-    home,
+    keep,
     load_clip,
+    my_share,
     name_bad,
     open_index,
     open_world,
@@ -46,12 +47,16 @@ from reverie.recipes.parts import (
 )
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
+from reverie.train.engine import ENGINE, Engine
 from reverie.train.gradient_cache import cached
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw, layer_factors
-from reverie.train.parallel import peers
+from reverie.train.parallel import peers, team
+from reverie.train.plan import chunk_within
 from reverie.train.schedule import cosine
+
+LOSSES: dict[str, Literal["softmax", "sigmoid"]] = {"softmax": "softmax", "sigmoid": "sigmoid"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +87,13 @@ class ClipRun:
     seed: int = 0
 
 
-def shape(vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int = 5) -> ClipConfig:
+def shape(
+    vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int = 5, loss: str = "softmax"
+) -> ClipConfig:
     """A small CLIP for a CPU: 16 patches of 16 pixels behind a conv stem; 4 million parameters by default."""
     heads = heads_of(width)
+    if loss not in LOSSES:
+        raise InputError(f"loss is {loss!r}: give {' or '.join(LOSSES)}.")
     return ClipConfig(
         image=VitConfig(
             size=size,
@@ -100,6 +109,7 @@ def shape(vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int 
             vocab=vocab, length=20, width=width, depth=depth // 2, heads=heads, activation="gelu", end=end
         ),
         width=width,
+        loss=LOSSES[loss],
     )
 
 
@@ -110,13 +120,17 @@ def tiny(
     steps: int = 300,
     batch: int = 64,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     size: int = 64,
+    loss: str = "softmax",
     drop: float = 0.0,
     drop_text: float = 0.0,
     unmasked: float = 0.1,
     start: str = "",
+    stream: bool = False,
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """A small CLIP on any captioned folder: from random weights, with a vocabulary of its captions, or going on.
 
@@ -126,22 +140,27 @@ def tiny(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         size: Pixels a side that pictures are seen at, a multiple of 16.
+        loss: softmax compares each picture with all of the batch (CLIP), sigmoid each pair by itself (SigLIP).
         drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
         drop_text: The share of the words that is left out at random.
         unmasked: The share of the steps, the last ones, in which nothing is left out.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
+        stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
     train_set = index.select(split="train")
-    model = begin(start, train_set, partial(shape, size=size), seed=seed)
+    model = begin(start, train_set, partial(shape, size=size, loss=loss), seed=seed)
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index))
+    return fit(
+        config, model, train_set, out, measures=val_of(index), memory=memory, stream=stream, engine=engine
+    )
 
 
 def stickers(
@@ -151,16 +170,19 @@ def stickers(
     steps: int = 2200,
     batch: int = 128,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     strength: float = 0.5,
     width: int = 192,
     depth: int = 5,
+    loss: str = "softmax",
     sources: tuple[str, ...] = (),
     drop: float = 0.0,
     drop_text: float = 0.0,
     unmasked: float = 0.1,
     start: str = "",
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """The shipped `clip-stickers`: every training style of the corpus, Twemoji and OpenMoji held out.
 
@@ -172,10 +194,12 @@ def stickers(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         width: Channels of both towers, a multiple of 64.
         depth: Blocks of the image tower; the text tower has half as many.
+        loss: softmax compares each picture with all of the batch (CLIP), sigmoid each pair by itself (SigLIP).
         sources: Only these styles, as in the comparison with open_clip (fluent-3d and noto); all if not given.
         drop: The share of the patches that is left out at random, which makes a step quicker: 0.5 halves the blocks.
         drop_text: The share of the words that is left out at random.
@@ -185,14 +209,14 @@ def stickers(
     """
     index = open_index(data)
     train_set = plain_stickers(index).select(split="train", video=False, sources=sources or None)
-    model = begin(start, train_set, partial(shape, width=width, depth=depth), seed=seed)
+    model = begin(start, train_set, partial(shape, width=width, depth=depth, loss=loss), seed=seed)
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=strength,
         languages={"en": 0.85, "zh": 0.15}, drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     measures = {"twemoji": partial(zero_shot_of, val=held)} if any(item.label for item in held) else {}
-    return fit(config, model, train_set, out, measures=measures)
+    return fit(config, model, train_set, out, measures=measures, memory=memory, engine=engine)
 
 
 def world(
@@ -204,8 +228,10 @@ def world(
     steps: int = 600,
     batch: int = 64,
     chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-3,
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """The procedural world, which is drawn first if it is not there: the reader of `sora-world`.
 
@@ -219,6 +245,7 @@ def world(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         seed: Another seed, another world, another start and another order.
     """
@@ -229,7 +256,7 @@ def world(
         model=model.config, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=0.0,
         languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, model, train_set, out, measures=val_of(index))
+    return fit(config, model, train_set, out, measures=val_of(index), memory=memory, engine=engine)
 
 
 def paper_b32(
@@ -239,7 +266,10 @@ def paper_b32(
     steps: int = 400_000,
     batch: int = 32_768,
     chunk: int = 0,
+    memory: str = "",
     accumulate: int = 1,
+    stream: bool = False,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """ViT-B/32 with the paper's hyperparameters (tables 18 to 20), CLIP's own vocabulary. Not yet run by us.
 
@@ -249,7 +279,9 @@ def paper_b32(
         steps: How many batches to learn from.
         batch: Pictures that are compared with each other at a time.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         accumulate: Batches of a step.
+        stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
     tokenizer = Bpe.clip()
     config = ClipRun(
@@ -258,7 +290,16 @@ def paper_b32(
     )  # fmt: skip
     index = open_index(data)
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    return fit(config, Clip(config.model, tokenizer), index.select(split="train"), out, measures={})
+    return fit(
+        config,
+        Clip(config.model, tokenizer),
+        index.select(split="train"),
+        out,
+        measures={},
+        memory=memory,
+        stream=stream,
+        engine=engine,
+    )
 
 
 def begin(start: str, index: Index, shape: Callable[[int, int], ClipConfig], *, seed: int) -> Clip:
@@ -275,7 +316,7 @@ Measure = Callable[[Clip], dict[str, float]]
 
 def save(model: Clip, out: Path) -> None:
     """What a run ends with: the averaged weights in `out/model`."""
-    reverie.save(model, out / "model")
+    keep(model, out / "model")
 
 
 def fit(
@@ -286,22 +327,38 @@ def fit(
     *,
     measures: Mapping[str, Measure],
     finish: Callable[[Clip, Path], None] = save,
+    stream: bool = False,
+    memory: str = "",
+    engine: Engine = ENGINE,
 ) -> Clip:
-    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`."""
+    """Train the model, measure eight times on the way; `finish` gets the averaged weights and writes `out/model`.
+
+    With `memory` the chunk is chosen for it, and stands in the run's configuration.
+    """
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    pixels = Pixels(index, size=config.model.image.size, cache=cache_of(index))
+    with team().in_turn():
+        pixels = open_pixels(index, size=config.model.image.size, stream=stream)
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
     whole_from = _whole_from(config)
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
-    if config.chunk and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if config.chunk and memory:
         raise InputError(
-            f"chunk is {config.chunk}, but this model has batch norm, which would see only the chunk: leave it out."
+            f"chunk is {config.chunk} and memory is {memory!r}, which chooses a chunk: give one of them."
         )
-    model.to(home())
+    if memory and team().count > 1:
+        raise InputError(
+            f"memory is {memory!r}, which chooses a chunk for one process: give --chunk for several."
+        )
+    if (config.chunk or memory) and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        asked = f"chunk is {config.chunk}" if config.chunk else f"memory is {memory!r}"
+        raise InputError(
+            f"{asked}, but this model has batch norm, which would see only a chunk: leave it out."
+        )
+    model = engine.place(model)
     player = Player(
         model,
         optimizer=adamw(
@@ -316,10 +373,11 @@ def fit(
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
         keys = [
             (epoch, good[place])
-            for epoch, place in batch_ids(
+            for epoch, place in my_share(
                 step * config.accumulate + micro, config.batch, len(good), config.seed
             )
         ]
+        keys, bad = pixels.ready(keys, good)
         rgba = torch.stack([pixels[i][0] for _, i in keys])
         texts = [
             draw_caption(
@@ -342,6 +400,7 @@ def fit(
             "tokens": tokens,
             "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
             "ids": [index[i].file_name for _, i in keys],
+            "bad": bad,
         }
 
     def embed(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -352,22 +411,25 @@ def fit(
         return model.compare(*cached(embed, batch, chunk=config.chunk), label=batch["label"], peers=peers())
 
     player.loss = loss
+    if memory:
+        config = dataclasses.replace(config, chunk=chunk_within(memory, player, batches(0, 0), folder=out))
     run = Run(out, config)
     measure_every = max(config.steps // 8, 1)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=config.accumulate,
-                      seed=config.seed, save_every=max(config.steps // 12, 1), keep=2, prefetch=2):  # fmt: skip
+                      seed=config.seed, save_every=max(config.steps // 12, 1), keep=2, prefetch=2,
+                      **engine.loop):  # fmt: skip
         if step.number == 1:
             name_bad(run, pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(measure_every):
-            with averaged(player):
+            with averaged(player) as whole:
                 for name, measure in measures.items():
-                    scores = {f"{name}_{key}": value for key, value in measure(model).items()}
+                    scores = {f"{name}_{key}": value for key, value in measure(whole).items()}
                     run.log(step.number, scores)
                     run.say(f"step {step.number}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-    with averaged(player):
-        finish(model, out)
+    with averaged(player) as whole:
+        finish(whole, out)
     return reverie.load(out / "model")
 
 
@@ -392,7 +454,7 @@ def _texts(index: Index) -> list[str]:
 
 def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
     """The pictures of an index on white, and the items they belong to."""
-    pixels = Pixels(index, size=size, cache=cache_of(index), quiet=True)
+    pixels = decoded(index, size=size, quiet=True)
     return on_white(torch.stack([pixels[i][0] for i in pixels.good])), [index[i] for i in pixels.good]
 
 

@@ -12,15 +12,16 @@ import copy
 from functools import partial
 from pathlib import Path
 
-import reverie
 from reverie.data.index import Index
 from reverie.errors import InputError
 from reverie.nn.lora import add_lora, lora_state, merge_lora
 from reverie.recipes.clip import ClipRun, Measure, fit, val_of, zero_shot_of
 from reverie.recipes.measured import Measured
 from reverie.recipes.measured import share as percent
-from reverie.recipes.parts import home, load_clip, open_index, plain_stickers
+from reverie.recipes.parts import keep, load_clip, open_index, plain_stickers
 from reverie.systems.clip import Clip
+from reverie.train.engine import ENGINE, Engine
+from reverie.train.parallel import team
 from reverie.weights import files
 from reverie.weights.blend import blend as between
 
@@ -34,6 +35,8 @@ def finetune(
     start: str = "clip-stickers",
     steps: int = 200,
     batch: int = 64,
+    chunk: int = 0,
+    memory: str = "",
     lr: float = 1e-4,
     lock: str = "",
     lora: int = 0,
@@ -46,6 +49,7 @@ def finetune(
     drop: float = 0.0,
     unmasked: float = 0.1,
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Clip:
     """Fine-tune a CLIP on a captioned or labelled folder, and keep what it knew as far as you like.
 
@@ -58,6 +62,8 @@ def finetune(
         start: The CLIP to fine-tune: a shipped name, or a folder of Reverie, transformers or open_clip.
         steps: How many batches to learn from.
         batch: Pictures of a step.
+        chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
+        memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate; ten times as much suits --lora.
         lock: The tower that stays as it is, with its projection: image or text; none if not given.
         lora: Train only adapters of this rank on the linear layers of the towers; 0 trains the weights themselves.
@@ -85,26 +91,29 @@ def finetune(
     model = load_clip(start, trainable=True)
     restrict(model, lock=lock, lora=lora, alpha=alpha, seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), lr=lr,
+        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
         warmup=max(steps // 10, 1), strength=strength, drop=drop, unmasked=unmasked, lock=lock, lora=lora,
         alpha=alpha, layer_decay=layer_decay, seed=seed,
     )  # fmt: skip
 
     def finish(model: Clip, out: Path) -> None:
-        begun = load_clip(start).to(home())
+        begun = load_clip(start).to(engine.home)
         tuned = copy.deepcopy(model)
         if lora:
-            files.write(out / "lora.safetensors", lora_state(tuned))
+            if team().first:
+                files.write(out / "lora.safetensors", lora_state(tuned))
             merge_lora(tuned)
         final = between(begun, tuned, share=blend)
         if blend < 1:
-            reverie.save(tuned, out / "tuned")
-        reverie.save(final, out / "model")
+            keep(tuned, out / "tuned")
+        keep(final, out / "model")
         if ends:
             systems = {"start": begun, "tuned": tuned} | ({f"blend {blend:g}": final} if blend < 1 else {})
-            print(_compared(systems, ends, f"{start} on {data}").write(out))
+            table = _compared(systems, ends, f"{start} on {data}")
+            if team().first:
+                print(table.write(out))
 
-    return fit(config, model, train_set, out, measures=measures, finish=finish)
+    return fit(config, model, train_set, out, measures=measures, finish=finish, memory=memory, engine=engine)
 
 
 def restrict(model: Clip, *, lock: str = "", lora: int = 0, alpha: float = 0.0, seed: int = 0) -> None:

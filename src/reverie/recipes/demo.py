@@ -189,7 +189,7 @@ class _Run:
     def show(self, item: Item) -> dict[str, Any]:
         """A picture of the sample folder, on white as the models see it, beside the page."""
         name = f"sample/{'-'.join(item.file_name.split('/')).rpartition('.')[0]}.png"
-        gallery.save_picture(self.out / name, flatten(decode_array(self.index.path(item), frames=1)[0]))
+        gallery.save_picture(self.out / name, flatten(decode_array(self.index.media(item), frames=1)[0]))
         return {"file": name, "label": item.label or "", "source": item.source or ""}
 
     def clip_files(self, stem: str, video: Tensor) -> dict[str, Any]:
@@ -267,11 +267,11 @@ def _continue(run: _Run) -> dict[str, Any]:
         for number, label in enumerate(CONTINUE):
             begun = time.perf_counter()
             item = run.item(label, source="fluent-anim", video=True)
-            given = torch.from_numpy(to_signal(run.index.path(item), size=size))
+            given = torch.from_numpy(to_signal(run.index.media(item), size=size))
             video = run.sora.generate_video(
                 [label], first_frame=given, seed=run.seed, steps=run.steps, progress=stage.tick
             )
-            original = flatten(decode_array(run.index.path(item)))
+            original = flatten(decode_array(run.index.media(item)))
             file = f"sample/original-{number}.webp"
             save_clip(run.out / file, original, fps=item.fps)
             clips.append(
@@ -305,7 +305,7 @@ def _find(run: _Run) -> dict[str, Any]:
     with _stage("finding", len(batches)) as stage:
         parts = []
         for batch in batches:
-            parts.append(run.clip.embed_image([run.index.path(item) for item in batch]))
+            parts.append(run.clip.embed_image([run.index.media(item) for item in batch]))
             stage.tick()
         vectors = torch.cat(parts)
         embedding = time.perf_counter() - stage.begun
@@ -346,7 +346,7 @@ def _name(run: _Run) -> dict[str, Any]:
     items = [item for item in run.index.select(video=False, sources=(STYLE,)) if item.label in names]
     shown = torch.randperm(len(items), generator=rng.generator(run.seed, "demo", "name"))[:NAMED].tolist()
     with _stage("naming", 1) as stage:
-        embedded = run.clip.embed_image([run.index.path(item) for item in items])
+        embedded = run.clip.embed_image([run.index.media(item) for item in items])
         targets = [names.index(str(item.label)) for item in items]
         known = dict(zip(names, vectors, strict=True))  # the mean over the phrases, as the judge has it
         measured = zero_shot(

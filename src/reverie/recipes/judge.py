@@ -20,14 +20,13 @@ import reverie
 from reverie import rng
 from reverie.data.augment import draws, on_white, view
 from reverie.data.index import Index
-from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels, cache_of
 from reverie.data.stickers import TEST
 from reverie.errors import InputError
 from reverie.evals.generation import pick
-from reverie.recipes.parts import averaged, home, name_bad, open_index, plain_stickers
+from reverie.recipes.parts import averaged, decoded, keep, my_share, name_bad, open_index, plain_stickers
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.train.ema import Ema
+from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
@@ -58,6 +57,7 @@ def stickers(
     batch: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Classifier:
     """Names the things of Twemoji and OpenMoji; measured on Fluent's 3-D stickers, which it never learns from.
 
@@ -83,13 +83,13 @@ def stickers(
     config = JudgeRun(
         model=ClassifierConfig(names=names, size=size), steps=steps, batch=batch, lr=lr, seed=seed
     )
-    return fit(config, seen, index.select(sources=("fluent-3d",)), out)
+    return fit(config, seen, index.select(sources=("fluent-3d",)), out, engine=engine)
 
 
-def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
+def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path, *, engine: Engine = ENGINE) -> Classifier:
     """Train on every picture of `seen` from random weights, measure on `unseen`, save the averaged weights."""
     names = config.model.names
-    pixels = Pixels(seen, size=config.model.size, cache=cache_of(seen))
+    pixels = decoded(seen, size=config.model.size)
     by_name: dict[str, list[int]] = {}
     for i in pixels.good:
         by_name.setdefault(seen[i].label or "", []).append(i)
@@ -98,7 +98,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
             f"no picture of {blank[0]!r} in {seen.folder} can be read: `reverie data check` says why."
         )
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = Classifier(config.model).to(home())
+    model = engine.place(Classifier(config.model))
 
     def loss(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The views are made on the model's device."""
@@ -116,7 +116,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
     )
 
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
-        keys = batch_ids(step, config.batch, len(names), config.seed)
+        keys = my_share(step, config.batch, len(names), config.seed)
         hands = [by_name[names[k]] for _, k in keys]
         turns = [rng.integer(config.seed, "hand", *key) for key in keys]
         chosen = [own[turn % len(own)] for own, turn in zip(hands, turns, strict=True)]
@@ -131,7 +131,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
     place = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([place[str(seen[i].label)] for i in pixels.good])
 
-    def learn() -> None:
+    def learn(model: Classifier) -> None:
         """The prototypes of the model as it is."""
         parts = [pixels.good[at : at + 256] for at in range(0, len(labels), 256)]
         vectors = [model.embed_image(on_white(torch.stack([pixels[i][0] for i in part]))) for part in parts]
@@ -139,30 +139,30 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path) -> Classifier:
 
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, seed=config.seed,
-                      save_every=max(config.steps // 6, 1), keep=2):  # fmt: skip
+                      save_every=max(config.steps // 6, 1), keep=2, **engine.loop):  # fmt: skip
         if step.number == 1:
             name_bad(run, pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 3, 1)) and len(unseen):
-            with averaged(player):
-                learn()
-                measured = measure(model, unseen, count=None if step.last else 256)
+            with averaged(player) as whole:
+                learn(whole)
+                measured = measure(whole, unseen, count=None if step.last else 256)
             scores = {name: measured[name] for name in ("top1", "top5")}
             run.log(step.number, {f"unseen_{name}": value for name, value in scores.items()})
             run.say(
                 f"step {step.number}: in an unseen style {scores['top1']:.1%} of {measured['samples']} right, "
                 f"{scores['top5']:.1%} among the first five of {measured['ways']} names"
             )
-    with averaged(player):
-        learn()
-        reverie.save(model, out / "model", dtype=torch.float16)
+    with averaged(player) as whole:
+        learn(whole)
+        keep(whole, out / "model", dtype=torch.float16)
     return reverie.load(out / "model")
 
 
 def measure(model: Classifier, index: Index, *, count: int | None = None) -> dict:
     """How often the right name comes first, among all that the model knows, for real pictures evenly out of `index`."""
-    pixels = Pixels(index, size=model.config.size, cache=cache_of(index), quiet=True)
+    pixels = decoded(index, size=model.config.size, quiet=True)
     chosen = [i for i in pixels.good if index[i].label in model.config.names]
     chosen = chosen[:: max(len(chosen) // count, 1)] if count else chosen
     images = on_white(torch.stack([pixels[i][0] for i in chosen]))

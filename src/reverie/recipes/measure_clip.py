@@ -318,7 +318,9 @@ def _embedded(system: Any, index: Index, items: Sequence[Item]) -> tuple[Tensor,
     Kept beside the folder, as `reverie search` keeps its own, but in full precision.
     """
     names = [item.file_name for item in items]
-    found = embed_pictures(system, index.folder, names, present=every_file(index), dtype="float32")
+    found = embed_pictures(
+        system, index.folder, names, index=index, present=every_file(index), dtype="float32"
+    )
     if not found.names:
         first = found.bad[0]
         raise InputError(
@@ -366,7 +368,7 @@ def _templates(templates: tuple[str, ...], ensemble: str | None) -> tuple[str, .
 
 
 def _thumb(index: Index, item: Item) -> Any:
-    return decode_array(index.path(item), size=SIDE, frames=1, fit="pad")[0]
+    return decode_array(index.media(item), size=SIDE, frames=1, fit="pad")[0]
 
 
 def _evenly(total: int, count: int) -> list[int]:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import reverie
 from reverie.data.embeddings import media_below
 from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
 from reverie.data.latents import Latents
-from reverie.data.pixels import Pixels
+from reverie.data.order import batch_ids
+from reverie.data.pixels import Pixels, cache_of
+from reverie.data.remote import address, local
+from reverie.data.streaming import Streamed
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.systems.clip import Clip
+from reverie.train.engine import home
 from reverie.train.log import Run
 from reverie.train.loop import Player
+from reverie.train.parallel import team, whole
 
 CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
@@ -29,13 +36,15 @@ CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
 
 def open_index(data: Path) -> Index:
-    """The index of a folder, imported first if it has none. Files that came after the import are told of."""
-    data = Path(data)
-    if not (data / FILE).exists():
-        return import_folder(data)
-    index = Index.read(data)
+    """The index of a folder, imported first if it has none, or of an address.
+
+    Files that came after the import are told of.
+    """
+    with team().in_turn():
+        data = local(data)
+        index = Index.read(data) if (data / FILE).exists() else import_folder(data)
     known = {item.file_name for item in index}
-    if new := [name for name in media_below(data) if name not in known]:
+    if team().first and (new := [name for name in media_below(data) if name not in known]):
         print(
             f"{len(new):,} files, such as {new[0]}, are not in the index of {data} and are left out: run `reverie data"
             f" import {data}` to take them in.",
@@ -46,14 +55,37 @@ def open_index(data: Path) -> Index:
 
 def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:
     """The procedural world in `data`, pictures and clips; what is not there is drawn first."""
+    if where := address(data):
+        raise InputError(
+            f"The world is drawn into a folder and read from there, not from {where}: name a folder."
+        )
     parts = []
     for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
-        there = (Path(data) / name / FILE).exists()
-        part = (
-            Index.read(data / name) if there else write_world(data / name, number, frames=frames, seed=seed)
-        )
-        parts += [dataclasses.replace(item, file_name=f"{name}/{item.file_name}") for item in part]
+        with team().in_turn():
+            there = (Path(data) / name / FILE).exists()
+            part = (
+                Index.read(data / name)
+                if there
+                else write_world(data / name, number, frames=frames, seed=seed)
+            )
+        parts += [
+            dataclasses.replace(
+                item, file_name=f"{name}/{item.file_name}", shard=item.shard and f"{name}/{item.shard}"
+            )
+            for item in part
+        ]
     return Index(data, parts)
+
+
+def decoded(index: Index, **how: Any) -> Pixels:
+    """The pixels of an index (`Pixels` says `how`), kept beside it; of several processes, the first one decodes."""
+    with team().in_turn():
+        return Pixels(index, cache=cache_of(index), **how)
+
+
+def my_share(step: int, batch: int, n: int, seed: int) -> list[tuple[int, int]]:
+    """(epoch, sample) of each place of the batch `step` that this process has, of `batch` in all and `n` samples."""
+    return batch_ids(step, batch, n, seed, rank=team().rank, world=team().count)
 
 
 def captioned(index: Index) -> Index:
@@ -67,7 +99,7 @@ def plain_stickers(index: Index) -> Index:
     return Index(index.folder, items)
 
 
-def name_bad(run: Run, *sources: Pixels | Latents) -> None:
+def name_bad(run: Run, *sources: Pixels | Streamed | Latents) -> None:
     """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
     bad = [entry for pixels in sources for entry in pixels.bad]
     run.bad(0, bad)
@@ -104,21 +136,6 @@ def load_clip(name_or_folder: str, *, trainable: bool = False) -> Clip:
     return clip
 
 
-def home(device: str | None = None) -> torch.device:
-    """Where to run: the GPU if there is one, unless a device is named. InputError: this machine has no such device."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device or best)
-        if device is not None and torch.empty(1, device=place).is_meta:
-            raise RuntimeError("nothing is computed there")
-    except (RuntimeError, AssertionError):  # the latter of a torch that was built without CUDA
-        others = f", {best} or cpu" if best != "cpu" else " but cpu"
-        raise InputError(
-            f"device is {device!r}, which this machine does not have: it has none{others}."
-        ) from None
-    return place
-
-
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes that this process has held so far, on a GPU there; None: the system does not say."""
     if device.type == "cuda":
@@ -136,14 +153,20 @@ def peak_memory(device: torch.device) -> int | None:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def averaged(player: Player) -> contextlib.ExitStack:
-    """The averaged weights if there are any, in eval mode, without gradients."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.no_grad())
+@contextlib.contextmanager
+def averaged(player: Player) -> Iterator[Any]:
+    """The model, whole, with the averaged weights if there are any, in eval mode, without gradients."""
     player.model.eval()  # until the loop's next step
-    if player.ema is not None:
-        stack.enter_context(player.ema.applied(player.model))
-    return stack
+    average = contextlib.nullcontext() if player.ema is None else player.ema.applied(player.model)
+    with torch.no_grad(), average:
+        yield whole(player.model)
+
+
+def keep(system: nn.Module, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """What a run ends with: of several processes, all call it and the first one saves."""
+    with team().in_turn():
+        if team().first:
+            reverie.save(system, folder, dtype=dtype)
 
 
 def heads_of(width: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,9 +36,10 @@ from reverie.data.embeddings import (
 )
 from reverie.data.index import FILE, Index, Item
 from reverie.data.preparing import Pool
+from reverie.data.remote import local
 from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
-from reverie.media import MediaError, decode_array
+from reverie.media import MediaError, Part, decode_array
 from reverie.pictures import grid, stack
 from reverie.recipes.parts import capable
 from reverie.systems.clip import Clip
@@ -93,6 +94,7 @@ def embed_pictures(
     folder: Path,
     names: Sequence[str],
     *,
+    index: Index | None = None,
     present: Collection[str],
     dtype: str = "float16",
     pool: Pool | None = None,
@@ -106,21 +108,22 @@ def embed_pictures(
     """
     key = key_of(system)
     if pool is None:
-        start = partial(_embedder, system, folder, dtype)
+        start = partial(_embedder, system, media_of(folder, index), dtype)
     else:
         start = partial(embedder, everywhere(model), everywhere(folder), key, dtype, device)
     return embed_folder(
-        folder, names, key=key, start=start, present=present, dtype=dtype, pool=pool, quiet=quiet
+        folder, names, key=key, start=start, index=index, present=present, dtype=dtype, pool=pool, quiet=quiet
     )
 
 
-def _embedder(system: Embeds, folder: Path, dtype: str) -> Embedder:
-    return Embedder(folder=folder, prepare=system.prepare, embed=system.embed_image, dtype=dtype)
+def _embedder(system: Embeds, media: Callable[[str], Path | Part], dtype: str) -> Embedder:
+    return Embedder(media=media, prepare=system.prepare, embed=system.embed_image, dtype=dtype)
 
 
 def embedder(model: str, folder: str, key: str, dtype: str, device: str | None) -> Embedder:
     """A worker's own model, which must be what `key` says. InputError: it is another, or the folder is not there."""
-    return _embedder(the_same(capable(model, "embed_image", device=device), model, key), seen(folder), dtype)
+    media = media_of(seen(folder))
+    return _embedder(the_same(capable(model, "embed_image", device=device), model, key), media, dtype)
 
 
 def the_same(system: Any, model: str, key: str) -> Any:
@@ -128,6 +131,16 @@ def the_same(system: Any, model: str, key: str) -> Any:
     if key_of(system) != key:
         raise InputError(f"{model} is another model here than where the command was started: copy it here.")
     return system
+
+
+def media_of(folder: Path, index: Index | None = None) -> Callable[[str], Path | Part]:
+    """From the names of files to what decoders open: a file, or, as the folder's index says, a part of a tar."""
+    if index is None and (folder / FILE).exists():
+        index = Index.read(folder)
+    if index is None:
+        return folder.__truediv__
+    packed = {item.file_name: part for item in index if isinstance(part := index.media(item), Part)}
+    return lambda name: packed.get(name, folder / name)
 
 
 def seen(folder: str) -> Path:
@@ -159,8 +172,9 @@ def embed(
     present = set(names) if index is None else every_file(index)
     return embed_pictures(
         system,
-        folder,
+        local(folder),
         names,
+        index=index,
         present=present,
         dtype=dtype,
         pool=pool,
@@ -175,10 +189,11 @@ def searched(folder: Path) -> tuple[Index | None, list[str]]:
 
     InputError: there is no such folder.
     """
+    folder = local(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
     index = Index.read(folder) if (folder / FILE).exists() else None
-    known = [item for item in index or () if item.reject is None and (folder / item.file_name).is_file()]
+    known = [item for item in index or () if item.reject is None and _there(index, item)]
     marked = {item.file_name for item in index or () if item.marked}
     return index, sorted({*media_below(folder), *(item.file_name for item in known)} - marked)
 
@@ -202,6 +217,7 @@ def open_folder(
     marked; with filters, what the index has of them. InputError: no folder, filters without an index, or nothing that
     can be read.
     """
+    folder = local(folder)
     index, names = searched(folder)
     if index is None and (sources or split):
         raise InputError(
@@ -214,9 +230,8 @@ def open_folder(
             raise InputError(
                 f"No accepted file of {folder} is of the split and sources asked for; sources: {have}."
             )
-    found = embed_pictures(
-        clip, folder, names, present=set(names) if index is None else every_file(index), quiet=quiet
-    )
+    present = set(names) if index is None else every_file(index)
+    found = embed_pictures(clip, folder, names, index=index, present=present, quiet=quiet)
     seen = set(found.names)
     by_name = {item.file_name: item for item in index or () if item.file_name in seen}
     if not found.names:
@@ -291,6 +306,12 @@ def search(
     return answers
 
 
+def _there(index: Index | None, item: Item) -> bool:
+    """Whether a file, or the tar that holds it, is there; at an address it is taken to be."""
+    assert index is not None
+    return index.origin is not None or (index.folder / (item.shard or item.file_name)).is_file()
+
+
 def sheet(
     path: Path,
     folder: Path,
@@ -299,18 +320,19 @@ def sheet(
     items: dict[str, Item],
 ) -> Path:
     """One PNG: each query at the head of what it found, with scores and captions; of clips the best frame."""
-    parts = []
+    parts, index = [], Index(folder, [])
     for query, found in zip(queries, answers, strict=True):
         shown, titles = [], []
         for it in found:
+            item = items.get(it.name)
             try:
-                frames = decode_array(folder / it.name, size=128, frames=FRAMES, fit="pad")
+                media = index.media(item) if item is not None else folder / it.name
+                frames = decode_array(media, size=128, frames=FRAMES, fit="pad")
             except MediaError as error:
                 raise InputError(
                     f"{it.name} cannot be shown any more: {error.reason}; search again."
                 ) from None
             shown.append(frames[min(it.frame, len(frames) - 1)])
-            item = items.get(it.name)
             words = item.captions[0].text if item is not None and item.captions else Path(it.name).stem
             moment = f" at {it.seconds:.1f} s" if it.seconds is not None else ""
             titles.append(f"{it.score:.3f}{moment} {words}")

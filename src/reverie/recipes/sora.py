@@ -25,8 +25,7 @@ from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import on_white
 from reverie.data.index import Index
 from reverie.data.latents import Latents
-from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels, cache_of
+from reverie.data.pixels import Pixels
 from reverie.data.wording import draw_caption
 from reverie.errors import InputError
 from reverie.pictures import grid, to_bytes
@@ -34,9 +33,11 @@ from reverie.recipes.parts import (
     CLIP_FRAMES,
     averaged,
     captioned,
+    decoded,
     heads_of,
-    home,
+    keep,
     load_clip,
+    my_share,
     name_bad,
     open_index,
     open_world,
@@ -46,6 +47,7 @@ from reverie.recipes.search import key_of
 from reverie.systems.clip import Clip
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.ema import Ema
+from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
@@ -90,6 +92,7 @@ class SoraRun:
 def tiny(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int = 32, clips: int = 2,
     size: int = 64, lr: float = 1e-3, seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A small model from random weights on any captioned folder; its text tower is that of a CLIP.
 
@@ -110,13 +113,14 @@ def tiny(
         model=shape(reader, size=size), clip=clip, steps=steps, batch=batch,
         clips=clips if index.select(video=True) else 0, lr=lr, seed=seed,
     )  # fmt: skip
-    return fit(config, reader, index, out, prompts=_some_captions(index))
+    return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
 
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
     lr: float = 1e-3, codec: str = "", latents: bool = False, start: str = "", width: int = TINY[1],
     depth: int = TINY[0], seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
 
@@ -142,12 +146,13 @@ def stickers(
         clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
         clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, reader, index, out, prompts=PROMPTS)
+    return fit(config, reader, index, out, prompts=PROMPTS, engine=engine)
 
 
 def dit(
     data: Path, out: Path, *, clip: str, codec: str = "", latents: bool = False, scale: str = "XL", size: int = 256,
     steps: int = 400_000, batch: int = 256, clips: int = 16, lr: float = 1e-4, seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """Any captioned folder at DiT's sizes and learning rate (2212.09748, table 1 and section 4). Not yet run by us.
 
@@ -174,12 +179,13 @@ def dit(
         steps=steps, batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8, lr=lr,
         ema=0.9999, seed=seed,
     )  # fmt: skip
-    return fit(config, reader, index, out, prompts=_some_captions(index))
+    return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
 
 def world(
     data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, steps: int = 3000, batch: int = 64,
     clips: int = 3, lr: float = 1e-3, seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The procedural world, which is drawn first if it is not there.
 
@@ -201,7 +207,7 @@ def world(
         model=shape(reader), clip=clip, steps=steps, batch=batch, clips=clips, lr=lr,
         languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
-    return fit(config, reader, index, out, prompts=_some_captions(index, 16))
+    return fit(config, reader, index, out, prompts=_some_captions(index, 16), engine=engine)
 
 
 def shape(
@@ -233,6 +239,7 @@ def fit(
     out: Path,
     *,
     prompts: tuple[str, ...],
+    engine: Engine = ENGINE,
 ) -> Sora:
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
@@ -242,7 +249,7 @@ def fit(
         model.codec.load_state_dict(reverie.load(config.codec).state_dict())
     if config.start:
         take_over(model, config.start)
-    model.to(home())
+    model = engine.place(model)
     player = Player(
         model,
         optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
@@ -261,24 +268,25 @@ def fit(
 
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=1 if clips is None else 2,
-                      seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2):  # fmt: skip
+                      seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2,
+                      **engine.loop):  # fmt: skip
         if step.number == 1:
             name_bad(run, *(source.pixels for source in (pictures, clips) if source is not None))
         if step.every(20):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 12, 1)):
-            with averaged(player):
+            with averaged(player) as whole:
                 if fixed is not None:
                     losses = [
-                        model.loss(fixed | {"t": torch.full_like(fixed["normal"], t)})["loss"]
+                        whole.loss(fixed | {"t": torch.full_like(fixed["normal"], t)})["loss"]
                         for t in (0.2, 0.4, 0.6, 0.8)
                     ]
                     run.log(step.number, {"val_loss": float(sum(losses) / len(losses))})
-                images = model.generate_image(list(prompts), seed=0)
+                images = whole.generate_image(list(prompts), seed=0)
                 grid(to_bytes(images), list(prompts)).save(run.sample_path(step.number))
             run.curves()
-    with averaged(player):
-        reverie.save(model, out / "model")
+    with averaged(player) as whole:
+        keep(whole, out / "model")
     return reverie.load(out / "model")
 
 
@@ -298,13 +306,14 @@ class Source:
 
     def __init__(self, index: Index, config: SoraRun, model: Sora, *, frames: int):
         self.index, self.config, self.model, self.frames = index, config, model, frames
+        self.home = next(model.parameters()).device
         self.pixels: Pixels | Latents
         if config.latents and frames == 1:
             if model.codec is None:
                 raise InputError("There are latents only of a codec: give --codec, or leave --latents out.")
             self.pixels = Latents.open(index, key=key_of(model.codec), size=config.model.size)
         else:
-            self.pixels = Pixels(index, size=config.model.size, frames=frames, cache=cache_of(index))
+            self.pixels = decoded(index, size=config.model.size, frames=frames)
         bad = {entry.path for entry in self.pixels.bad}
         self.good = [i for i, item in enumerate(index) if item.captions and item.file_name not in bad]
         if not self.good:
@@ -334,22 +343,26 @@ class Source:
         some = self.good[:count]
         batch = self._batch([(0, i) for i in some], self._pictures(some), "fixed")
         batch["drop"] = torch.zeros(len(some), dtype=torch.bool)
-        return {name: part.to(home()) for name, part in batch.items() if isinstance(part, Tensor)}
+        return {
+            name: part.to(next(self.model.parameters()).device)
+            for name, part in batch.items()
+            if isinstance(part, Tensor)
+        }
 
     def _keys(self, step: int, batch: int) -> list[tuple[int, int]]:
         return [
             (epoch, self.good[place])
-            for epoch, place in batch_ids(step, batch, len(self.good), self.config.seed)
+            for epoch, place in my_share(step, batch, len(self.good), self.config.seed)
         ]
 
     def _pictures(self, items: list[int]) -> Tensor:
         """Latents of the first frames `b c 1 h w`, kept or encoded now."""
         if isinstance(self.pixels, Latents):
-            return torch.stack([self.pixels[self.index[i].hash].float() for i in items]).to(home())
+            return torch.stack([self.pixels[self.index[i].hash].float() for i in items]).to(self.home)
         return self._encoded([self._video(i, slice(0, 1)) for i in items])
 
     def _encoded(self, videos: list[Tensor]) -> Tensor:
-        return self.model.encode(torch.stack(videos).to(home()))
+        return self.model.encode(torch.stack(videos).to(self.home))
 
     def _video(self, i: int, window: slice) -> Tensor:
         """Frames of `window` out of `self.frames`; a shorter clip repeats frames."""

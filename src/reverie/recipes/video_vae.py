@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,14 +25,25 @@ from reverie.data.augment import on_white
 from reverie.data.embeddings import TYPES
 from reverie.data.index import Index
 from reverie.data.latents import Encoder, Latents, encode_folder
-from reverie.data.order import batch_ids
-from reverie.data.pixels import Pixels, cache_of
+from reverie.data.pixels import Pixels
 from reverie.data.preparing import Pool
+from reverie.data.remote import local
 from reverie.errors import InputError
+from reverie.media import Part
 from reverie.pictures import grid, to_bytes
-from reverie.recipes.parts import CLIP_FRAMES, averaged, home, name_bad, open_index, plain_stickers
-from reverie.recipes.search import everywhere, key_of, searched, seen, the_same
+from reverie.recipes.parts import (
+    CLIP_FRAMES,
+    averaged,
+    decoded,
+    keep,
+    my_share,
+    name_bad,
+    open_index,
+    plain_stickers,
+)
+from reverie.recipes.search import everywhere, key_of, media_of, searched, seen, the_same
 from reverie.train.ema import Ema
+from reverie.train.engine import ENGINE, Engine, home
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
@@ -55,7 +67,14 @@ class VaeRun:
 
 
 def stickers(
-    data: Path, out: Path, *, steps: int = 1000, batch: int = 16, clips: int = 2, seed: int = 0
+    data: Path,
+    out: Path,
+    *,
+    steps: int = 1000,
+    batch: int = 16,
+    clips: int = 2,
+    seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> VideoVae:
     """Fluent's 3-D stickers and their animations.
 
@@ -68,13 +87,14 @@ def stickers(
         seed: Another seed, another start and another order.
     """
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
-    return fit(VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed), index, out)
+    config = VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed)
+    return fit(config, index, out, engine=engine)
 
 
-def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
+def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> VideoVae:
     """Train from random weights, report PSNR on the held-out pictures, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = VideoVae(config.model).to(home())
+    model = engine.place(VideoVae(config.model))
     player = Player(
         model,
         optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
@@ -82,41 +102,36 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
         ema=Ema(model, decay=config.ema),
         clip=1.0,
     )
-    cache = cache_of(index)
-    pictures = Pixels(index.select(split="train", video=False), size=config.size, cache=cache)
-    moving = Pixels(
-        index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES, cache=cache
-    )
-    held = Pixels(index.select(split="val", video=False), size=config.size, cache=cache)
-    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]]).to(home())
+    pictures = decoded(index.select(split="train", video=False), size=config.size)
+    moving = decoded(index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES)
+    held = decoded(index.select(split="val", video=False), size=config.size)
+    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]]).to(engine.home)
 
     def batches(step: int, micro: int) -> dict[str, Tensor]:
         source, count, frames = (
             (moving, config.clips, config.clip_frames) if micro else (pictures, config.batch, 1)
         )
-        videos = []
-        for epoch, place in batch_ids(step, count, len(source.good), config.seed):
+        kind = "clip" if micro else "picture"
+        shape = model.latent_shape(frames, (config.size, config.size))
+        videos, noises = [], []
+        for epoch, place in my_share(step, count, len(source.good), config.seed):
             i = source.good[place]
             u = torch.rand((), generator=rng.generator(config.seed, "window", epoch, i)).item()
             first = int(u * (source.counts[i] - frames + 1))
             videos.append(_signal(source, i, slice(first, first + frames)))
-        video = torch.stack(videos)
-        shape = (count, *model.latent_shape(frames, (config.size, config.size)))
-        return {
-            "video": video,
-            "noise": torch.randn(shape, generator=rng.generator(config.seed, "noise", step, micro)),
-        }
+            noises.append(torch.randn(shape, generator=rng.generator(config.seed, "noise", kind, epoch, i)))
+        return {"video": torch.stack(videos), "noise": torch.stack(noises)}
 
     run = Run(out, config)
     for step in train([player], batches, run=run, steps=config.steps, accumulate=2, seed=config.seed,
-                      save_every=max(config.steps // 4, 1), keep=1, prefetch=2):  # fmt: skip
+                      save_every=max(config.steps // 4, 1), keep=1, prefetch=2, **engine.loop):  # fmt: skip
         if step.number == 1:
             name_bad(run, pictures, moving)
         if step.every(20):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 8, 1)):
-            with averaged(player):
-                drawn = model.draw(model.posterior(val)[0]).clamp(-1, 1)
+            with averaged(player) as whole:
+                drawn = whole.draw(whole.posterior(val)[0]).clamp(-1, 1)
                 error = ((drawn - val) / 2).square().mean(dim=(1, 2, 3, 4))
                 run.log(step.number, {"val_psnr": float(-10 * error.log10().mean())})
                 pairs = torch.stack([val[:8, :, 0], drawn[:8, :, 0]], dim=1)
@@ -124,11 +139,10 @@ def fit(config: VaeRun, index: Index, out: Path) -> VideoVae:
                     run.sample_path(step.number)
                 )
             run.curves()
-    with averaged(player):
-        _normalise(
-            model, torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]]).to(home())
-        )
-        reverie.save(model, out / "model")
+    with averaged(player) as whole:
+        some = torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]])
+        _normalise(whole, some.to(engine.home))
+        keep(whole, out / "model")
     return reverie.load(out / "model")
 
 
@@ -158,16 +172,26 @@ def encode(
             f"{frames} frames do not fill latent frames: give 1 and some times {time}, such as "
             f"{model.whole(max(frames, 2))}."
         )
-    _, names = searched(folder)
+    folder = local(folder)
+    index, names = searched(folder)
     if not names:
         raise InputError(f"{folder} holds no pictures or clips to encode.")
     key, about = key_of(model), ((size, size), frames, dtype)
     if pool is None:
-        start = partial(_encoder, model, folder, *about)
+        start = partial(_encoder, model, media_of(folder, index), *about)
     else:
         start = partial(encoder, everywhere(codec), os.path.abspath(folder), key, *about, device)
     return encode_folder(
-        folder, names, key=key, start=start, size=about[0], frames=frames, dtype=dtype, pool=pool, quiet=quiet
+        folder,
+        names,
+        index=index,
+        key=key,
+        start=start,
+        size=about[0],
+        frames=frames,
+        dtype=dtype,
+        pool=pool,
+        quiet=quiet,
     )
 
 
@@ -175,13 +199,15 @@ def encoder(
     codec: str, folder: str, key: str, size: tuple[int, int], frames: int, dtype: str, device: str | None
 ) -> Encoder:
     """A worker's own codec, which must be what `key` says. InputError: it is another, or the folder is not there."""
-    return _encoder(the_same(_codec(codec, device), codec, key), seen(folder), size, frames, dtype)
+    return _encoder(the_same(_codec(codec, device), codec, key), media_of(seen(folder)), size, frames, dtype)
 
 
-def _encoder(model: VideoVae, folder: Path, size: tuple[int, int], frames: int, dtype: str) -> Encoder:
+def _encoder(
+    model: VideoVae, media: Callable[[str], Path | Part], size: tuple[int, int], frames: int, dtype: str
+) -> Encoder:
     place = model.mean.device
     return Encoder(
-        folder=folder, encode=lambda video: model.encode(video.to(place)), stride=model.config.stride[0],
+        media=media, encode=lambda video: model.encode(video.to(place)), stride=model.config.stride[0],
         size=size, frames=frames, dtype=dtype,
     )  # fmt: skip
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from reverie.train.parallel import local
+
 
 class Ema:
     """Averages the trainable parameters of a model; the rest is taken as the model has it."""
@@ -29,8 +31,8 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
         weights = dict(model.named_parameters())
-        new = [weights[name].detach().float() for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), new, 1 - decay)
+        new = [local(weights[name].detach()).float() for name in self.average]
+        torch._foreach_lerp_([local(value) for value in self.average.values()], new, 1 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

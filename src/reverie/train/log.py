@@ -4,6 +4,8 @@
     metrics.jsonl       one object per logged step: {"step": 120, "loss": 2.31, ...}
     events.jsonl        skipped steps, with the reason and the sample ids
     bad_samples.jsonl   samples that could not be read and were replaced
+    status.json         how far it is and how it ended: running, finished, stopped or failed, with the reason
+    resources.json      time per step and memory, as said before the first step and as used
     curves.png          the metrics drawn
     samples/            grids at fixed prompts and noise, by step
     checkpoints/        step-00000100/...
@@ -15,19 +17,23 @@ twice.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
-import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+import platform
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from reverie import disk
+from reverie import __version__, disk
 from reverie.errors import InputError
-from reverie.progress import Display
+from reverie.progress import Display, say, size
+from reverie.train import curves
+from reverie.train.runs import LOCK, leaves, read_json, read_lines
 
 DIFFERENCES = 5  # so many are named
 FREE = (
@@ -38,11 +44,12 @@ FREE = (
     "sample_every",
     "prefetch",
     "device",
+    "chunk",
     "estimate",
     "track",
     "out",
 )
-"""Configuration keys that may change when a run resumes, since no result depends on them."""
+"""Configuration keys that may change when a run resumes, since no result depends on them, save for rounding."""
 
 
 class Run:
@@ -58,6 +65,8 @@ class Run:
         free: Sequence[str] = FREE,
     ) -> None:
         """`config`: a dataclass or mapping; `track`: also for TensorBoard; `free`: keys that may change."""
+        from reverie.train.parallel import team  # torch, which reading the folders needs not
+
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; name a folder for the run.")
@@ -68,16 +77,21 @@ class Run:
         self.config = resolved(config if config is not None else {})
         self.free = frozenset(free)
         self.checkpoints = self.folder / "checkpoints"
+        self.evidence = self.folder / "evidence"
         self.samples = self.folder / "samples"
+        self.writes = team().first  # of several processes; what the others log is not kept
         for path in (self.folder, self.checkpoints, self.samples):
             path.mkdir(parents=True, exist_ok=True)
+        if not self.writes:
+            self._elsewhere = tempfile.TemporaryDirectory(prefix="reverie-")
+            self.samples = Path(self._elsewhere.name)
         self._metrics = _Lines(self.folder / "metrics.jsonl")
         self._events = _Lines(self.folder / "events.jsonl")
         self._bad = _Lines(self.folder / "bad_samples.jsonl")
-        self._progress = Progress() if progress else None
+        self._progress = Progress() if progress and self.writes else None
         self._lock: Any = None
         self._writer: Any = None
-        self._track = track
+        self._track = track and self.writes
         if track:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
@@ -90,6 +104,8 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line of numbers for `step`; curves.png draws val_loss over loss, and so on."""
+        if not self.writes:
+            return
         row = {name: float(value) for name, value in metrics.items()}
         self._metrics.append({"step": step} | {k: v if math.isfinite(v) else None for k, v in row.items()})
         if self._track:
@@ -110,7 +126,8 @@ class Run:
 
     def curves(self) -> None:
         """Draws curves.png: each series raw and smoothed, validation over training."""
-        _draw(self.metrics(), self.folder / "curves.png", title=self.folder.name)
+        if self.writes:
+            curves.draw(self.metrics(), self.folder / "curves.png", title=self.folder.name)
 
     def say(self, text: str) -> None:
         """One line to the person who watches, beside the progress."""
@@ -121,18 +138,24 @@ class Run:
 
     def open(self) -> None:
         """Locks the folder against a second trainer; the lock dies with the process."""
+        if not self.writes:
+            return
         try:
             import fcntl
         except ImportError:  # Windows has no flock
             return
-        handle = (self.folder / ".lock").open("a")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise InputError(
-                f"{self.folder} is in use by another training process; wait for it or name another."
-            ) from error
+        handle = (self.folder / LOCK).open("a")
+        for again in range(5, -1, -1):  # `reverie runs` looks at the lock for a moment, and is no trainer
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not again:
+                    handle.close()
+                    raise InputError(
+                        f"{self.folder} is in use by another training process; wait for it or name another."
+                    ) from error
+                time.sleep(0.02)
         self._lock = handle
 
     def check(self) -> None:
@@ -149,12 +172,16 @@ class Run:
 
     def start(self, step: int) -> None:
         """Begins at `step` steps done: writes the configuration and drops later lines."""
+        if not self.writes:
+            return
         path = self.folder / "config.json"
         disk.write(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
         """Forgets every line beyond `step`."""
+        if not self.writes:
+            return
         for lines in (self._metrics, self._events, self._bad):
             lines.rewind(step)
         if self._writer is not None:
@@ -163,17 +190,30 @@ class Run:
 
     def event(self, step: int, **what: Any) -> None:
         """Records something that happened at `step`."""
-        self._events.append({"step": step} | what)
+        if self.writes:
+            self._events.append({"step": step} | what)
 
     def bad(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
         """Records samples (path, reason) that the batch of `step` had to replace."""
-        for path, reason in samples:
+        for path, reason in samples if self.writes else ():
             self._bad.append({"step": step, "path": str(path), "reason": str(reason)})
 
-    def progress(self, step: int, steps: int, *, loss: float, items: int) -> None:
-        """Tells the person who watches that `step` of `steps` is done."""
+    def keep(self, name: str, what: Mapping[str, Any], *, durable: bool = True) -> None:
+        """Writes a small JSON file of the folder, in place of the one before."""
+        if self.writes:
+            disk.write(
+                self.folder / name, json.dumps(what, indent=1, ensure_ascii=False) + "\n", durable=durable
+            )
+
+    def status(self, state: str, **what: Any) -> None:
+        """Writes status.json: running, finished, stopped or failed; which process, and when."""
+        who = {"process": os.getpid(), "host": platform.node()}
+        self.keep("status.json", {"state": state, "at": now()} | what | who, durable=state != "running")
+
+    def progress(self, step: int, steps: int, **told: Any) -> None:
+        """Tells the person who watches that `step` of `steps` is done; `told` as in `Progress.update`."""
         if self._progress is not None:
-            self._progress.update(step, steps, loss=loss, items=items)
+            self._progress.update(step, steps, **told)
 
     def sync(self) -> None:
         """Flushes the logs to the disk, so that they are not behind a checkpoint after a power cut."""
@@ -192,6 +232,53 @@ class Run:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def now() -> str:
+    """The time in UTC, as in the files of a run: 2026-01-31T12:00:00+00:00."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def commanded(folder: Path, **command: Any) -> Iterator[None]:
+    """Around a recipe: keeps `command` in the folder's command.json, and a failure in its status.json.
+
+    The first command stays; those that go on are listed under "resumed". A recipe that is refused before its run
+    begins leaves the folder as it was. Of several processes only the first writes.
+    """
+    from reverie.train.parallel import team
+
+    path, begun = folder / "command.json", now()
+    if not team().first or (folder.exists() and not folder.is_dir()):  # the latter Run refuses
+        yield
+        return
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    told = resolved(command) | {"version": __version__, "started": begun}
+    if before is not None:
+        first = read_json(path)
+        told = first | {"resumed": [*first.get("resumed", ()), told]}
+    disk.write(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    try:
+        yield
+    except BaseException as error:
+        status = folder / "status.json"
+        state = read_json(status)
+        ours = state.get("process") == os.getpid() and state.get("since", "") >= begun
+        if not ours:
+            if before is not None:
+                disk.write(path, before)
+            else:
+                path.unlink()
+                if made and not any(folder.iterdir()):
+                    folder.rmdir()
+        elif (
+            isinstance(error, Exception) and state.get("state") != "failed"
+        ):  # between the steps, or after them
+            told = {"state": "failed", "at": now(), "reason": str(error) or type(error).__name__}
+            disk.write(status, json.dumps(state | told, indent=1, ensure_ascii=False) + "\n")
+        raise
 
 
 # ---------------------------------------------------------------- configuration
@@ -218,7 +305,7 @@ def resolved(config: Any) -> Any:
 
 def refuse_difference(before: Any, now: Any, *, where: str, free: frozenset[str] = frozenset()) -> None:
     """Raises InputError naming the keys that differ; `steps` may grow, and `free` keys may change."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    old, new = dict(leaves(before)), dict(leaves(now))
     differing = []
     for key in sorted(old.keys() | new.keys()):
         leaf = key.rsplit(".", 1)[-1]
@@ -232,14 +319,6 @@ def refuse_difference(before: Any, now: Any, *, where: str, free: frozenset[str]
             f"{where} holds a run with another configuration: {', '.join(differing[:DIFFERENCES])}{more}; "
             "give the same values to go on with it, or name a new folder."
         )
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value
 
 
 # ---------------------------------------------------------------- lines
@@ -260,17 +339,7 @@ class _Lines:
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line; a line that a kill tore is dropped."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-        return rows
+        return read_lines(self.path)
 
     def rewind(self, step: int) -> None:
         self.close()
@@ -295,99 +364,46 @@ class _Lines:
 
 
 class Progress:
-    """How far a run is, its smoothed loss and its pace, on standard error."""
+    """How far a run is, its smoothed loss, pace, learning rate and memory, on standard error."""
 
     def __init__(self) -> None:
         self._display: Display | None = None
-        self._items = 0
-        self._loss = math.nan
+        self._loss = self._pace = math.nan
+        self._paced = 0
 
-    def update(self, step: int, steps: int, *, loss: float, items: int) -> None:
+    def update(
+        self, step: int, steps: int, *, loss: float, items: int, seconds: float, lr: float, memory: int
+    ) -> None:
+        """`items` and `seconds` are of this step alone; `memory` is the most that was held so far, 0: unknown."""
         if self._display is None:
             self._display = Display("step", first=step, stays=True)
-        else:
-            self._items += items
+        elif items and seconds > 0:  # a first step is slower than those that follow
+            self._paced += 1
+            pace, keep = items / seconds, min(0.9, 1 - 1 / self._paced)
+            self._pace = pace if self._paced == 1 else 1 / (keep / self._pace + (1 - keep) / pace)
         if math.isfinite(loss):
             self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
-        rate = f"{self._items / self._display.seconds:.1f}" if self._items else "?"
-        self._display.show(step, steps, f"loss {self._loss:.4g} · {rate} items/s")
+        rate = "?" if math.isnan(self._pace) else f"{self._pace:.{0 if self._pace >= 100 else 1}f}"
+        told = [f"loss {self._loss:.4g}", f"{rate} items/s", f"lr {lr:.2g}"]
+        if memory:
+            told.append(size(memory))
+        self._display.show(step, steps, " · ".join(told), self.numbers | {"lr": lr, "memory": memory or None})
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """Smoothed loss and items a second, as told last."""
+        return {
+            "loss": None if math.isnan(self._loss) else self._loss,
+            "items_per_second": None if math.isnan(self._pace) else self._pace,
+        }
 
     def say(self, text: str) -> None:
         if self._display is not None:
             self._display.say(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._display is not None:
             self._display.close()
-        self._display, self._items = None, 0
-
-
-# ---------------------------------------------------------------- curves
-
-
-def _series(rows: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                xs, ys = series.setdefault(name, ([], []))
-                xs.append(row["step"])
-                ys.append(float(value))
-    return series
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """A running mean with a memory of about 2 % of the series, without the pull of a zero start."""
-    keep = max(0.0, 1 - 50 / len(values)) if len(values) > 50 else 0.0
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return out
-
-
-def _draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    series = _series(rows)
-    if not series:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels: dict[str, list[str]] = {}
-    for name in series:
-        panels.setdefault(re.sub(r"^val[_/]", "", name), []).append(name)
-    order = sorted(
-        panels, key=lambda base: (base != "loss", "loss" not in base, base in ("lr", "grad_norm"), base)
-    )
-    columns = min(3, len(order))
-    lines = math.ceil(len(order) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    for at, base in enumerate(order):
-        axes = figure.add_subplot(lines, columns, at + 1)
-        axes.set_title(base, fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        values = [y for name in panels[base] for y in series[name][1]]
-        if "loss" in base and min(values) > 0 and max(values) > 20 * min(values):
-            axes.set_yscale("log")
-        for name in sorted(panels[base]):
-            xs, ys = series[name]
-            validation = name.startswith(("val_", "val/"))
-            colour = "tab:orange" if validation else "tab:blue"
-            if validation or len(xs) < 60 or base.endswith("lr"):
-                axes.plot(
-                    xs, ys, color=colour, marker=None if len(xs) >= 60 else "o", markersize=3, label=name
-                )
-            else:
-                axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.7)
-                axes.plot(xs, _smooth(ys), color=colour, linewidth=1.6, label=f"{name} (smoothed)")
-        if len(panels[base]) > 1:
-            axes.legend(fontsize=8)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
-    disk.write(path, drawn.getvalue())
+        self._display, self._pace, self._paced = None, math.nan, 0

@@ -13,21 +13,21 @@ batches.
 Resume equals the uninterrupted run bit for bit on a CPU with the same number of threads: batches are
 functions of the step, torch's global generator is seeded from (seed, step, player, micro) before every
 forward pass, and models, optimizers and averages are restored exactly.
+
+Under torchrun (train/parallel.py) every process runs the loop. `batches` then gives this process's part of each batch;
+losses, norms and decisions are those of all of them. Between the steps the recipe does the same everywhere, and the
+run folder takes only what the first process writes.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,13 +35,17 @@ from torch import Tensor, nn
 
 from reverie import rng
 from reverie.errors import InputError
-from reverie.train import checkpoint, plan
+from reverie.train import checkpoint, evidence, parallel, plan
 from reverie.train import precision as formats
+from reverie.train.batches import Batch, Batches, moved
 from reverie.train.ema import Ema
 from reverie.train.log import Run, refuse_difference
+from reverie.train.machine import described, deterministic
+from reverie.train.parallel import Quiet, local, mean, team
 from reverie.train.schedule import constant
+from reverie.train.signals import Asked, listening
+from reverie.train.watch import Watch
 
-Batch = Mapping[str, Any]
 Losses = Mapping[str, Tensor]
 
 
@@ -51,6 +55,10 @@ class NonFiniteError(InputError):
 
 class Stopped(SystemExit):
     """Stopped by a signal, with a checkpoint. Exit code 85 (start me again), or 130 after Ctrl-C."""
+
+
+class Replayed(SystemExit):
+    """A step was computed again, and nothing else was done. Exit code 0 if it gave the same to the bit, else 1."""
 
 
 @dataclass
@@ -100,6 +108,7 @@ class Step:
     items: int
     seconds: float
     skipped: bool
+    asked: bool = False  # by SIGUSR2
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -112,8 +121,8 @@ class Step:
         return self.number == self.steps
 
     def every(self, n: int) -> bool:
-        """Whether what is done every `n` steps and at the end is due."""
-        return self.number % n == 0 or self.last
+        """Whether what is done every `n` steps and at the end is due; SIGUSR2 asks for all of it now."""
+        return self.number % n == 0 or self.last or self.asked
 
 
 def train(
@@ -135,6 +144,9 @@ def train(
     prefetch: int = 0,
     estimate: bool = True,
     deterministic: bool | None = None,
+    background: bool = False,
+    spikes: float = 8.0,
+    replay: int | None = None,
 ) -> Iterator[Step]:
     """Trains until `steps` steps are done, going on from the newest whole checkpoint in `run` if there is
     one.
@@ -153,10 +165,14 @@ def train(
     prefetch       how many batches a thread prepares ahead; they must not draw from global generators then
     estimate       say time and memory before the first step
     deterministic  ask torch for deterministic kernels; by default on a CPU
+    background     copy what a checkpoint holds, and write it while training goes on; at most one at a time
+    spikes         a loss so many standard deviations above the last ones leaves evidence (train/evidence.py), as one
+                   that is not finite does; 0: no loss does
+    replay         train nothing, compute this step again from its evidence (0: the newest), and raise Replayed
 
     SIGTERM, SIGINT and SIGUSR1 write a checkpoint after the current step and raise Stopped; a second one acts
-    at once. Raises InputError when the run folder holds a run with another configuration, seed, precision or
-    optimizer.
+    at once. SIGUSR2 makes all that is done between steps due after this one, and saves. Raises InputError when
+    the run folder holds a run with another configuration, seed, precision or optimizer.
     """
     players = list(players)
     if len({player.name for player in players}) != len(players):
@@ -186,7 +202,7 @@ def train(
             )
     return _Loop(
         players=players,
-        batches=_Batches(
+        batches=Batches(
             batches, steps=steps, accumulate=accumulate, ahead=prefetch, keep=len(players) > 1, device=home
         ),
         run=run,
@@ -203,6 +219,9 @@ def train(
         device=home,
         estimate=estimate,
         deterministic=home.type == "cpu" if deterministic is None else deterministic,
+        background=background,
+        spikes=spikes,
+        replay=replay,
     ).run_through()
 
 
@@ -215,6 +234,7 @@ class _Counts:
     in_a_row: int = 0
     items: int = 0
     bad: int = 0
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of each player, the last ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +250,7 @@ class _Trouble:
 @dataclass(kw_only=True)
 class _Loop:
     players: list[Player]
-    batches: _Batches
+    batches: Batches
     run: Run
     steps: int
     seed: int
@@ -245,6 +265,12 @@ class _Loop:
     device: torch.device
     estimate: bool
     deterministic: bool
+    background: bool
+    spikes: float
+    replay: int | None
+    quiet: dict[str, Quiet] = field(default_factory=dict)
+    saver: ThreadPoolExecutor | None = None
+    saving: Future[Path] | None = None
     counts: _Counts = field(default_factory=_Counts)
     left_out: dict[int, _Trouble] = field(default_factory=dict)
     rollbacks: int = 0
@@ -254,31 +280,56 @@ class _Loop:
         run = self.run
         run.open()
         try:
-            with _signals() as caught, _deterministic(self.deterministic):
+            with (
+                listening() as asked,
+                deterministic(self.deterministic),
+                Watch(run, device=self.device, steps=self.steps) as watch,
+            ):
+                if self.replay is not None:
+                    raise Replayed(0 if self._replay(self.replay or None) else 1)
                 self._begin()
+                watch.begin(self.counts.step)
+                self._join()
                 modes = [_modes(player.model) for player in self.players]
                 if self.estimate and self.counts.step < self.steps:
-                    self._say_plan()
+                    watch.said = self._say_plan()
                 while self.counts.step < self.steps:
-                    step = self._step(modes)
+                    watch.start()
+                    step = self._step(modes, asked)
                     if step is None:  # rolled back
                         continue
-                    run.progress(step.number, self.steps, loss=step.loss, items=step.items)
+                    watch.done(step)
                     yield step
-                    if step.every(self.save_every) or caught:
-                        self._save(draw=step.last or bool(caught))
-                    if caught:
-                        run.say(
-                            f"{caught[0].name}: stopped after step {step.number}; the same command goes on."
-                        )
-                        raise Stopped(130 if caught[0] == signal.SIGINT else 85)
+                    stop = self._agreed(asked)
+                    if step.every(self.save_every) or stop is not None:
+                        self._save(draw=step.last or step.asked or stop is not None)
+                    if stop is not None:
+                        self._settle()
+                        run.say(f"{stop.name}: stopped after step {step.number}; the same command goes on.")
+                        raise Stopped(130 if stop == signal.SIGINT else 85)
+                self._settle()
         finally:
             self.batches.close()
+            if self.saver is not None:
+                self.saver.shutdown()
             run.close()
+
+    def _join(self) -> None:
+        """From here on each player's loss is that of all processes."""
+        for player in self.players:
+            player.loss, self.quiet[player.name] = parallel.together(player.model, player.loss)
+
+    def _agreed(self, asked: Asked) -> signal.Signals | None:
+        """Whether the processes stop here. A background save that failed in one of them fails in all."""
+        failed = self.saving is not None and self.saving.done() and self.saving.exception() is not None
+        heard = team().hear([asked.stop and int(asked.stop), failed])
+        if any(failed for _, failed in heard):
+            self._settle()
+        return next((signal.Signals(number) for number, _ in heard if number), None)
 
     # ------------------------------------------------------------ one step
 
-    def _step(self, modes: list[dict[nn.Module, bool]]) -> Step | None:
+    def _step(self, modes: list[dict[nn.Module, bool]], asked: Asked) -> Step | None:
         """Does the next step; None when it rolled back instead."""
         at, begun = self.counts.step, time.perf_counter()
         losses = {p._key("loss"): math.nan for p in self.players}
@@ -295,7 +346,7 @@ class _Loop:
             if trouble is not None and self.non_finite == "rollback":
                 self._roll_back(at, trouble)
                 return None
-            items = self._count_samples(at)
+        items, now = self._count_samples(at, asked)
         self.counts.step += 1
         if trouble is None:
             self.counts.in_a_row = 0
@@ -314,6 +365,7 @@ class _Loop:
             items=items,
             seconds=time.perf_counter() - begun,
             skipped=trouble is not None,
+            asked=now,
         )
 
     def _update(
@@ -325,38 +377,18 @@ class _Loop:
         norms: dict[str, float],
     ) -> _Trouble | None:
         """Moves one player's weights, unless a loss or gradient is not finite: then nothing of it stays."""
-        for module, training in mode.items():
-            module.training = training
-        self._clear_gradients()
         buffers = [(buffer, buffer.clone()) for buffer in player.model.buffers()]
-        parts: list[Losses] = []
-        for micro in range(self.accumulate):
-            batch = self.batches(at, micro)
-            torch.manual_seed(rng.integer(self.seed, "step", at, player.name, micro))
-            with formats.autocast(self.precision, self.device):
-                parts.append(player.loss(batch))
-            assert all(v.numel() == 1 for v in parts[-1].values()), "loss(batch) must give scalars"
-            (parts[-1]["loss"] / self.accumulate).backward()
-            parts[-1] = {
-                name: value.detach().to(self.device, torch.float32).reshape(())
-                for name, value in parts[-1].items()
-            }
-        gradients = [p.grad for g in player.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        assert gradients, "the loss depends on no parameter that the optimizer trains"
-        norm = nn.utils.get_total_norm(gradients)
-        *values, total = torch.stack(
-            [value for part in parts for value in part.values()] + [norm.float()]
-        ).tolist()
-        names = [name for part in parts for name in part]
+        values, norm, own = self._gradients(player, mode, at)
+        total = values[-1][1]
         means: dict[str, float] = {}
-        for name, value in zip(names, values, strict=True):
+        for name, value in values[:-1]:
             key = player._key(name)
             means[key] = means.get(key, 0.0) + value / self.accumulate
         losses.update(means)
         norms[player._key("grad_norm")] = total
-        trouble = self._trouble(
-            player, at, [v for n, v in zip(names, values, strict=True) if n == "loss"], total
-        )
+        finite = all(math.isfinite(value) for name, value in values if name in ("loss", "grad_norm"))
+        trouble = None if finite else self._trouble(player, at, own, total)
+        self._keep_evidence(player, at, values, means[player._key("loss")], trouble, buffers)
         if trouble is None:
             if player.clip is not None:
                 parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
@@ -373,24 +405,66 @@ class _Loop:
         self._clear_gradients()
         return trouble
 
-    def _trouble(self, player: Player, at: int, values: list[float], norm: float) -> _Trouble | None:
-        for micro, value in enumerate(values):
-            if not math.isfinite(value):
-                ids = self.batches.info[at, micro].ids
-                return _Trouble(what=f"{player._key('loss')} is {value} at step {at + 1}", ids=ids)
-        if not math.isfinite(norm):
-            ids = [i for micro in range(self.accumulate) for i in self.batches.info[at, micro].ids]
-            return _Trouble(what=f"{player._key('gradient')} has norm {norm} at step {at + 1}", ids=ids)
-        return None
+    def _gradients(
+        self, player: Player, mode: dict[nn.Module, bool], at: int
+    ) -> tuple[list[tuple[str, float]], Tensor, list[float]]:
+        """Leaves a step's gradients in the weights. The named numbers of every batch in turn and last the norm, means
+        over the processes; the norm again as a tensor; this process's own losses."""
+        for module, training in mode.items():
+            module.training = training
+        self._clear_gradients()
+        parts: list[Losses] = []
+        others = (team().rank,) if team().rank else ()  # the first process draws what a single one does
+        for micro in range(self.accumulate):
+            batch = self.batches(at, micro)
+            torch.manual_seed(rng.integer(self.seed, "step", at, player.name, micro, *others))
+            with self.quiet[player.name](micro + 1 == self.accumulate):
+                with formats.autocast(self.precision, self.device):
+                    found = player.loss(batch)
+                assert all(v.numel() == 1 for v in found.values()), "loss(batch) must give scalars"
+                (found["loss"] / self.accumulate).backward()
+            parts.append(
+                {
+                    name: value.detach().to(self.device, torch.float32).reshape(())
+                    for name, value in found.items()
+                }
+            )
+        gradients = [p.grad for g in player.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        assert gradients, "the loss depends on no parameter that the optimizer trains"
+        norm = parallel.full(nn.utils.get_total_norm(gradients))
+        names = [name for part in parts for name in part]
+        own = torch.stack([value for part in parts for value in part.values()] + [norm.float()])
+        values = [*zip([*names, "grad_norm"], mean(own).tolist(), strict=True)]
+        return (
+            values,
+            norm,
+            [value for name, value in zip(names, own.tolist(), strict=False) if name == "loss"],
+        )
+
+    def _trouble(self, player: Player, at: int, own: list[float], norm: float) -> _Trouble:
+        """What was not finite, by the processes that had it: the loss of a batch, or else the gradient."""
+        wrong = [micro for micro, value in enumerate(own) if not math.isfinite(value)][:1]
+        heard = team().hear([[f"{own[micro]}", self.batches.info[at, micro].ids] for micro in wrong])
+        if losses := [told for said in heard for told in said]:
+            ids = [i for _, some in losses for i in some]
+            return _Trouble(what=f"{player._key('loss')} is {losses[0][0]} at step {at + 1}", ids=ids)
+        ids = [i for some in team().hear(self.batches.ids(at)) for i in some]
+        return _Trouble(what=f"{player._key('gradient')} has norm {norm} at step {at + 1}", ids=ids)
 
     def _clear_gradients(self) -> None:
         for player in self.players:  # a generator's loss also leaves gradients in its discriminator
             player.model.zero_grad(set_to_none=True)
 
-    def _count_samples(self, at: int) -> int:
-        info = [self.batches.info[at, micro] for micro in range(self.accumulate)]
+    def _count_samples(self, at: int, asked: Asked) -> tuple[int, bool]:
+        """How many items the step had, and whether one of the processes was asked to save and sample now."""
+        info = [entry for (step, _), entry in self.batches.info.items() if step == at]
         items = sum(entry.items for entry in info)
-        bad = [sample for entry in info for sample in entry.bad]
+        heard = team().hear([items, [sample for entry in info for sample in entry.bad], asked.now])
+        now, asked.now = any(here for _, _, here in heard), False
+        items, bad = (
+            sum(count for count, _, _ in heard),
+            [(path, why) for _, some, _ in heard for path, why in some],
+        )
         self.run.bad(at + 1, bad)
         counts = self.counts
         counts.items, counts.bad = counts.items + items, counts.bad + len(bad)
@@ -400,7 +474,72 @@ class _Loop:
                 f"{counts.bad} of {counts.items} samples could not be read, more than the {self.max_bad:.0%} "
                 f"allowed; see {self.run.folder / 'bad_samples.jsonl'}, mend or remove them, and start again."
             )
-        return items
+        return items, now
+
+    # ------------------------------------------------------------ evidence
+
+    def _keep_evidence(
+        self,
+        player: Player,
+        at: int,
+        values: list[tuple[str, float]],
+        loss: float,
+        trouble: _Trouble | None,
+        buffers: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Of a step that stands out: its weights, which have not moved yet, and what it computed."""
+        before = self.counts.losses.setdefault(player.name, [])
+        reason = trouble.what if trouble else evidence.spike(loss, before, sigmas=self.spikes)
+        if math.isfinite(loss):
+            before.append(loss)
+            del before[: -evidence.WINDOW]
+        if not reason or not self.spikes:
+            return
+        ids = [i for said in team().hear(self.batches.ids(at)) for i in said]
+        if not trouble:
+            self.run.event(at + 1, event="spike", reason=reason, ids=ids)
+        kept = {id(buffer): clone for buffer, clone in buffers}
+        tensors = {
+            other._file("model"): {
+                name: kept.get(id(value), value.detach())
+                for name, value in checkpoint.model_tensors(other.model, detach=False).items()
+            }
+            for other in self.players
+        }
+        state = evidence.about(
+            reason=reason, player=player.name, step=at, values=evidence.exact(values), ids=ids
+        ) | {"settings": self._settings(), "machine": described(self.device)}
+        try:
+            path = checkpoint.save(
+                self.run.evidence, at + 1, tensors=tensors, state=state, keep=3, team=team()
+            )
+        except InputError as error:  # a full disk stops a run at its next checkpoint, not here
+            self.run.say(f"step {at + 1}: {reason}; there is no evidence of it: {error}")
+            return
+        if not trouble:
+            self.run.say(f"step {at + 1}: {reason}; its evidence is in {path}")
+
+    def _replay(self, step: int | None) -> bool:
+        """Computes a step again from its evidence and says what came out; whether it is the same to the bit."""
+        path = evidence.find(self.run.evidence, step)
+        state = checkpoint.read_state(path)
+        self.run.check()
+        refuse_difference(state["settings"], self._settings(), where=str(path))
+        for player in self.players:
+            checkpoint.restore(checkpoint.model_tensors(player.model), path, player._file("model"))
+        self._join()
+        modes = {player.name: _modes(player.model) for player in self.players}
+        (player,) = [player for player in self.players if player.name == state["player"]]
+        values, _, _ = self._gradients(player, modes[player.name], state["step"])
+        same, lines = evidence.compare(state["values"], evidence.exact(values))
+        ids = [i for said in team().hear(self.batches.ids(state["step"])) for i in said]
+        lines.append(f"samples: {', '.join(map(str, ids)) or 'without names'}")
+        if ids != state["ids"]:
+            lines.append(f"these are not the samples of that time: {', '.join(map(str, state['ids']))}")
+        if not same and state["machine"] != described(self.device):
+            lines.append(f"that was on {state['machine']}, this is {described(self.device)}")
+        self.run.say("\n".join([f"step {state['step'] + 1} again, since {state['reason']}", *lines]))
+        return same
 
     # ------------------------------------------------------------ steps that fail
 
@@ -429,7 +568,8 @@ class _Loop:
                 "allowed. Lower the learning rate, or go on from an earlier checkpoint."
             )
         self.left_out[at] = trouble
-        path = checkpoint.latest(self.run.checkpoints, report=self.run.say)
+        self._settle()
+        path = self._latest()
         assert path is not None, "rollback keeps a checkpoint from the first step on"
         self._restore(path)
         self.run.rewind(self.counts.step)
@@ -439,8 +579,10 @@ class _Loop:
 
     def _begin(self) -> None:
         folder = self.run.checkpoints
-        checkpoint.clean(folder)
-        path = checkpoint.latest(folder, report=self.run.say)
+        if team().first:
+            checkpoint.clean(folder)
+            checkpoint.clean(self.run.evidence)
+        path = self._latest()
         if path is None and checkpoint.steps(folder):
             raise InputError(
                 f"Every checkpoint in {folder} is damaged; move the folder away to start afresh."
@@ -462,14 +604,22 @@ class _Loop:
         self.run.check()
         refuse_difference(state["settings"], self._settings(), where=str(self.run.folder))
         self._restore(path)
-        checkpoint.set_aside(folder, after=path)
+        team().hear()  # the others have read it all
+        if team().first:
+            checkpoint.set_aside(folder, after=path)
         self.run.start(self.counts.step)
         self.run.say(f"going on after step {self.counts.step}, from {path}")
-        if state["machine"] != _machine(self.device):
+        if state["machine"] != described(self.device):
             self.run.say(
-                f"the checkpoint was made on {state['machine']}, this is {_machine(self.device)}: "
+                f"the checkpoint was made on {state['machine']}, this is {described(self.device)}: "
                 "the run goes on, but not bit for bit as it would have there"
             )
+
+    def _latest(self) -> Path | None:
+        """The newest whole checkpoint, which the first process looks for."""
+        found = checkpoint.latest(self.run.checkpoints, report=self.run.say) if team().first else None
+        name = team().hear(found and found.name)[0]
+        return name and self.run.checkpoints / name
 
     def _settings(self) -> dict[str, Any]:
         """What the results depend on besides the recipe's configuration."""
@@ -492,15 +642,16 @@ class _Loop:
         }
 
     def _save(self, *, draw: bool) -> None:
+        self._settle()
         tensors: dict[str, Mapping[str, Tensor]] = {}
         scalars: dict[str, Any] = {}
         for player in self.players:
-            for name, parameter in player.model.named_parameters():
-                if not torch.isfinite(parameter).all():
-                    raise NonFiniteError(
-                        f"{name} is not finite after step {self.counts.step}, so no checkpoint is written; "
-                        "lower the learning rate and go on from the last checkpoint."
-                    )
+            wrong = [n for n, p in player.model.named_parameters() if not torch.isfinite(local(p)).all()]
+            if wrong := [name for names in team().hear(wrong[:1]) for name in names]:
+                raise NonFiniteError(
+                    f"{wrong[0]} is not finite after step {self.counts.step}, so no checkpoint is written; "
+                    "lower the learning rate and go on from the last checkpoint."
+                )
             state, rest = checkpoint.optimizer_state(player.model, player.optimizer)
             tensors[player._file("model")] = checkpoint.model_tensors(player.model)
             tensors[player._file("optimizer")] = state
@@ -512,137 +663,61 @@ class _Loop:
             "counts": asdict(self.counts),
             "settings": self._settings(),
             "players": scalars,
-            "machine": _machine(self.device),
+            "machine": described(self.device),
         }
-        checkpoint.save(self.run.checkpoints, self.counts.step, tensors=tensors, state=about, keep=self.keep)
+        where, at, keep = self.run.checkpoints, self.counts.step, self.keep
+        if self.background:
+            copies = {
+                file: {k: parallel.copied(v) for k, v in group.items()} for file, group in tensors.items()
+            }
+            self.saver = self.saver or ThreadPoolExecutor(1, thread_name_prefix="saves")
+            self.saving = self.saver.submit(
+                checkpoint.save, where, at, tensors=copies, state=about, keep=keep, team=team("saves")
+            )
+        else:
+            checkpoint.save(where, at, tensors=tensors, state=about, keep=keep, team=team())
         self.rollbacks = 0
         if draw or time.monotonic() - self.drawn > 120:
             self.run.curves()
             self.drawn = time.monotonic()
 
-    def _restore(self, path: Any) -> None:
+    def _settle(self) -> None:
+        """Waits for the background save, and raises what it raised."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
+
+    def _restore(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         for player in self.players:
-            checkpoint.restore(
-                checkpoint.model_tensors(player.model), path / f"{player._file('model')}.safetensors"
-            )
+            checkpoint.restore(checkpoint.model_tensors(player.model), path, player._file("model"))
             scalars = state["players"][player.name]
             checkpoint.restore_optimizer(
-                player.model,
-                player.optimizer,
-                path / f"{player._file('optimizer')}.safetensors",
-                scalars["optimizer"],
+                player.model, player.optimizer, path, player._file("optimizer"), scalars["optimizer"]
             )
             if player.ema is not None:
-                checkpoint.restore(player.ema.average, path / f"{player._file('ema')}.safetensors")
+                checkpoint.restore(player.ema.average, path, player._file("ema"))
                 player.ema.updates = scalars["ema_updates"]
         self.counts = _Counts(**state["counts"])
 
-    def _say_plan(self) -> None:
-        batch = self.batches(self.counts.step, 0)
+    def _say_plan(self) -> plan.Plan:
+        first = self.batches(self.counts.step, 0)
         begun = time.perf_counter()
-        self.batches.function(self.counts.step, 0)  # again: the first call may open files and fill caches
+        # again: the first call may open files and fill caches; and a second batch may be of another kind
+        last = dict(self.batches.function(self.counts.step, min(1, self.accumulate - 1)))
+        last.pop("bad", None)
         loading = 0.0 if self.batches.ahead else time.perf_counter() - begun
         told = plan.estimate(
             self.players,
-            batch,
+            [first] if self.accumulate == 1 else [first, moved(last, self.device)],
             steps=self.steps - self.counts.step,
             loading=loading,
             accumulate=self.accumulate,
             precision=self.precision,
+            settings=self.run.config,
         )
         self.run.say(str(told))
-
-
-# ---------------------------------------------------------------- batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Info:
-    items: int
-    ids: list[Any]
-    bad: list[tuple[str, str]]
-
-
-class _Batches:
-    """Calls the pure function of (step, micro), keeps what the step fetched, and may work ahead."""
-
-    def __init__(
-        self,
-        function: Callable[[int, int], Batch],
-        *,
-        steps: int,
-        accumulate: int,
-        ahead: int,
-        keep: bool,
-        device: torch.device,
-    ) -> None:
-        self.function, self.steps, self.accumulate, self.ahead = function, steps, accumulate, ahead
-        self.keep, self.device = keep, device
-        self.info: dict[tuple[int, int], _Info] = {}
-        self._cache: dict[tuple[int, int], Batch] = {}
-        self._queue: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
-        self._pool: ThreadPoolExecutor | None = None
-
-    def __call__(self, step: int, micro: int) -> Batch:
-        key = (step, micro)
-        if key not in self._cache:
-            if any(old[0] != step for old in self.info):
-                self.info.clear()
-                self._cache.clear()
-            if not self.keep:  # with one player, no micro-batch is needed twice
-                self._cache.clear()
-            batch = dict(self._get(key))
-            bad = list(batch.pop("bad", ()))
-            ids = batch.get("ids", ())
-            ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-            sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim]
-            self.info[key] = _Info(items=len(ids) or (sizes[0] if sizes else 1), ids=ids, bad=bad)
-            self._cache[key] = _moved(batch, self.device)
-        return dict(self._cache[key])
-
-    def _get(self, key: tuple[int, int]) -> Batch:
-        if self.ahead < 1:
-            return self.function(*key)
-        if self._pool is None:  # the first one here, to see whether it is pure
-            before = torch.get_rng_state()
-            batch = self.function(*key)
-            if not torch.equal(before, torch.get_rng_state()):
-                raise InputError(
-                    "batches() draws from torch's global generator; draw from rng.generator, or prefetch=0."
-                )
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-            self._fill(key)
-            return batch
-        while self._queue and self._queue[0][0] != key:
-            self._queue.popleft()[1].cancel()
-        future = self._queue.popleft()[1] if self._queue else self._pool.submit(self.function, *key)
-        self._fill(key)
-        return future.result()
-
-    def _fill(self, key: tuple[int, int]) -> None:
-        assert self._pool is not None
-        at = self._queue[-1][0] if self._queue else key
-        while len(self._queue) < self.ahead:
-            at = (at[0], at[1] + 1) if at[1] + 1 < self.accumulate else (at[0] + 1, 0)
-            if at[0] >= self.steps:
-                return
-            self._queue.append((at, self._pool.submit(self.function, *at)))
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _moved(inner, device) for key, inner in value.items()}
-    return value
-
-
-# ---------------------------------------------------------------- the process
+        return told
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:
@@ -653,60 +728,3 @@ def _modes(model: nn.Module) -> dict[nn.Module, bool]:
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
     return {module: module.training for module in model.modules()}
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What bits depend on."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
-    return {
-        "torch": torch.__version__,
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "arch": platform.machine(),
-    }
-
-
-@contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects the first request to stop, after which the signals mean what they meant before."""
-    caught: list[signal.Signals] = []
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        while before:
-            signal.signal(*before.popitem())
-
-    def on_signal(number: int, _: Any) -> None:
-        caught.append(signal.Signals(number))
-        restore()
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                before[number] = signal.signal(number, on_signal)
-    try:
-        yield caught
-    finally:
-        restore()
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    memory: Any = torch.utils.deterministic  # a module with properties, which type checkers miss
-    mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        memory.fill_uninitialized_memory = fill
