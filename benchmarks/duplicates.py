@@ -18,11 +18,10 @@ import torch
 from PIL import Image
 
 from reverie.data.duplicates import hashes_of, pairs_above
-from reverie.data.embeddings import embed_folder
 from reverie.data.index import Index
 from reverie.media import decode_array, flatten
 from reverie.recipes.parts import capable, plain_stickers
-from reverie.recipes.search import key_of
+from reverie.recipes.search import embed_pictures
 
 KINDS = ("half", "jpeg 50", "half, jpeg 30", "darker", "cut")
 LIMITS = ((6, None), (10, None), (None, 0.95), (None, 0.98), (6, 0.95), (6, 0.98), (10, 0.98))
@@ -43,10 +42,8 @@ def main() -> None:
     planted = [(k, kind, write(index.path(item), asked.out, k, kind))
                for k, item in enumerate(index) if k % 9 == 0 for kind in KINDS]  # fmt: skip
     clip = capable(asked.model, "embed_text")
-    found = embed_folder(
-        asked.out, names + [name for _, _, name in planted], key=key_of(clip), prepare=clip.prepare,
-        embed=clip.embed_image,
-    )  # fmt: skip
+    every = names + [name for _, _, name in planted]
+    found = embed_pictures(clip, asked.out, every, present=set(every))
     place = {name: i for i, name in enumerate(found.names)}
     vectors = found.vectors.float()
     signs = (

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,25 @@ def test_import_reports_what_was_lost(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 of 2" in out
     assert "b.png" in out
+
+
+def test_what_data_embed_keeps_search_reads(world, clip_folder, tmp_path, capsys):
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder, ignore=shutil.ignore_patterns(".reverie"))
+    assert reverie("data", "embed", folder, "--model", clip_folder) == 0
+    assert "12 files" in capsys.readouterr().out
+    (part,) = folder.glob(".reverie/embeddings-*/*.safetensors")
+    before = part.stat().st_mtime_ns
+    assert reverie("search", folder, "a red circle", "--model", clip_folder) == 0
+    assert [part] == [*folder.glob(".reverie/embeddings-*/*.safetensors")]
+    assert part.stat().st_mtime_ns == before
+
+
+def test_several_workers_without_ray_are_refused_in_one_sentence(world, capsys, monkeypatch):
+    monkeypatch.setattr("reverie.data.preparing.find_spec", lambda name: None)
+    for name in ("score", "embed"):
+        assert reverie("data", name, world, "--workers", 2) == 2
+        assert "pip install 'reverie[ray]'" in capsys.readouterr().err
 
 
 def test_search_by_words_and_by_picture(world, clip_folder, tmp_path, capsys):

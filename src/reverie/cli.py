@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,8 @@ def data_score(
     model: str = "clip-stickers",
     name: str = "clip",
     language: str | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     device: str | None = None,
 ) -> None:
     """Score how well each caption fits its picture, by CLIP, into the index.
@@ -225,14 +227,89 @@ def data_score(
         model: The CLIP that compares: a shipped name or a folder.
         name: What the score is called in the index.
         language: Only captions in this language count, such as en; all if not given.
+        workers: Processes that share the work, by Ray; without it and --ray all is done in one.
+        ray: The Ray cluster whose workers do it: auto, HOST:PORT, or local for this machine alone.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.cleaning import score
 
-    now, before, bad = score(folder, model=model, name=name, language=language, device=device)
+    with _pool(workers, ray, device) as pool:
+        now, before, bad = score(folder, model=model, name=name, language=language, device=device, pool=pool)
     for it in bad:
         print(f"not scored: {it.path}: {it.reason}", file=sys.stderr)
     print(f"score_{name}: {now:,} scored now, {before:,} before, {len(bad):,} cannot be read")
+
+
+def data_embed(
+    folder: Path,
+    /,
+    *,
+    model: str = "clip-stickers",
+    dtype: str = "float16",
+    workers: int | None = None,
+    ray: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Embed a folder's pictures and clips, and keep the vectors there, where search, score and dedupe read them.
+
+    What was embedded before and has not changed is left alone, so an interrupted command is gone on with.
+
+    Args:
+        folder: A folder that was imported, or any folder of pictures.
+        model: The CLIP that embeds: a shipped name or a folder.
+        dtype: What is kept: float16, which search and cleaning read, or float32, which eval reads.
+        workers: Processes that share the work, by Ray; without it and --ray all is done in one.
+        ray: The Ray cluster whose workers do it: auto, HOST:PORT, or local for this machine alone.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.search import embed
+
+    if dtype not in ("float16", "float32"):
+        raise InputError(f"dtype is {dtype!r}: give float16 or float32.")
+    with _pool(workers, ray, device) as pool:
+        found = embed(folder, model=model, dtype=dtype, device=device, pool=pool)
+    for it in found.bad:
+        print(f"not embedded: {it.path}: {it.reason}", file=sys.stderr)
+    print(f"{len(found.names):,} files, {len(found.vectors):,} vectors, {len(found.bad):,} cannot be read")
+    if found.place is None:
+        raise InputError(f"{folder} cannot be written to, so nothing was kept.")
+    print(found.place)
+
+
+def data_encode(
+    folder: Path,
+    /,
+    *,
+    codec: str,
+    size: int = 64,
+    frames: int = 1,
+    dtype: str = "float32",
+    workers: int | None = None,
+    ray: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Encode a folder's pictures and clips by a video autoencoder, and keep the latents there.
+
+    What was encoded before and has not changed is left alone, so an interrupted command is gone on with.
+
+    Args:
+        folder: A folder that was imported, or any folder of pictures.
+        codec: The folder of a video autoencoder (video-vae-stickers makes one).
+        size: Pixels a side that files are fitted into.
+        frames: Frames of a clip, evenly spaced; with the usual codec 1, 5, 9 and so on. Pictures have one.
+        dtype: What is kept: float32, exactly what the codec gives; float16 or bfloat16, rounded, half as large.
+        workers: Processes that share the work, by Ray; without it and --ray all is done in one.
+        ray: The Ray cluster whose workers do it: auto, HOST:PORT, or local for this machine alone.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.video_vae import encode
+
+    with _pool(workers, ray, device) as pool:
+        found = encode(folder, codec=codec, size=size, frames=frames, dtype=dtype, device=device, pool=pool)
+    for it in found.bad:
+        print(f"not encoded: {it.path}: {it.reason}", file=sys.stderr)
+    print(f"{len(found.names):,} files, {len(found.bad):,} cannot be read")
+    print(found.place)
 
 
 def data_dedupe(
@@ -1104,6 +1181,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data check": data_check,
     "data show": data_show,
     "data score": data_score,
+    "data embed": data_embed,
+    "data encode": data_encode,
     "data dedupe": data_dedupe,
     "data filter": data_filter,
     "data shrink": data_shrink,
@@ -1133,6 +1212,15 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 
 # ---------------------------------------------------------------- what several commands need
+
+
+def _pool(workers: int | None, ray: str | None, device: str | None) -> AbstractContextManager[Any]:
+    """The workers that a command asks for, or nothing."""
+    if workers is None and ray is None:
+        return nullcontext()
+    from reverie.data.preparing import Pool
+
+    return Pool(workers, ray, gpus=device != "cpu")
 
 
 def _runs_named(words: Sequence[str], *, least: int) -> dict[str, Path]:

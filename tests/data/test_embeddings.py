@@ -10,7 +10,7 @@ from PIL import Image
 
 from reverie import disk
 from reverie.data import embeddings
-from reverie.data.embeddings import embed_folder, fingerprint, media_below
+from reverie.data.embeddings import Embedder, embed_folder, fingerprint, media_below
 from reverie.errors import InputError
 from reverie.pictures import to_signal
 
@@ -42,10 +42,16 @@ class Model:
         self.seen += len(signals)
         return torch.nn.functional.normalize(signals.flatten(1)[:, :: 48 // self.width] + 0.01, dim=1)
 
-    def run(self, folder: Path, names: list[str] | None = None, **options) -> embeddings.Embeddings:
+    def run(
+        self, folder: Path, names: list[str] | None = None, *, batch: int = 64, key: str = "0" * 16, **options
+    ) -> embeddings.Embeddings:
         names = media_below(folder) if names is None else names
+        worker = Embedder(
+            media=folder.__truediv__, prepare=self.prepare, embed=self.embed, batch=batch,
+            dtype=options.get("dtype", "float16"),
+        )  # fmt: skip
         return embed_folder(
-            folder, names, key="0" * 16, prepare=self.prepare, embed=self.embed, quiet=True, **options
+            folder, names, start=lambda: worker, key=key, share=batch, **{"quiet": True} | options
         )
 
 
@@ -132,7 +138,7 @@ def test_another_model_or_type_has_a_store_of_its_own(folder):
     assert model.seen == 10
     assert exact.vectors.dtype == torch.float32
     assert torch.equal(exact.vectors.half(), model.run(folder).vectors)
-    embed_folder(folder, ["0.png"], key="1" * 16, prepare=model.prepare, embed=model.embed, quiet=True)
+    model.run(folder, ["0.png"], key="1" * 16)
     assert model.seen == 11
 
 
@@ -260,7 +266,7 @@ def test_a_part_that_somebody_else_made_up_is_made_again(spoil, folder):
 def test_a_folder_that_cannot_be_written_to_is_held_in_memory_and_it_says_so(folder, capsys):
     (folder / ".reverie").write_text("in the way")  # rights would not stop root
     model = Model()
-    found = embed_folder(folder, media_below(folder), key="0" * 16, prepare=model.prepare, embed=model.embed)
+    found = model.run(folder, quiet=False)
     assert found.place is None
     assert len(found.names) == 5
     assert "kept in memory only" in capsys.readouterr().err

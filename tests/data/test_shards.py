@@ -19,7 +19,7 @@ from reverie import disk
 from reverie.codecs.bpe import Bpe
 from reverie.data import shards
 from reverie.data.check import check
-from reverie.data.embeddings import embed_folder
+from reverie.data.embeddings import Embedder, embed_folder
 from reverie.data.importers import import_folder
 from reverie.data.index import Index
 from reverie.data.pixels import Pixels
@@ -31,6 +31,7 @@ from reverie.errors import InputError
 from reverie.media import MediaError
 from reverie.pictures import to_signal
 from reverie.recipes import clip
+from reverie.recipes.search import media_of
 from reverie.systems.clip import Clip
 from reverie.train.log import Run
 
@@ -351,9 +352,8 @@ def embed(index: Index, shown: list[int]):
         return torch.stack([torch.from_numpy(to_signal(p, size=4)) for p in pictures])
 
     names = [item.file_name for item in index.select()]
-    return embed_folder(
-        index.folder, names, key="0" * 16, prepare=prepare, embed=vectors, index=index, quiet=True
-    )
+    worker = Embedder(media=media_of(index.folder, index), prepare=prepare, embed=vectors)
+    return embed_folder(index.folder, names, key="0" * 16, start=lambda: worker, index=index, quiet=True)
 
 
 def test_embeddings_are_those_of_the_folder_and_kept(index, packed):

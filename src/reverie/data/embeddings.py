@@ -13,6 +13,9 @@ not tried again before its content changes. Vectors are written a part at a time
 interruption costs seconds, and two processes may fill one store: they do some work twice and harm nothing. A later
 call joins the parts. The vectors are memory-mapped where one part holds exactly what is asked for.
 
+The work is a preparation (data/preparing.py): many workers do it as one does. `Store` keeps latents as well
+(data/latents.py).
+
 Convention: vectors are rows `n d`, as the given function makes them, in float16 or float32; unit vectors lose less
 than 0.001 of a cosine in float16.
 """
@@ -27,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +41,9 @@ from PIL import Image
 from reverie import disk
 from reverie.data.index import Index
 from reverie.data.pixels import Bad
-from reverie.data.threads import in_order
+from reverie.data.preparing import SHARE, Pool, Share, Unreached, prepared
 from reverie.errors import InputError
 from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, decode_array, pick, probe
-from reverie.progress import track
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +53,9 @@ PLACE = ".reverie"
 FRAMES = 8  # of a clip
 FORMAT = 1  # of what is written, and of how files become pictures
 EVERY = 30.0  # seconds of work that an interruption may cost
+LARGE = 2**28  # bytes of a part that is not held back for longer
+FAR = 2**30  # bytes to read that are worth the workers' start
+TYPES = ("bfloat16", "float16", "float32")
 PARTS = 8  # more are joined into one
 DEAD = 1 / 8  # a larger share of vectors of contents that are gone is written off the disk
 
@@ -94,78 +100,94 @@ def media_below(folder: Path) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """The preparation: jobs are (content, file name); a file that can be read has a row for each of its moments.
+
+    media: from names to what decoders open. prepare: pictures or their paths -> signals `b 3 h w`, called on several
+    threads. embed: signals -> vectors `b d`,
+    called with about `batch` of them. dtype: "float16" or "float32".
+    """
+
+    media: Callable[[str], Path | Part]
+    prepare: Callable[[list[Path | Part] | list[Image.Image]], Tensor]
+    embed: Callable[[Tensor], Tensor]
+    dtype: str = "float16"
+    batch: int = 64
+    limits: Limits = LIMITS
+
+    def load(self, job: tuple[str, str]) -> tuple[Tensor, list[float]]:
+        """Signals, and the seconds at which they stand. MediaError: the file has none."""
+        pictures, seconds = frames_of(at_hand(self.media(job[1]), self.limits), limits=self.limits)
+        return self.prepare(pictures), seconds
+
+    def make(self, loaded: Iterable[tuple[Tensor, list[float]]]) -> dict[str, Tensor]:
+        """`vectors n d`, `seconds n`, and `lengths`: how many rows each file has."""
+        import torch
+
+        vectors: list[Tensor] = []
+        seconds: list[float] = []
+        lengths: list[int] = []
+        waiting: list[Tensor] = []
+
+        def flush() -> None:
+            with torch.no_grad():
+                vectors.append(self.embed(torch.cat(waiting)).to("cpu", _type(self.dtype)))
+            waiting.clear()
+
+        for signals, moments in loaded:
+            waiting.append(signals)
+            lengths.append(len(moments))
+            seconds += moments
+            if sum(map(len, waiting)) >= self.batch:
+                flush()
+        if waiting:
+            flush()
+        return {
+            "vectors": torch.cat(vectors),
+            "seconds": torch.tensor(seconds, dtype=torch.float32),
+            "lengths": torch.tensor(lengths),
+        }
+
+
 def embed_folder(
     folder: str | Path,
     names: Sequence[str],
     *,
     key: str,
-    prepare: Callable[[list[Path | Part] | list[Image.Image]], Tensor],
-    embed: Callable[[Tensor], Tensor],
+    start: Callable[[], Embedder],
     index: Index | None = None,
     present: Collection[str] | None = None,
-    batch: int = 64,
+    share: int = SHARE,
     dtype: str = "float16",
     workers: int | None = None,
+    pool: Pool | None = None,
     limits: Limits = LIMITS,
     quiet: bool = False,
 ) -> Embeddings:
     """The vectors of the files `names` of a folder: those that the store has, and the others made now.
 
-    key: the `fingerprint` of what makes them. prepare: pictures or their paths -> signals `b 3 h w`, called on
-    `workers` threads. embed: signals -> vectors `b d`, called with `batch` of them. present: every file of the folder,
-    where `names` are some of them; the vectors of others leave the store. index: the folder's, without which only
-    files of their own are found, and no parts of tars. dtype: "float16" or "float32".
+    key: the `fingerprint` of what makes them. start: gives what does, for this folder and dtype. present: every file of
+    the folder, where `names` are some of them; the vectors of others leave the store. share: files that are done
+    together. workers: threads that read. pool: workers in processes of their own, for which `start` is plain
+    (data/preparing.py). index: the folder's, without which only files of their own are found, and no parts of tars.
     InputError: vectors that are not finite, or whose values dtype cannot hold.
     """
-    assert dtype in ("float16", "float32"), dtype
-    folder = Path(folder)
-    workers = workers or (index.readers if index is not None else None)
-    parts = {
-        item.file_name: part for item in index or () if isinstance(part := index.media(item), Part)
-    } if index is not None else {}  # fmt: skip
-    store = _Store(folder, key, dtype, quiet=quiet)
-    contents, reasons = store.look(
-        names, set(names if present is None else present), parts, workers, limits, quiet
-    )
-    first: dict[str, str] = {}  # content -> a file that has it
-    for name in names:
-        if name in contents:
-            first.setdefault(contents[name], name)
-    todo = [(content, name) for content, name in first.items() if not store.knows(content)]
-
-    def load(job: tuple[str, str]) -> tuple[str, Tensor, list[float]] | tuple[str, str] | Bad:
-        content, name = job
-        media = parts.get(name, folder / name)
-        try:
-            media = media.held(limits) if isinstance(media, Part) else media
-        except MediaError as error:  # of the tar, not of this content
-            return Bad(name, error.reason)
-        try:
-            pictures, seconds = frames_of(media, limits=limits)
-            return content, prepare(pictures), seconds
-        except MediaError as error:
-            return content, error.reason
-
-    try:
-        waiting: list[tuple[str, Tensor, list[float]]] = []
-        steps = in_order(load, todo, workers)
-        for result in track(steps, total=len(todo), label="embedding", quiet=quiet):
-            if isinstance(result, Bad):
-                reasons[result.path] = result.reason
-                continue
-            if len(result) == 2:
-                store.refuse(*result)
-                continue
-            waiting.append(result)
-            if sum(len(signals) for _, signals, _ in waiting) >= batch:
-                store.add(waiting, embed)
-                waiting = []
-        if waiting:
-            store.add(waiting, embed)
-    finally:
-        store.flush()
+    store = Store(Path(folder), f"embeddings-{key}-{dtype}", dtype, quiet=quiet)
+    contents, reasons = store.fill(
+        names, start, index=index, present=present, share=share, workers=workers, pool=pool, limits=limits,
+        label="embedding", quiet=quiet,
+    )  # fmt: skip
     store.tidy()
-    return store.gather(folder, names, contents, reasons)
+    return store.gather(Path(folder), names, contents, reasons)
+
+
+def at_hand(media: Path | Part, limits: Limits) -> Path | Part:
+    """A file, or a part of a tar with its bytes. Unreached: the tar cannot be read, which says nothing of the part."""
+    try:
+        return media.held(limits) if isinstance(media, Part) else media
+    except MediaError as error:
+        raise Unreached(Path(media.name), error.reason) from None
 
 
 def frames_of(
@@ -197,32 +219,35 @@ class _Part:
     bad: dict[str, str]
 
 
-class _Store:
-    def __init__(self, folder: Path, key: str, dtype: str, *, quiet: bool) -> None:
-        self.dtype = dtype
+class Store:
+    """What was computed of a folder's files: for each content some rows, `axes` axes with that of the rows."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, *, axes: int = 2, quiet: bool) -> None:
+        assert dtype in TYPES, dtype
+        self.dtype, self.axes = dtype, axes
         self.parts: list[_Part] = []
         self.where: dict[str, tuple[int, int]] = {}  # content -> part, place in it
         self.bad: dict[str, str] = {}
         self.alive: set[str] | None = None
-        self._new: list[tuple[str, Tensor, list[float]]] = []
+        self._new: list[tuple[str, Tensor, Tensor]] = []
         self._new_bad: dict[str, str] = {}
-        self._since = time.monotonic()
+        self._since, self._held = time.monotonic(), 0
         self.files = folder / PLACE / "files.parquet"
-        self.place = folder / PLACE / f"embeddings-{key}-{dtype}"
+        self.place = folder / PLACE / name
         with contextlib.suppress(OSError):
             self.place.mkdir(parents=True, exist_ok=True)
         self.writable = self.place.is_dir() and os.access(self.place, os.W_OK)
         for path in sorted(self.place.glob("[!.]*.safetensors")):
-            if (part := _read(path, dtype)) is not None:
+            if (part := _read(path, dtype, axes)) is not None:
                 self._take(part)
         if not self.writable and not quiet:
             print(
-                f"{folder} cannot be written to: what is embedded now is kept in memory only.",
+                f"{folder} cannot be written to: what is made now is kept in memory only.",
                 file=sys.stderr,
             )
 
     def _take(self, part: _Part) -> None:
-        if part.contents and self.width not in (0, part.vectors.shape[1]):
+        if part.contents and self.row not in ((), part.vectors.shape[1:]):
             return  # of no model that has this fingerprint
         self.parts.append(part)
         for i, content in enumerate(part.contents):
@@ -230,9 +255,9 @@ class _Store:
         self.bad |= part.bad
 
     @property
-    def width(self) -> int:
-        """Numbers in a vector; 0 where there is none yet."""
-        return next((part.vectors.shape[1] for part in self.parts if part.contents), 0)
+    def row(self) -> tuple[int, ...]:
+        """The shape of a row; () where there is none yet."""
+        return next((tuple(part.vectors.shape[1:]) for part in self.parts if part.contents), ())
 
     def knows(self, content: str) -> bool:
         return content in self.where or content in self.bad
@@ -247,6 +272,7 @@ class _Store:
         workers: int | None,
         limits: Limits,
         quiet: bool,
+        pool: Pool | None,
     ) -> tuple[dict[str, str], dict[str, str]]:
         """The content of each of `names`, and the reasons of those that cannot be read.
 
@@ -255,7 +281,9 @@ class _Store:
         folder = self.files.parent.parent
         known = _read_files(self.files)
         kept = {name: row for name, row in known.items() if name in present}
-        contents, reasons, todo = {}, {}, []
+        contents: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        todo: dict[str, tuple[int, int]] = {}
         for name in names:
             if name in parts:
                 contents[name] = parts[name].hash
@@ -272,23 +300,19 @@ class _Store:
             elif state.st_size > limits.bytes:
                 reasons[name] = f"{state.st_size:,} bytes are more than the limit of {limits.bytes:,}"
             else:
-                todo.append((name, state.st_size, state.st_mtime_ns))
+                todo[name] = (state.st_size, state.st_mtime_ns)
 
-        def content_of(job: tuple[str, int, int]) -> str | None:
-            try:
-                return disk.sha256(folder / job[0])
-            except OSError:
-                return None
-
-        steps = in_order(content_of, todo, workers)
-        steps = track(steps, total=len(todo), label="reading", quiet=quiet)
-        for (name, size, changed), found in zip(todo, steps, strict=True):
-            if found is None:
-                reasons[name] = "the file cannot be read"
+        far = pool if sum(size for size, _ in todo.values()) > FAR else None
+        for share in prepared(
+            [(name,) for name in todo], partial(_Reader, Path(os.path.abspath(folder))), pool=far, share=4 * SHARE,
+            threads=workers, label="reading", quiet=quiet,
+        ):  # fmt: skip
+            for (name,), found in zip(share.good, share.tensors.get("hashes", ()), strict=True):
+                contents[name] = found.numpy().tobytes().hex()
+                kept[name] = (*todo[name], contents[name])
+            for (name,), reason in (share.bad | share.killed).items():
+                reasons[name] = reason
                 kept.pop(name, None)
-            else:
-                contents[name] = found
-                kept[name] = (size, changed, found)
         self.alive = {content for _, _, content in kept.values()}
         self.alive |= {part.hash for name, part in parts.items() if name in present}
         if self.writable and kept != known:
@@ -297,42 +321,85 @@ class _Store:
 
     # Filling
 
-    def refuse(self, content: str, reason: str) -> None:
-        self.bad[content] = self._new_bad[content] = reason
+    def fill(
+        self,
+        names: Sequence[str],
+        start: Callable[[], Any],
+        *,
+        present: Collection[str] | None,
+        index: Index | None = None,
+        share: int,
+        workers: int | None,
+        pool: Pool | None,
+        limits: Limits,
+        label: str,
+        quiet: bool,
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Have the rows of the files `names` made that are not kept; the contents of the files, and what has none."""
+        workers = workers or (index.readers if index is not None else None)
+        parts = {
+            item.file_name: part for item in index or () if isinstance(part := index.media(item), Part)
+        } if index is not None else {}  # fmt: skip
+        contents, reasons = self.look(
+            names, set(names if present is None else present), parts, workers, limits, quiet, pool
+        )
+        first: dict[str, str] = {}  # content -> a file that has it
+        for name in names:
+            if name in contents:
+                first.setdefault(contents[name], name)
+        todo = [(content, name) for content, name in first.items() if not self.knows(content)]
+        killed: dict[str, str] = {}
+        try:
+            for done in prepared(
+                todo, start, pool=pool, share=share, threads=workers, label=label, quiet=quiet
+            ):
+                self.add(done)
+                killed |= {content: reason for (content, _), reason in done.killed.items()}
+        finally:
+            self.flush()
+        for name in names:
+            if (reason := killed.get(contents.get(name, ""))) is not None:  # told now, tried again next time
+                reasons[name] = reason
+                del contents[name]
+        return contents, reasons
 
-    def add(self, batch: list[tuple[str, Tensor, list[float]]], embed: Callable[[Tensor], Tensor]) -> None:
-        import torch
-
-        with torch.no_grad():
-            vectors = embed(torch.cat([signals for _, signals, _ in batch])).to("cpu", _type(self.dtype))
-        if not vectors.isfinite().all():
-            raise InputError(
-                f"some of the model's vectors are not finite numbers in {self.dtype}: the model is broken."
-            )
-        if self.width not in (0, vectors.shape[1]):
-            raise InputError(
-                f"{self.place} holds vectors of {self.width} numbers, but the model makes {vectors.shape[1]}: "
-                "remove that folder."
-            )
-        lengths = [len(seconds) for _, _, seconds in batch]
-        for (content, _, seconds), own in zip(batch, vectors.split(lengths), strict=True):
-            self._new.append((content, own, seconds))
-        if time.monotonic() - self._since > EVERY:
+    def add(self, share: Share) -> None:
+        """Take what became of some files. InputError: rows that are not finite or not like those that are here."""
+        for (content, _), reason in share.bad.items():
+            self.bad[content] = self._new_bad[content] = reason
+        if share.good:
+            vectors, seconds = share.tensors["vectors"], share.tensors["seconds"]
+            assert (vectors.dtype, vectors.ndim) == (_type(self.dtype), self.axes)
+            if not vectors.isfinite().all():
+                raise InputError(
+                    f"some of the model's vectors are not finite numbers in {self.dtype}: the model is broken."
+                )
+            if self.row not in ((), vectors.shape[1:]):
+                here, now = (" x ".join(map(str, shape)) for shape in (self.row, vectors.shape[1:]))
+                raise InputError(
+                    f"{self.place} holds vectors of {here} numbers, but the model makes {now}: remove that folder."
+                )
+            lengths = share.tensors["lengths"].tolist()
+            rows = zip(vectors.split(lengths), seconds.split(lengths), strict=True)
+            for (content, _), (own, moments) in zip(share.good, rows, strict=True):
+                self._new.append((content, own, moments))
+            self._held += vectors.nbytes
+        if time.monotonic() - self._since > EVERY or self._held > LARGE:
             self.flush()
 
     def flush(self) -> None:
         """What is new becomes a part."""
         import torch
 
-        self._since = time.monotonic()
+        self._since, self._held = time.monotonic(), 0
         if not self._new and not self._new_bad:
             return
-        vectors = torch.cat([own for _, own, _ in self._new]) if self._new else torch.empty(0, 0)
+        vectors = torch.cat([own for _, own, _ in self._new]) if self._new else torch.empty([0] * self.axes)
         part = _Part(
             path=None,
             contents=[content for content, _, _ in self._new],
             start=np.cumsum([0] + [len(own) for _, own, _ in self._new], dtype=np.int64),
-            seconds=torch.tensor([s for _, _, seconds in self._new for s in seconds], dtype=torch.float32),
+            seconds=torch.cat([moments for _, _, moments in self._new]) if self._new else torch.empty(0),
             vectors=vectors.to(_type(self.dtype)),
             bad=self._new_bad,
         )
@@ -344,11 +411,11 @@ class _Store:
         if not self.writable:
             return part
         try:
-            written = _read(_write(self.place, part), self.dtype)
+            written = _read(_write(self.place, part), self.dtype, self.axes)
         except OSError as error:  # a full disk must not cost the vectors
             self.writable = False
             print(
-                f"{self.place}: {error.strerror or error}; embeddings are kept in memory only.",
+                f"{self.place}: {error.strerror or error}; what is made now is kept in memory only.",
                 file=sys.stderr,
             )
             return part
@@ -380,6 +447,16 @@ class _Store:
 
     # Reading
 
+    def contents(self) -> dict[str, str]:
+        """The content of each file when it was last looked at."""
+        return {name: content for name, (_, _, content) in _read_files(self.files).items()}
+
+    def rows_of(self, content: str) -> Tensor:
+        """The rows of one content, mapped. KeyError: it has none."""
+        part, i = self.where[content]
+        start = self.parts[part].start
+        return self.parts[part].vectors[int(start[i]) : int(start[i + 1])]
+
     def _rows(self, contents: Iterable[str]) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """The rows of these contents among the rows of all parts, where each begins, and their seconds."""
         import torch
@@ -403,7 +480,7 @@ class _Store:
         assert self.parts
         if len(self.parts) == 1 and np.array_equal(rows, np.arange(len(self.parts[0].vectors))):
             return self.parts[0].vectors
-        out = torch.empty(len(rows), self.width, dtype=_type(self.dtype))
+        out = torch.empty(len(rows), *self.row, dtype=_type(self.dtype))
         offset = 0
         for part in self.parts:
             mine = np.flatnonzero((rows >= offset) & (rows < offset + len(part.vectors)))
@@ -435,6 +512,25 @@ class _Store:
         )  # fmt: skip
 
 
+class _Reader:
+    """The preparation that tells what files hold: jobs are (file name,), rows are sha256."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, job: tuple[str]) -> bytes:
+        try:
+            return bytes.fromhex(disk.sha256(self.folder / job[0]))
+        except OSError:
+            raise MediaError(self.folder / job[0], "the file cannot be read") from None
+
+    def make(self, loaded: Iterable[bytes]) -> dict[str, Tensor]:
+        import torch
+
+        hashes = np.frombuffer(b"".join(loaded), np.uint8).reshape(-1, 32)
+        return {"hashes": torch.from_numpy(hashes.copy())}
+
+
 def _write(place: Path, part: _Part) -> Path:
     """A part as a safetensors file, named by what is in it."""
     import torch
@@ -454,7 +550,7 @@ def _write(place: Path, part: _Part) -> Path:
     return path
 
 
-def _read(path: Path, dtype: str) -> _Part | None:
+def _read(path: Path, dtype: str, axes: int = 2) -> _Part | None:
     """A part, its vectors mapped; None for a file that is no sound part, whose contents are then embedded again."""
     import torch
     from safetensors import SafetensorError, safe_open
@@ -466,7 +562,7 @@ def _read(path: Path, dtype: str) -> _Part | None:
         bad = json.loads(about.get("bad", "{}"))
         vectors, start, contents = tensors["vectors"], tensors["start"], tensors["contents"]
         sound = (
-            vectors.ndim == contents.ndim == 2
+            (vectors.ndim, contents.ndim) == (axes, 2)
             and vectors.dtype == _type(dtype)
             and start.shape == (len(contents) + 1,)
             and contents.dtype == torch.uint8
@@ -499,7 +595,7 @@ def _read(path: Path, dtype: str) -> _Part | None:
 def _type(name: str) -> torch.dtype:
     import torch
 
-    return {"float16": torch.float16, "float32": torch.float32}[name]
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def _video() -> bool:

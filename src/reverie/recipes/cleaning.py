@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from reverie.data.duplicates import COSINE, DISTANCE, Copy, find_copies, hash_it
 from reverie.data.index import Caption, Index, Item
 from reverie.data.marks import mark, unmarked
 from reverie.data.pixels import Bad
+from reverie.data.preparing import Pool, prepared
 from reverie.errors import InputError
 from reverie.media import MediaError, decode_array
 from reverie.pictures import grid, stack
-from reverie.progress import track
 from reverie.recipes.parts import capable
-from reverie.recipes.search import embed_pictures, every_file, key_of
+from reverie.recipes.search import embed_pictures, every_file, everywhere, key_of, the_same
 
 EACH = "caption_scores_{}"  # column of the index: the score of each caption, in the order of `captions`
 DONE = "scored_{}"  # column: what the scores were made of
 TEXTS = 256  # captions of a batch
+FEW = 8 * TEXTS  # captions that are embedded sooner than workers start
 WAYS = ("both", "hash", "embedding")
 
 
@@ -47,6 +49,7 @@ def score(
     name: str = "clip",
     language: str | None = None,
     device: str | None = None,
+    pool: Pool | None = None,
     quiet: bool = False,
 ) -> tuple[int, int, tuple[Bad, ...]]:
     """Score every item that has captions; returns how many were scored now, how many before, and the files left out.
@@ -55,7 +58,7 @@ def score(
     training draws any of them, and the mean tells wrong captions better than the best does (docs/cleaning.md).
     `caption_scores_NAME` lists each caption's, in the index's order, null where it is not counted. language: only
     captions in this language count, where the model reads no other. What was scored by the same model with the same
-    captions is not scored again. Marked items are scored too, as they may be taken back.
+    captions is not scored again. Marked items are scored too, as they may be taken back. pool: workers that embed.
     InputError: no index, nothing with captions, a model that cannot read.
     """
     if not name.replace("_", "").isalnum():
@@ -68,7 +71,7 @@ def score(
         raise InputError(
             f"Nothing in {folder} is accepted and has {has}: look at `reverie data check {folder}`."
         )
-    clip = capable(model, "embed_text", device=device)
+    clip = capable(model, "embed_text", device=device if pool is None else "cpu")
     key = key_of(clip)
     todo = [
         item
@@ -78,29 +81,29 @@ def score(
     if not todo:
         return 0, len(wanted), ()
     found = embed_pictures(
-        clip,
-        index.folder,
-        [item.file_name for item in todo],
-        index=index,
-        present=every_file(index),
-        quiet=quiet,
-    )
-    texts = sorted({text for item in todo for text in _texts(item, language)})
-    steps = track(range(0, len(texts), TEXTS), total=-(-len(texts) // TEXTS), label="reading", quiet=quiet)
+        clip, index.folder, [item.file_name for item in todo], index=index, present=every_file(index),
+        pool=pool, model=model, device=device, quiet=quiet,
+    )  # fmt: skip
     if not found.vectors.isfinite().all():
         raise InputError(
             f"The embeddings kept in {found.place} are broken: delete that folder and score again."
         )
-    words = torch.cat(
-        [F.normalize(clip.embed_text(texts[i : i + TEXTS]).float().cpu(), dim=-1) for i in steps]
-    )
-    place = {text: i for i, text in enumerate(texts)}
+    texts = sorted({text for item in todo for text in _texts(item, language)})
+    far = pool if len(texts) > FEW else None
+    start = partial(_Words, clip) if far is None else partial(_words, everywhere(model), key, device)
+    vectors: dict[str, Tensor] = {}
+    for share in prepared(
+        [(text,) for text in texts], start, pool=far, share=TEXTS, threads=1, label="reading", quiet=quiet
+    ):
+        if share.killed:
+            raise InputError(f"The captions cannot be embedded: {next(iter(share.killed.values()))}.")
+        vectors |= {text: own for (text,), own in zip(share.good, share.tensors["words"], strict=True)}
     rows = torch.bincount(found.file, minlength=len(found.names)).tolist()
     items = {item.file_name: item for item in todo}
     each: dict[str, list[float | None]] = {}
     for file_name, own in zip(found.names, found.vectors.split(rows), strict=True):
         item = items[file_name]
-        wording = words[[place[text] for text in _texts(item, language)]]
+        wording = torch.stack([vectors[text] for text in _texts(item, language)])
         cosines = iter((wording @ own.float().T).amax(1).tolist())
         each[file_name] = [next(cosines) if _counts(c, language) else None for c in item.captions]
     done = {file_name: _done(items[file_name], key, language) for file_name in each}
@@ -113,6 +116,24 @@ def score(
     fresh.extra = _with_columns(fresh, {EACH.format(name): each, DONE.format(name): done})
     fresh.write()
     return len(each), len(wanted) - len(todo), found.bad
+
+
+class _Words:
+    """The preparation of texts: jobs are (text,), rows their unit vectors."""
+
+    def __init__(self, clip: Any) -> None:
+        self.clip = clip
+
+    def load(self, job: tuple[str]) -> str:
+        return job[0]
+
+    @torch.no_grad()
+    def make(self, loaded: Iterable[str]) -> dict[str, Tensor]:
+        return {"words": F.normalize(self.clip.embed_text(list(loaded)).float().cpu(), dim=-1)}
+
+
+def _words(model: str, key: str, device: str | None) -> _Words:
+    return _Words(the_same(capable(model, "embed_text", device=device), model, key))
 
 
 def _counts(caption: Caption, language: str | None) -> bool:

@@ -16,6 +16,7 @@ import reverie
 from reverie.data.embeddings import media_below
 from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
+from reverie.data.latents import Latents
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.remote import address, local
@@ -98,7 +99,7 @@ def plain_stickers(index: Index) -> Index:
     return Index(index.folder, items)
 
 
-def name_bad(run: Run, *sources: Pixels | Streamed) -> None:
+def name_bad(run: Run, *sources: Pixels | Streamed | Latents) -> None:
     """The files that no batch can draw, into bad_samples.jsonl as of step 0, and how many to who watches."""
     bad = [entry for pixels in sources for entry in pixels.bad]
     run.bad(0, bad)

@@ -12,9 +12,11 @@ of two wordings are close to each other, and a difference of equals keeps little
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +25,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reverie.data import neighbours
-from reverie.data.embeddings import FRAMES, Embeddings, embed_folder, fingerprint, frames_of, media_below
+from reverie.data.embeddings import (
+    FRAMES,
+    Embedder,
+    Embeddings,
+    embed_folder,
+    fingerprint,
+    frames_of,
+    media_below,
+)
 from reverie.data.index import FILE, Index, Item
+from reverie.data.preparing import Pool
 from reverie.data.remote import local
 from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
-from reverie.media import MediaError, decode_array
+from reverie.media import MediaError, Part, decode_array
 from reverie.pictures import grid, stack
+from reverie.recipes.parts import capable
 from reverie.systems.clip import Clip
 
 EXACT = 5_000_000  # vectors that are searched exactly; beyond, faiss looks into a part of them
@@ -85,20 +97,105 @@ def embed_pictures(
     index: Index | None = None,
     present: Collection[str],
     dtype: str = "float16",
+    pool: Pool | None = None,
+    model: str | Path = "",
+    device: str | None = None,
     quiet: bool = False,
 ) -> Embeddings:
-    """The embeddings of the files `names` of a folder by a system; `present`: all whose embeddings are kept there."""
+    """The embeddings of the files `names` of a folder by a system; `present`: all whose embeddings are kept there.
+
+    pool: workers, each of which loads the `model`, which `system` is, to `device`.
+    """
+    key = key_of(system)
+    if pool is None:
+        start = partial(_embedder, system, media_of(folder, index), dtype)
+    else:
+        start = partial(embedder, everywhere(model), everywhere(folder), key, dtype, device)
     return embed_folder(
-        folder,
+        folder, names, key=key, start=start, index=index, present=present, dtype=dtype, pool=pool, quiet=quiet
+    )
+
+
+def _embedder(system: Embeds, media: Callable[[str], Path | Part], dtype: str) -> Embedder:
+    return Embedder(media=media, prepare=system.prepare, embed=system.embed_image, dtype=dtype)
+
+
+def embedder(model: str, folder: str, key: str, dtype: str, device: str | None) -> Embedder:
+    """A worker's own model, which must be what `key` says. InputError: it is another, or the folder is not there."""
+    media = media_of(seen(folder))
+    return _embedder(the_same(capable(model, "embed_image", device=device), model, key), media, dtype)
+
+
+def the_same(system: Any, model: str, key: str) -> Any:
+    """`system`, if its weights are those of the fingerprint `key`. InputError: they are not."""
+    if key_of(system) != key:
+        raise InputError(f"{model} is another model here than where the command was started: copy it here.")
+    return system
+
+
+def media_of(folder: Path, index: Index | None = None) -> Callable[[str], Path | Part]:
+    """From the names of files to what decoders open: a file, or, as the folder's index says, a part of a tar."""
+    if index is None and (folder / FILE).exists():
+        index = Index.read(folder)
+    if index is None:
+        return folder.__truediv__
+    packed = {item.file_name: part for item in index if isinstance(part := index.media(item), Part)}
+    return lambda name: packed.get(name, folder / name)
+
+
+def seen(folder: str) -> Path:
+    """A folder that this machine sees. InputError: it does not."""
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{folder} is not on this machine: every machine must see the folder under the same name."
+        )
+    return Path(folder)
+
+
+def everywhere(name_or_folder: str | Path) -> str:
+    """What workers shall call a model or folder, wherever they are started; names of shipped models stay."""
+    return os.path.abspath(name_or_folder) if Path(name_or_folder).exists() else str(name_or_folder)
+
+
+def embed(
+    folder: Path,
+    *,
+    model: str = "clip-stickers",
+    dtype: str = "float16",
+    pool: Pool | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Embeddings:
+    """Embed all that `reverie search` searches in a folder, and keep it there. InputError: no such folder or model."""
+    system = capable(model, "embed_image", device=device if pool is None else "cpu")
+    index, names = searched(folder)
+    present = set(names) if index is None else every_file(index)
+    return embed_pictures(
+        system,
+        local(folder),
         names,
-        key=key_of(system),
-        prepare=system.prepare,
-        embed=system.embed_image,
         index=index,
         present=present,
         dtype=dtype,
+        pool=pool,
+        model=model,
+        device=device,
         quiet=quiet,
     )
+
+
+def searched(folder: Path) -> tuple[Index | None, list[str]]:
+    """The index of a folder, if it has one, and every picture and clip there, in the index or not, but for marked ones.
+
+    InputError: there is no such folder.
+    """
+    folder = local(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
+    index = Index.read(folder) if (folder / FILE).exists() else None
+    known = [item for item in index or () if item.reject is None and _there(index, item)]
+    marked = {item.file_name for item in index or () if item.marked}
+    return index, sorted({*media_below(folder), *(item.file_name for item in known)} - marked)
 
 
 def every_file(index: Index) -> set[str]:
@@ -106,7 +203,7 @@ def every_file(index: Index) -> set[str]:
     return {item.file_name for item in index} | set(media_below(index.folder))
 
 
-def key_of(system: Embeds) -> str:
+def key_of(system: Any) -> str:
     """The fingerprint of a system's weights and configuration."""
     return fingerprint(system.state_dict(), type(system).__name__, system.config)
 
@@ -121,10 +218,7 @@ def open_folder(
     can be read.
     """
     folder = local(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
-    index = Index.read(folder) if (folder / FILE).exists() else None
-    there = media_below(folder)
+    index, names = searched(folder)
     if index is None and (sources or split):
         raise InputError(
             f"{folder} has no index, so no sources or splits: run `reverie data import {folder}`."
@@ -136,11 +230,7 @@ def open_folder(
             raise InputError(
                 f"No accepted file of {folder} is of the split and sources asked for; sources: {have}."
             )
-    else:
-        known = [item for item in index or () if item.reject is None and _there(index, item)]
-        marked = {item.file_name for item in index or () if item.marked}
-        names = sorted({*there, *(item.file_name for item in known)} - marked)
-    present = {*there, *names} if index is None else every_file(index)
+    present = set(names) if index is None else every_file(index)
     found = embed_pictures(clip, folder, names, index=index, present=present, quiet=quiet)
     seen = set(found.names)
     by_name = {item.file_name: item for item in index or () if item.file_name in seen}

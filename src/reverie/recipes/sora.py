@@ -24,6 +24,8 @@ from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import on_white
 from reverie.data.index import Index
+from reverie.data.latents import Latents
+from reverie.data.pixels import Pixels
 from reverie.data.wording import draw_caption
 from reverie.errors import InputError
 from reverie.pictures import grid, to_bytes
@@ -41,6 +43,7 @@ from reverie.recipes.parts import (
     open_world,
     plain_stickers,
 )
+from reverie.recipes.search import key_of
 from reverie.systems.clip import Clip
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.ema import Ema
@@ -71,6 +74,7 @@ class SoraRun:
     model: SoraConfig
     clip: str = ""  # whose text tower reads
     codec: str = ""
+    latents: bool = False  # of pictures, as `reverie data encode` kept them
     start: str = ""  # the Sora whose weights were taken over
     steps: int
     batch: int  # pictures of a step
@@ -114,7 +118,8 @@ def tiny(
 
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
-    lr: float = 1e-3, codec: str = "", start: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
+    lr: float = 1e-3, codec: str = "", latents: bool = False, start: str = "", width: int = TINY[1],
+    depth: int = TINY[0], seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
@@ -128,6 +133,7 @@ def stickers(
         clips: Clips of a step, beside the pictures.
         lr: The highest learning rate.
         codec: The folder of a video autoencoder (video-vae-stickers); without it, it draws pixels.
+        latents: Take the latents of pictures from where reverie data encode kept them.
         start: The folder of a Sora whose weights to begin from; random weights if not given.
         width: Channels, a multiple of 64.
         depth: Blocks.
@@ -137,14 +143,14 @@ def stickers(
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     config = SoraRun(
         model=shape(reader, codec=codec, sizes=(depth, width, heads_of(width))),
-        clip=clip, codec=codec, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
+        clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
         clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, engine=engine)
 
 
 def dit(
-    data: Path, out: Path, *, clip: str, codec: str = "", scale: str = "XL", size: int = 256,
+    data: Path, out: Path, *, clip: str, codec: str = "", latents: bool = False, scale: str = "XL", size: int = 256,
     steps: int = 400_000, batch: int = 256, clips: int = 16, lr: float = 1e-4, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
@@ -155,6 +161,7 @@ def dit(
         out: The run's folder; the model is written to its `model`.
         clip: The CLIP whose text tower reads the prompts: its name or folder.
         codec: The folder of a video autoencoder to work in the latents of; pixels if not given.
+        latents: Take the latents of pictures from where reverie data encode kept them.
         scale: S, B, L or XL: 12, 12, 24 or 28 blocks of width 384, 768, 1024 or 1152.
         size: Pixels a side, a multiple of 16.
         steps: How many batches to learn from.
@@ -168,8 +175,8 @@ def dit(
     reader = load_clip(clip)
     index = open_index(data)
     config = SoraRun(
-        model=shape(reader, size=size, codec=codec, sizes=DIT[scale]), clip=clip, codec=codec, steps=steps,
-        batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8, lr=lr,
+        model=shape(reader, size=size, codec=codec, sizes=DIT[scale]), clip=clip, codec=codec, latents=latents,
+        steps=steps, batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8, lr=lr,
         ema=0.9999, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
@@ -300,8 +307,15 @@ class Source:
     def __init__(self, index: Index, config: SoraRun, model: Sora, *, frames: int):
         self.index, self.config, self.model, self.frames = index, config, model, frames
         self.home = next(model.parameters()).device
-        self.pixels = decoded(index, size=config.model.size, frames=frames)
-        self.good = [i for i in self.pixels.good if index[i].captions]
+        self.pixels: Pixels | Latents
+        if config.latents and frames == 1:
+            if model.codec is None:
+                raise InputError("There are latents only of a codec: give --codec, or leave --latents out.")
+            self.pixels = Latents.open(index, key=key_of(model.codec), size=config.model.size)
+        else:
+            self.pixels = decoded(index, size=config.model.size, frames=frames)
+        bad = {entry.path for entry in self.pixels.bad}
+        self.good = [i for i, item in enumerate(index) if item.captions and item.file_name not in bad]
         if not self.good:
             raise InputError(
                 f"nothing usable to train on in {index.folder}: run `reverie data check` to see why."
@@ -309,7 +323,7 @@ class Source:
 
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
-        return self._batch(keys, [self._video(i, slice(0, 1)) for _, i in keys], "picture")
+        return self._batch(keys, self._pictures([i for _, i in keys]), "picture")
 
     def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; sometimes with the first frame given."""
@@ -319,7 +333,7 @@ class Source:
         span = pace * (self.config.clip_frames - 1) + 1
         offset = int(u[1] * (CLIP_FRAMES - span + 1))
         window = slice(offset, offset + span, pace)
-        batch = self._batch(keys, [self._video(i, window) for _, i in keys], "clip")
+        batch = self._batch(keys, self._encoded([self._video(i, window) for _, i in keys]), "clip")
         give = torch.tensor([self._draw("known", *key) < self.config.known for key in keys])
         batch["known"][:, 0] = give
         return batch | {"pace": float(pace)}
@@ -327,7 +341,7 @@ class Source:
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""
         some = self.good[:count]
-        batch = self._batch([(0, i) for i in some], [self._video(i, slice(0, 1)) for i in some], "fixed")
+        batch = self._batch([(0, i) for i in some], self._pictures(some), "fixed")
         batch["drop"] = torch.zeros(len(some), dtype=torch.bool)
         return {
             name: part.to(next(self.model.parameters()).device)
@@ -341,8 +355,18 @@ class Source:
             for epoch, place in my_share(step, batch, len(self.good), self.config.seed)
         ]
 
+    def _pictures(self, items: list[int]) -> Tensor:
+        """Latents of the first frames `b c 1 h w`, kept or encoded now."""
+        if isinstance(self.pixels, Latents):
+            return torch.stack([self.pixels[self.index[i].hash].float() for i in items]).to(self.home)
+        return self._encoded([self._video(i, slice(0, 1)) for i in items])
+
+    def _encoded(self, videos: list[Tensor]) -> Tensor:
+        return self.model.encode(torch.stack(videos).to(self.home))
+
     def _video(self, i: int, window: slice) -> Tensor:
         """Frames of `window` out of `self.frames`; a shorter clip repeats frames."""
+        assert isinstance(self.pixels, Pixels)
         frames = self.pixels[i]
         places = torch.linspace(0, len(frames) - 1, self.frames).round().long()[window]
         return rearrange(on_white(frames[places]), "f c h w -> c f h w")
@@ -350,9 +374,8 @@ class Source:
     def _draw(self, purpose: str, epoch: int, i: int) -> float:
         return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()
 
-    def _batch(self, keys: list[tuple[int, int]], videos: list[Tensor], kind: str) -> dict[str, Any]:
+    def _batch(self, keys: list[tuple[int, int]], latents: Tensor, kind: str) -> dict[str, Any]:
         assert self.model.tokenizer is not None
-        latents = self.model.encode(torch.stack(videos).to(self.home))
         texts = [
             draw_caption(
                 self.index[i],

@@ -1,6 +1,7 @@
 """Training the small video autoencoder (codecs/video_vae.py) that `sora-stickers --codec FOLDER` can use.
 
     stickers   pictures and 5-frame clips together               reverie train video-vae-stickers DIR
+    encode     the latents of a folder, kept beside it           reverie data encode FOLDER --codec CODEC
 
 The shipped weights do without: docs/log.md says why.
 """
@@ -8,6 +9,8 @@ The shipped weights do without: docs/log.md says why.
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +22,14 @@ import reverie
 from reverie import rng
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.augment import on_white
+from reverie.data.embeddings import TYPES
 from reverie.data.index import Index
+from reverie.data.latents import Encoder, Latents, encode_folder
 from reverie.data.pixels import Pixels
+from reverie.data.preparing import Pool
+from reverie.data.remote import local
+from reverie.errors import InputError
+from reverie.media import Part
 from reverie.pictures import grid, to_bytes
 from reverie.recipes.parts import (
     CLIP_FRAMES,
@@ -32,8 +41,9 @@ from reverie.recipes.parts import (
     open_index,
     plain_stickers,
 )
+from reverie.recipes.search import everywhere, key_of, media_of, searched, seen, the_same
 from reverie.train.ema import Ema
-from reverie.train.engine import ENGINE, Engine
+from reverie.train.engine import ENGINE, Engine, home
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
@@ -134,6 +144,82 @@ def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
         _normalise(whole, some.to(engine.home))
         keep(whole, out / "model")
     return reverie.load(out / "model")
+
+
+def encode(
+    folder: Path,
+    *,
+    codec: str | Path,
+    size: int = 64,
+    frames: int = 1,
+    dtype: str = "float32",
+    pool: Pool | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Latents:
+    """Encode every picture and clip of a folder that is not marked, and keep the latents there.
+
+    InputError: no autoencoder of video there, or a size or number of frames that it cannot encode.
+    """
+    if dtype not in TYPES:
+        raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(TYPES)}.")
+    model = _codec(codec, "cpu" if pool is not None else device)
+    time, space = model.config.stride
+    if size < space or size % space:
+        raise InputError(f"size {size} cannot be encoded: give a multiple of {space}.")
+    if frames < 1 or frames != model.whole(frames):
+        raise InputError(
+            f"{frames} frames do not fill latent frames: give 1 and some times {time}, such as "
+            f"{model.whole(max(frames, 2))}."
+        )
+    folder = local(folder)
+    index, names = searched(folder)
+    if not names:
+        raise InputError(f"{folder} holds no pictures or clips to encode.")
+    key, about = key_of(model), ((size, size), frames, dtype)
+    if pool is None:
+        start = partial(_encoder, model, media_of(folder, index), *about)
+    else:
+        start = partial(encoder, everywhere(codec), os.path.abspath(folder), key, *about, device)
+    return encode_folder(
+        folder,
+        names,
+        index=index,
+        key=key,
+        start=start,
+        size=about[0],
+        frames=frames,
+        dtype=dtype,
+        pool=pool,
+        quiet=quiet,
+    )
+
+
+def encoder(
+    codec: str, folder: str, key: str, size: tuple[int, int], frames: int, dtype: str, device: str | None
+) -> Encoder:
+    """A worker's own codec, which must be what `key` says. InputError: it is another, or the folder is not there."""
+    return _encoder(the_same(_codec(codec, device), codec, key), media_of(seen(folder)), size, frames, dtype)
+
+
+def _encoder(
+    model: VideoVae, media: Callable[[str], Path | Part], size: tuple[int, int], frames: int, dtype: str
+) -> Encoder:
+    place = model.mean.device
+    return Encoder(
+        media=media, encode=lambda video: model.encode(video.to(place)), stride=model.config.stride[0],
+        size=size, frames=frames, dtype=dtype,
+    )  # fmt: skip
+
+
+def _codec(folder: str | Path, device: str | None) -> VideoVae:
+    model = reverie.load(folder)
+    if not isinstance(model, VideoVae):
+        raise InputError(
+            f"{folder} is a {type(model).__name__}: give the folder of a video autoencoder, such as "
+            "`reverie train video-vae-stickers` makes."
+        )
+    return model.to(home(device))
 
 
 def _signal(pixels: Pixels, i: int, window: slice) -> Tensor:
