@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
 from reverie.disk import sha256
 from reverie.train import checkpoint
@@ -281,8 +282,8 @@ def test_recipes_run_in_a_group(begin, tmp_path, way):
                 assert math.isclose(mine[key], value, rel_tol=1e-3, abs_tol=1e-4), (name, key, mine, theirs)
         ours = safetensors.torch.load_file(tmp_path / name / "model" / "model.safetensors")
         assert ours.keys() == weights.keys()
-        off = [(ours[key] - value).norm() / value.norm().clamp_min(1e-3) for key, value in weights.items()]
-        assert max(off) < 0.02, name
+        off = torch.cat([(ours[key] - value).flatten() for key, value in weights.items()]).norm()
+        assert off < 1e-3 * torch.cat([value.flatten() for value in weights.values()]).norm(), name
         samples = [sorted(path.name for path in (tmp_path / n / "samples").iterdir()) for n in ("one", name)]
         assert samples[0] == samples[1]
         assert bool(samples[0]) == (way == "sora")
@@ -312,15 +313,16 @@ def test_torchrun_begins_again_when_a_process_dies(tmp_path):
         return path.read_text().splitlines() if path.exists() else []
 
     for name, kills in (("alone", []), ("killed", [10, 30])):
-        run = subprocess.Popen([*words, "--out", str(tmp_path / name)], stderr=subprocess.PIPE, text=True)
+        told = tmp_path / f"{name}.txt"
+        with told.open("w") as stream:
+            run = subprocess.Popen([*words, "--out", str(tmp_path / name)], stderr=stream)
         for step in kills:
             while run.poll() is None and not any(f'"step": {step},' in row for row in rows_of(name)):
                 time.sleep(0.05)
-            assert run.poll() is None, run.stderr.read()[-2000:]
+            assert run.poll() is None, told.read_text()
             os.kill(random.choice(children_of(run.pid)), signal.SIGKILL)
-        _, told = run.communicate(timeout=900)
-        assert run.returncode == 0, told[-2000:]
-        assert told.count("going on after step") == len(kills)
+        assert run.wait(900) == 0, told.read_text()
+        assert told.read_text().count("going on after step") == len(kills)
     assert rows_of("killed") == rows_of("alone")
     models = [sha256(tmp_path / name / "model" / "model.safetensors") for name in ("alone", "killed")]
     assert models[0] == models[1]

@@ -47,7 +47,7 @@ def processes() -> Iterator[Peers]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **_meeting())
     try:
         for purpose in ("steps", "saves"):  # of two threads, each needs a line of its own
             _teams[purpose] = Team(
@@ -59,6 +59,23 @@ def processes() -> Iterator[Peers]:
     finally:
         _teams.clear()
         dist.destroy_process_group()
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes of this attempt meet; by default as torch.distributed says.
+
+    After a restart torchrun gives them the store of the attempt before, where addresses of dead processes lie (torch
+    2.13). On one machine all know how many attempts there were, and each has a part of the store to itself.
+    """
+    here = os.environ
+    if here.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or here["LOCAL_WORLD_SIZE"] != here["WORLD_SIZE"]:
+        return {}
+    store = dist.TCPStore(here["MASTER_ADDR"], int(here["MASTER_PORT"]), is_master=False)
+    return {
+        "store": dist.PrefixStore(f"attempt {here['TORCHELASTIC_RESTART_COUNT']}", store),
+        "rank": int(here["RANK"]),
+        "world_size": int(here["WORLD_SIZE"]),
+    }
 
 
 # ---------------------------------------------------------------- what they tell each other
