@@ -37,6 +37,7 @@ from reverie import rng
 from reverie.errors import InputError
 from reverie.train import checkpoint, plan
 from reverie.train import precision as formats
+from reverie.train.allocator import kept_memory
 from reverie.train.ema import Ema
 from reverie.train.log import Run, refuse_difference
 from reverie.train.schedule import constant
@@ -254,7 +255,7 @@ class _Loop:
         run = self.run
         run.open()
         try:
-            with _signals() as caught, _deterministic(self.deterministic):
+            with _signals() as caught, _deterministic(self.deterministic), kept_memory(self.device):
                 self._begin()
                 modes = [_modes(player.model) for player in self.players]
                 if self.estimate and self.counts.step < self.steps:
