@@ -2,6 +2,7 @@
 
 import platform
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,11 @@ def test_freed_memory_is_taken_again_and_given_back_at_the_end():
         assert kept
         assert faults() < pages / 10
         most = held()
+        with ThreadPoolExecutor(
+            1
+        ) as pool:  # which prepares batches, and whose heaps are smaller than a tensor
+            assert pool.submit(torch.ones, FLOATS).result().sum() == FLOATS
     assert held() < most - 3 * FLOATS
-    assert faults() > 3 * pages
 
 
 def test_who_has_set_malloc_up_is_left_alone(monkeypatch):
