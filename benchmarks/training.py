@@ -9,8 +9,8 @@ b32     ViT-B/32 at 224 pixels, 768 x 12; text 512 x 12, 77 positions; batch 16 
 b16     ViT-B/16, otherwise the same; batch 8 (1,024 on a GPU)
 
 Every side trains on the same batches: random pictures, and as captions the lists of words that ship with the sample (13
-tokens on average, 40 at most; labels alone would be 4). A step is forward, backward, the gradient clipped to 1, and AdamW,
-each as its library trains:
+tokens on average, 40 at most; labels alone would be 4). A step is forward, backward, the gradient clipped to 1,
+and AdamW, each as its library trains:
 
 reverie       the loop of `reverie.train`, checks and progress included, one `next()` a step
 open_clip     `CLIP`, `ClipLoss`, its training's AdamW (betas 0.9 and 0.98, eps 1e-6, torch's default kernel), the scale
