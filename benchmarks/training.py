@@ -21,9 +21,9 @@ transformers  `CLIPModel(..., return_loss=True)`, texts padded to all positions 
 First it is checked that from equal weights ours and open_clip's have equal loss and gradients, to 1e-5 of the largest
 in fp32, and transformers' loss. Then each side has a process of its own, and a round is one step of each in turn. The
 table has the medians. On a CPU with one thread the clock is the process's processor time, which other work disturbs
-least; otherwise it is the time on the wall and the machine must be quiet. The JSON has both, and what of a step is
-forward, backward and update. The share of the peak is the arithmetic of the positions that a side reads, forward and
-twice for backward, over what a product of two matrices of 2,048 reaches in the same rounds (8,192 on a GPU). Memory is
+least; otherwise it is the time on the wall and the machine must be quiet. The JSON has both, and how long of the wall
+forward, backward and update take. The share of the peak is the arithmetic that a side does, forward and twice for
+backward, over what a product of two matrices of 2,048 reaches in the same rounds (8,192 on a GPU). Memory is
 the most that the process held above its libraries.
 
 `--drop`: the share of the patches that is not seen, drawn by each library in its own way; `tower` is the image tower
@@ -99,14 +99,19 @@ class Shape:
     def patches(self, drop: float) -> int:
         return round((self.size // self.patch) ** 2 * (1 - drop))
 
-    def work(self, lengths: list[int], drop: float) -> float:
-        """Operations of a step on texts of these lengths."""
-        seen = [self.patches(drop) + 1] * len(lengths)
+    def work(self, lengths: list[int], drop: float, *, one_at_last: bool) -> float:
+        """Operations of a step on texts of these lengths; `one_at_last`: the last blocks compute only what is read."""
         stem = 2.0 * len(lengths) * self.patches(0) * 3 * self.patch**2 * self.width
-        towers = arithmetic(seen, self.width, self.depth) + arithmetic(
-            lengths, self.text_width, self.text_depth
-        )
-        return 3 * (towers + stem)
+        seen = [self.patches(drop) + 1] * len(lengths)
+        total = stem
+        for each, width, depth in (
+            (seen, self.width, self.depth),
+            (lengths, self.text_width, self.text_depth),
+        ):
+            total += arithmetic(each, width, depth - one_at_last)
+            if one_at_last:  # keys and values of all positions, and of all a query that nobody asks
+                total += sum(2.0 * (3 * width**2 * n + 9 * width**2 + 2 * width * n) for n in each)
+        return 3 * total
 
 
 SHAPES = {
@@ -514,7 +519,8 @@ def measure(case: Case, sides: list[str], rounds: int) -> list[dict[str, Any]]:
         lengths = case.lengths(side)
         row["tokens"] = sum(lengths) / len(lengths)
         row["peak"] = statistics.median(peaks)
-        row["share"] = SHAPES[case.model].work(lengths, case.drop) / row["seconds"] / row["peak"]
+        work = SHAPES[case.model].work(lengths, case.drop, one_at_last=side == "reverie")
+        row["share"] = work / row["seconds"] / row["peak"]
         if "tower" in words:
             row["tower"] = statistics.median(one[clock] for one in taken[side, "tower"])
         rows.append(row)
