@@ -42,6 +42,9 @@ def test_few_positions_and_many_outputs_are_computed_in_parts(monkeypatch):
     monkeypatch.setattr(room.F, "linear", lambda x, w, b: seen.append(len(w)) or x.new_zeros(len(x), len(w)))
     linear(*some(FEW[0], WIDE + 1))
     assert seen == [PART, PART, PART, 1]
+    with torch.autocast("cpu", torch.bfloat16):  # which rounds whole weights, and keeps them rounded
+        linear(*some(FEW[0], WIDE + 1))
+    assert seen[4:] == [WIDE + 1]
 
 
 @pytest.mark.usefixtures("without_bf16")

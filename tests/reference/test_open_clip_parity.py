@@ -124,6 +124,26 @@ def test_their_folder_gives_their_numbers_and_comes_back_bit_equal(name, open_cl
     assert_equal_numbers(again, rebuilt)
 
 
+@pytest.mark.parametrize("name", ["GELU", "QuickGELU", "read at the end token", "a text tower of its own"])
+def test_loss_and_gradients_are_theirs(name, open_clip, tmp_path):
+    """A step of training from equal weights, every parameter, on texts of unlike length."""
+    theirs = their_model(open_clip, MODELS[name])
+    ours = reverie.load(their_folder(theirs, MODELS[name], tmp_path)).train().requires_grad_()
+    images, tokens = inputs(ours.config.image.size, end=ours.config.text.end)
+    mean, std = (torch.tensor(each).reshape(3, 1, 1) for each in (ours.config.mean, ours.config.std))
+    mine = ours.loss({"image": images, "tokens": tokens[:4]})["loss"]
+    mine.backward()
+    other = open_clip.ClipLoss()(*theirs.train()(((images + 1) / 2 - mean) / std, tokens[:4])[:3])
+    other.backward()
+    torch.testing.assert_close(mine, other, atol=0, rtol=1e-5)
+    table = clip_open_clip.table(asdict(ours.config), text="text." if "its own" in name else "")
+    gradients = remap.apply(table, {key: p.grad for key, p in theirs.named_parameters()})
+    assert gradients.keys() == dict(ours.named_parameters()).keys()
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    for key, parameter in ours.named_parameters():
+        assert (parameter.grad - gradients[key]).abs().max() <= 1e-5 * largest, key
+
+
 @pytest.mark.parametrize("name", ["GELU", "QuickGELU", "a ResNet"])
 def test_a_checkpoint_alone_must_be_named_unless_it_is_openais(name, open_clip, tmp_path):
     theirs = their_model(open_clip, MODELS[name])

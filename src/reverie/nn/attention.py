@@ -84,7 +84,8 @@ class SelfAttention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         at: Tensor | None,
     ) -> Tensor:
-        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        # In three parts: the gradients of one rearranged whole would be copied twice.
+        q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads) for x in qkv.chunk(3, -1))
         q, k = self.norm_q(q), self.norm_k(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)

@@ -37,6 +37,7 @@ from reverie import rng
 from reverie.errors import InputError
 from reverie.train import checkpoint, evidence, parallel, plan
 from reverie.train import precision as formats
+from reverie.train.allocator import kept_memory
 from reverie.train.batches import Batch, Batches, moved
 from reverie.train.ema import Ema
 from reverie.train.log import Run, refuse_difference
@@ -283,6 +284,7 @@ class _Loop:
             with (
                 listening() as asked,
                 deterministic(self.deterministic),
+                kept_memory(self.device),
                 Watch(run, device=self.device, steps=self.steps) as watch,
             ):
                 if self.replay is not None:
