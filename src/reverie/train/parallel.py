@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from reverie.errors import InputError
 from reverie.objectives.contrastive import ALONE, Peers
 
 Losses = Mapping[str, Tensor]
@@ -41,13 +42,22 @@ PATIENCE = timedelta(
 
 @contextmanager
 def processes() -> Iterator[Peers]:
-    """Joins the processes that torchrun started with this one, and leaves them at the end."""
+    """Joins the processes that torchrun started with this one, and leaves them at the end.
+
+    InputError: there are more of them than GPUs.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield ALONE
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **_meeting())
+        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= gpus:
+            raise InputError(
+                f"Process {number} of this machine has no GPU to itself, of which it has {gpus}: give --nproc-per-node"
+                f" {gpus}, or set CUDA_VISIBLE_DEVICES to nothing for processors."
+            )
+        torch.cuda.set_device(number)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **_meeting())
     try:
         for purpose in ("steps", "saves"):  # of two threads, each needs a line of its own
             _teams[purpose] = Team(
