@@ -32,9 +32,10 @@ from reverie.data.augment import draws, view
 from reverie.data.index import Index
 from reverie.data.wording import draw_caption
 from reverie.recipes import clip as recipe
-from reverie.recipes.parts import load_clip, peak_memory, plain_stickers
+from reverie.recipes.parts import load_clip, plain_stickers
 from reverie.systems.clip import Clip
 from reverie.train.gradient_cache import cached
+from reverie.train.memory import peak as peak_memory
 from reverie.train.optimizers import adamw
 
 LANGUAGES = {"en": 0.85, "zh": 0.15}

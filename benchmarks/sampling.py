@@ -20,7 +20,8 @@ def measure(case: argparse.Namespace) -> dict[str, object]:
     import torch
 
     import reverie
-    from reverie.recipes.parts import home, peak_memory
+    from reverie.recipes.parts import home
+    from reverie.train.memory import peak as peak_memory
 
     if case.threads:
         torch.set_num_threads(case.threads)

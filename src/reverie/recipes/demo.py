@@ -40,7 +40,8 @@ from reverie.media import decode_array, flatten
 from reverie.pictures import save_clip, to_bytes, to_signal
 from reverie.progress import counting
 from reverie.recipes import gallery
-from reverie.recipes.parts import capable, home, peak_memory
+from reverie.recipes.parts import capable, home
+from reverie.train import memory
 
 Pair = tuple[str, str]  # words and, for those who do not read Chinese, what they mean
 
@@ -108,7 +109,7 @@ def demo(
     (out / "preview.png").write_bytes(gallery.preview(run.rows))
     results |= {
         "seconds": time.perf_counter() - begun,
-        "peak_memory": peak_memory(place),
+        "peak_memory": memory.peak(place) or None,
         "device": str(place),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

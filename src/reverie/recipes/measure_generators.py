@@ -29,7 +29,8 @@ from reverie.evals.world_captions import read_caption
 from reverie.pictures import grid, save_clip, save_png, to_bytes
 from reverie.progress import counting
 from reverie.recipes.measured import Measured, Row, fits, save_figure, share
-from reverie.recipes.parts import capable, home, peak_memory, plain_stickers
+from reverie.recipes.parts import capable, home, plain_stickers
+from reverie.train import memory
 
 JUDGES = ("clip-stickers", "judge-stickers")
 UNSEEN = 1_000_000  # the first scene of the world that is measured; recipes train on the first thousands
@@ -183,7 +184,7 @@ class Drawing:
         return samples, {
             "prompts": prompts, "seeds": seeds, "seconds": seconds, "batch": self.ask.batch,
             "device": str(self.device), "threads": torch.get_num_threads(),
-            "peak_memory_bytes": peak_memory(self.device),
+            "peak_memory_bytes": memory.peak(self.device) or None,
             "frames": self.frames,
             "size": list(self.size), "steps": self.ask.steps or config.steps,
             "guidance": config.guidance if self.ask.guidance is None else self.ask.guidance,
@@ -198,13 +199,13 @@ class Drawing:
     def cost(self, drawn: dict[str, Any]) -> list[Row]:
         """The rows of a table that say what a sample cost."""
         thing = "picture" if self.frames == 1 else f"clip of {self.frames} frames"
-        memory = drawn["peak_memory_bytes"]
+        most = drawn["peak_memory_bytes"]
         return [
             (
                 f"seconds a {thing}, {drawn['batch']} at a time, {drawn['device']}, {drawn['threads']} threads",
                 f"{drawn['seconds']:.2f}",
             ),
-            ("peak memory of the process", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+            ("peak memory of the process", "-" if most is None else f"{most / 2**20:,.0f} MiB"),
         ]
 
 

@@ -136,23 +136,6 @@ def load_clip(name_or_folder: str, *, trainable: bool = False) -> Clip:
     return clip
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has held so far, on a GPU there; None: the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where the number below is the parent's if that was larger
-        return 1024 * int(
-            next(line for line in status.read_text().splitlines() if "VmHWM" in line).split()[1]
-        )
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
 @contextlib.contextmanager
 def averaged(player: Player) -> Iterator[Any]:
     """The model, whole, with the averaged weights if there are any, in eval mode, without gradients."""
