@@ -88,7 +88,10 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
     }
     with processes():
         if way == "sora":
-            sora.TINY = (2, 64, 1)
+            sora.shape = partial(sora.shape, sizes=(2, 64, 1))
+            sora._some_captions = lambda index, count=8: (
+                "bright red wall",
+            )  # one picture is drawn at every step
             begun = str(place / "start")
             sora.tiny(place / "moving", out, clip=begun, steps=STEPS, batch=2, clips=2, size=16, engine=how)
         elif way == "drop":

@@ -235,8 +235,8 @@ class Run:
 
 
 def now() -> str:
-    """The time in UTC, as in the files of a run: 2026-01-31T12:00:00+00:00."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The time in UTC, as in the files of a run: 2026-01-31T12:00:00.000+00:00."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @contextmanager
