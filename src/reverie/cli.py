@@ -435,36 +435,50 @@ def train(
     raise InputError(f"There is no recipe {recipe!r}: there are {', '.join(RECIPES)}.")
 
 
-def replay(run: Path, /, *, step: int = 0, device: str | None = None) -> int:
+def replay(run: Path, /, *, step: int = 0, data: Path | None = None, device: str | None = None) -> int:
     """Compute a step that stood out once more, from what the run kept of it, and say whether it gives the same.
 
-    Nothing is trained and nothing is written. Exit code 1: it gave something else.
+    Nothing is trained, and the run is left as it is. Exit code 1: it gave something else.
 
     Args:
         run: The run's folder.
         step: Which step; the newest of which there is evidence if not given.
+        data: Where the run's data lie now; where they lay if not given.
         device: Where to compute; the GPU if there is one.
     """
     import json
+    from contextlib import chdir
 
     from reverie.catalog import RECIPES
+    from reverie.data.index import FILE
+    from reverie.data.remote import address
 
     path = run / "command.json"
     try:
-        command = json.loads(path.read_text())
-        name, data, given = command["recipe"], Path(command["data"]), command["arguments"]
-    except (OSError, ValueError, KeyError, TypeError):
+        first = json.loads(path.read_text("utf-8"))
+        told = [first, *first.get("resumed", ())][-1]
+        name, folder, given = told["recipe"], Path(told["folder"]), dict(told["arguments"])
+        where = Path(told["data"]) if data is None else data
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{path} does not say which command this run was: name a folder of `reverie train`."
         ) from None
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise InputError(
             f"{path} names the recipe {name!r}, which there is not: there are {', '.join(RECIPES)}."
         )
-    known = Command.of_recipe(
-        "reverie train", RECIPES[name], like=Command.of("reverie train", train)
-    ).parameters
-    return _carry_out(name, data, run, restored(known, given) | {"device": device}, replay=step)
+    if data is None and address(where):
+        raise InputError(
+            f"The run's data are at {address(where)}, which is not opened unasked: name it by --data."
+        )
+    if not address(where) and not any((where / part / FILE).is_file() for part in ("", "pictures")):
+        raise InputError(f"{where} holds no index of the run's data: say by --data where they are now.")
+    like = Command.of("reverie train", train)
+    known = Command.of_recipe(f"reverie train {name}", RECIPES[name], like=like).parameters
+    given = restored(known, given, where=str(path)) | {"device": device}
+    run, where = run.resolve(), where if address(where) else where.resolve()
+    with chdir(folder if folder.is_dir() else "."):  # against which the command named other folders
+        return _carry_out(name, where, run, given, replay=step)
 
 
 # ---------------------------------------------------------------- runs

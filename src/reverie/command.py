@@ -141,20 +141,28 @@ class Command:
         )
 
 
-def restored(parameters: Iterable[Parameter], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that JSON has held, as their parameters have them."""
-    kinds = {part.name: _plain(part.annotation) for part in parameters}
-    return {
-        name: value
-        if value is None
-        else Path(value)
-        if kinds[name] is Path
-        else tuple(value)
-        if get_origin(kinds[name]) is tuple
-        else value
-        for name, value in values.items()
-        if name in kinds
-    }
+def restored(parameters: Iterable[Parameter], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Arguments that JSON has held, as their parameters have them. InputError: one is of another kind."""
+    found: dict[str, Any] = {}
+    for part in parameters:
+        if part.name not in values:
+            continue
+        value, kind = values[part.name], _plain(part.annotation)
+        several = get_origin(kind) is tuple
+        one = get_args(kind)[0] if several else kind
+        parts = value if several and isinstance(value, list) else [value]
+        held: Any = {Path: str, float: (float, int)}.get(one, one)
+        if value is None and kind is not part.annotation:
+            found[part.name] = None
+        elif isinstance(value, list) == several and all(
+            isinstance(each, held) and isinstance(each, bool) == (one is bool) for each in parts
+        ):
+            found[part.name] = tuple(map(one, parts)) if several else one(value)
+        else:
+            raise InputError(
+                f"{where} says that {part.name} is {value!r}, which it cannot be: mend that file."
+            )
+    return found
 
 
 def outline(target: str) -> tuple[list[Parameter], str]:

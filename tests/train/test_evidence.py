@@ -53,23 +53,23 @@ def go(folder, *, value=300.0, players=1, said=None, **arguments):
 
 
 def replayed(folder, step=0, **arguments) -> tuple[int, str]:
+    """The exit code, and what was said."""
     said: list[str] = []
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     with pytest.raises(Replayed) as stop:
         go(folder, replay=step, said=said, **arguments)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
-    return stop.value.code, said[-1]
+    return stop.value.code, "\n".join(said)
 
 
 @pytest.mark.parametrize("players", [1, 2])
 def test_a_spike_is_kept_and_computed_again_to_the_bit(tmp_path, players):
     go(tmp_path, players=players)
-    (path,) = (
-        checkpoint.steps(tmp_path / "evidence")
-        if players == 1
-        else checkpoint.steps(tmp_path / "evidence")[:1]
-    )
-    assert path.name == f"step-{AT + 1:08d}"
+    names = [""] if players == 1 else ["p0", "p1"]
+    for name in names:
+        (path,) = checkpoint.steps(tmp_path / "evidence" / name)
+        assert path.name == f"step-{AT + 1:08d}"
+        assert checkpoint.read_state(path)["player"] == name
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert {event["event"] for event in events} == {"spike"}
     assert {event["step"] for event in events} == {AT + 1}
@@ -79,7 +79,9 @@ def test_a_spike_is_kept_and_computed_again_to_the_bit(tmp_path, players):
     assert rows[AT][last] > 20 * rows[AT - 1][last]
     code, text = replayed(tmp_path, players=players)
     assert code == 0
-    assert text.count("the same to the bit") == 2 * 2 + 1  # loss and fit of two batches, and the norm
+    assert text.count("the same to the bit") == players * (
+        2 * 2 + 1
+    )  # loss and fit of two batches, and the norm
     assert f"{AT}-1-5" in text
     assert "deviations over the last" in text
 

@@ -36,6 +36,7 @@ from reverie.recipes.parts import (
     averaged,
     captioned,
     decoded,
+    digest,
     heads_of,
     keep,
     load_clip,
@@ -85,6 +86,7 @@ class ClipRun:
     alpha: float = 0.0  # of the adapters
     layer_decay: float = 1.0  # of the learning rate from block to block
     seed: int = 0
+    data: str = ""  # a digest of what it learns from
 
 
 def shape(
@@ -342,6 +344,7 @@ def fit(
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
+    config = dataclasses.replace(config, data=digest(index, good))
     whole_from = _whole_from(config)
     names = sorted({index[i].label or index[i].hash for i in good})
     label = {name: number for number, name in enumerate(names)}
@@ -357,6 +360,11 @@ def fit(
         asked = f"chunk is {config.chunk}" if config.chunk else f"memory is {memory!r}"
         raise InputError(
             f"{asked}, but this model has batch norm, which would see only a chunk: leave it out."
+        )
+    if team().count > 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise InputError(
+            "This model has batch norm, whose statistics several processes would each take of their own part: train it"
+            " in one."
         )
     model = engine.place(model)
     player = Player(

@@ -23,7 +23,16 @@ from reverie.data.index import Index
 from reverie.data.stickers import TEST
 from reverie.errors import InputError
 from reverie.evals.generation import pick
-from reverie.recipes.parts import averaged, decoded, keep, my_share, name_bad, open_index, plain_stickers
+from reverie.recipes.parts import (
+    averaged,
+    decoded,
+    digest,
+    keep,
+    my_share,
+    name_bad,
+    open_index,
+    plain_stickers,
+)
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
@@ -46,6 +55,7 @@ class JudgeRun:
     ema: float = 0.998
     strength: float = 1.0  # of the views
     seed: int = 0
+    data: str = ""  # a digest of what it learns from
 
 
 def stickers(
@@ -137,7 +147,7 @@ def fit(config: JudgeRun, seen: Index, unseen: Index, out: Path, *, engine: Engi
         vectors = [model.embed_image(on_white(torch.stack([pixels[i][0] for i in part]))) for part in parts]
         model.learn(torch.cat(vectors), labels)
 
-    run = Run(out, config)
+    run = Run(out, dataclasses.replace(config, data=digest(seen, pixels.good)))
     for step in train([player], batches, run=run, steps=config.steps, seed=config.seed,
                       save_every=max(config.steps // 6, 1), keep=2, **engine.loop):  # fmt: skip
         if step.number == 1:

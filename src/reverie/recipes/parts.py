@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def decoded(index: Index, **how: Any) -> Pixels:
 def my_share(step: int, batch: int, n: int, seed: int) -> list[tuple[int, int]]:
     """(epoch, sample) of each place of the batch `step` that this process has, of `batch` in all and `n` samples."""
     return batch_ids(step, batch, n, seed, rank=team().rank, world=team().count)
+
+
+def digest(index: Index, good: Sequence[int]) -> str:
+    """What a run learns from: the contents, in their order. A run goes on with the same alone."""
+    contents = "\n".join(index[i].hash for i in good)
+    return hashlib.blake2b(contents.encode(), digest_size=8).hexdigest()
 
 
 def captioned(index: Index) -> Index:

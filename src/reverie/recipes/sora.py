@@ -34,6 +34,7 @@ from reverie.recipes.parts import (
     averaged,
     captioned,
     decoded,
+    digest,
     heads_of,
     keep,
     load_clip,
@@ -87,6 +88,7 @@ class SoraRun:
     known: float = 0.3  # how often a clip's first frame is given
     languages: dict[str, float] | None = None
     seed: int = 0
+    data: tuple[str, ...] = ()  # digests of the pictures and the clips that it learns from
 
 
 def tiny(
@@ -266,12 +268,13 @@ def fit(
     def batches(step: int, micro: int) -> dict[str, Any]:
         return pictures.pictures(step) if clips is None or not micro else clips.clips(step)
 
-    run = Run(out, config)
+    sources = [source for source in (pictures, clips) if source is not None]
+    run = Run(out, dataclasses.replace(config, data=tuple(source.digest for source in sources)))
     for step in train([player], batches, run=run, steps=config.steps, accumulate=1 if clips is None else 2,
                       seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2,
                       **engine.loop):  # fmt: skip
         if step.number == 1:
-            name_bad(run, *(source.pixels for source in (pictures, clips) if source is not None))
+            name_bad(run, *(source.pixels for source in sources))
         if step.every(20):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 12, 1)):
@@ -320,6 +323,12 @@ class Source:
             raise InputError(
                 f"nothing usable to train on in {index.folder}: run `reverie data check` to see why."
             )
+
+    @property
+    def digest(self) -> str:
+        """What it draws from; of kept latents, with their precision."""
+        kept = f" {self.pixels.place.name}" if isinstance(self.pixels, Latents) else ""
+        return digest(self.index, self.good) + kept
 
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)

@@ -35,6 +35,7 @@ from reverie.recipes.parts import (
     CLIP_FRAMES,
     averaged,
     decoded,
+    digest,
     keep,
     my_share,
     name_bad,
@@ -64,6 +65,7 @@ class VaeRun:
     warmup: int = 50
     ema: float = 0.995
     seed: int = 0
+    data: tuple[str, ...] = ()  # digests of the pictures and the clips that it learns from
 
 
 def stickers(
@@ -122,11 +124,13 @@ def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
             noises.append(torch.randn(shape, generator=rng.generator(config.seed, "noise", kind, epoch, i)))
         return {"video": torch.stack(videos), "noise": torch.stack(noises)}
 
-    run = Run(out, config)
+    sources = (pictures, moving)
+    told = tuple(digest(source.index, source.good) for source in sources)
+    run = Run(out, dataclasses.replace(config, data=told))
     for step in train([player], batches, run=run, steps=config.steps, accumulate=2, seed=config.seed,
                       save_every=max(config.steps // 4, 1), keep=1, prefetch=2, **engine.loop):  # fmt: skip
         if step.number == 1:
-            name_bad(run, pictures, moving)
+            name_bad(run, *sources)
         if step.every(20):
             run.log(step.number, step.metrics)
         if step.every(max(config.steps // 8, 1)):

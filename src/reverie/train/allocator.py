@@ -15,12 +15,10 @@ from contextlib import contextmanager
 
 import torch
 
-TRIM, LARGE, BLOCKS = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
-USUAL = {
-    TRIM: 2**26,
-    LARGE: 2**25,
-    BLOCKS: 2**16,
-}  # what glibc comes to by itself, which naming one of them ends
+from reverie.media import tune_allocator
+
+TRIM, BLOCKS = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+USUAL_BLOCKS = 2**16
 
 
 @contextmanager
@@ -30,12 +28,13 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or told:
         yield False
         return
+    tune_allocator()  # now, or the first decoding would undo what follows
     libc = ctypes.CDLL(None)
     libc.mallopt(TRIM, -1)  # never
     libc.mallopt(BLOCKS, 0)  # none is mapped by itself
     try:
         yield True
     finally:
-        for what, value in USUAL.items():
-            libc.mallopt(what, value)
+        libc.mallopt(BLOCKS, USUAL_BLOCKS)
+        tune_allocator.__wrapped__()
         libc.malloc_trim(0)

@@ -236,8 +236,9 @@ def _shapes(path: Path, group: str) -> dict[str, tuple[torch.Size, torch.dtype]]
     found = {}
     with safe_open(path / f"{group}.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            value = file.get_tensor(name)
-            found[name] = (value.shape, value.dtype)
+            part = file.get_slice(name)
+            shape = torch.Size(part.get_shape())
+            found[name] = (shape, (part[:0] if shape else file.get_tensor(name)).dtype)
     if (path / group).is_dir():
         found |= parallel.shapes_of_parts(path / group)
     return found

@@ -36,20 +36,24 @@ def exact(values: Sequence[tuple[str, float]]) -> list[list[str]]:
     return [[name, float(value).hex()] for name, value in values]
 
 
-def find(folder: Path, step: int | None) -> Path:
-    """The evidence of `step`, by default the newest. InputError: there is none, or it is damaged."""
-    there = checkpoint.steps(folder)
+def find(folder: Path, step: int | None) -> list[Path]:
+    """The evidence of `step`, by default the newest; of several players, of each. InputError: there is none, or it is
+    damaged."""
+    there = [path for path in folder.glob("**/step-*") if path.is_dir()]
     if not there:
         raise InputError(f"{folder} holds no evidence: no step of this run has stood out so far.")
-    numbers = {int(path.name.removeprefix("step-")): path for path in there}
+    numbers: dict[int, list[Path]] = {}
+    for path in sorted(there):
+        numbers.setdefault(int(path.name.removeprefix("step-")), []).append(path)
     if step is not None and step not in numbers:
         raise InputError(
             f"There is no evidence of step {step}: there is of {', '.join(map(str, sorted(numbers)))}."
         )
-    path = numbers[max(numbers) if step is None else step]
-    if (reason := checkpoint.damage(path)) is not None:
-        raise InputError(f"{path} is damaged ({reason}), so the step cannot be computed again from it.")
-    return path
+    found = numbers[max(numbers) if step is None else step]
+    for path in found:
+        if (reason := checkpoint.damage(path)) is not None:
+            raise InputError(f"{path} is damaged ({reason}), so the step cannot be computed again from it.")
+    return found
 
 
 def compare(recorded: list[list[str]], found: list[list[str]]) -> tuple[bool, list[str]]:

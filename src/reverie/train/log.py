@@ -255,7 +255,7 @@ def commanded(folder: Path, **command: Any) -> Iterator[None]:
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     before = path.read_text(encoding="utf-8") if path.exists() else None
-    told = resolved(command) | {"version": __version__, "started": begun}
+    told = resolved(command) | {"folder": os.getcwd(), "version": __version__, "started": begun}
     if before is not None:
         first = read_json(path)
         told = first | {"resumed": [*first.get("resumed", ()), told]}

@@ -510,9 +510,8 @@ class _Loop:
             reason=reason, player=player.name, step=at, values=evidence.exact(values), ids=ids
         ) | {"settings": self._settings(), "machine": described(self.device)}
         try:
-            path = checkpoint.save(
-                self.run.evidence, at + 1, tensors=tensors, state=state, keep=3, team=team()
-            )
+            where = self.run.evidence / player.name
+            path = checkpoint.save(where, at + 1, tensors=tensors, state=state, keep=3, team=team())
         except InputError as error:  # a full disk stops a run at its next checkpoint, not here
             self.run.say(f"step {at + 1}: {reason}; there is no evidence of it: {error}")
             return
@@ -521,14 +520,18 @@ class _Loop:
 
     def _replay(self, step: int | None) -> bool:
         """Computes a step again from its evidence and says what came out; whether it is the same to the bit."""
-        path = evidence.find(self.run.evidence, step)
-        state = checkpoint.read_state(path)
+        paths = evidence.find(self.run.evidence, step)
         self.run.check()
+        self._join()
+        modes = {player.name: _modes(player.model) for player in self.players}
+        same = [self._compute_again(path, modes) for path in paths]
+        return all(same)
+
+    def _compute_again(self, path: Path, modes: dict[str, dict[nn.Module, bool]]) -> bool:
+        state = checkpoint.read_state(path)
         refuse_difference(state["settings"], self._settings(), where=str(path))
         for player in self.players:
             checkpoint.restore(checkpoint.model_tensors(player.model), path, player._file("model"))
-        self._join()
-        modes = {player.name: _modes(player.model) for player in self.players}
         (player,) = [player for player in self.players if player.name == state["player"]]
         values, _, _ = self._gradients(player, modes[player.name], state["step"])
         same, lines = evidence.compare(state["values"], evidence.exact(values))
@@ -581,7 +584,8 @@ class _Loop:
         folder = self.run.checkpoints
         if team().first:
             checkpoint.clean(folder)
-            checkpoint.clean(self.run.evidence)
+            for player in self.players:
+                checkpoint.clean(self.run.evidence / player.name)
         path = self._latest()
         if path is None and checkpoint.steps(folder):
             raise InputError(

@@ -66,6 +66,9 @@ def processes() -> Iterator[Peers]:
                 group=dist.new_group(backend="gloo", timeout=PATIENCE),
             )
         yield peers()
+    except SystemExit:  # stopped by a signal: torchrun ends the others as soon as one has left
+        team().hear()
+        raise
     finally:
         _teams.clear()
         dist.destroy_process_group()
