@@ -51,6 +51,7 @@ def run(
     ill: tuple[int, int, bool] | None = None,
     pace: float = 0.0,
     kill: tuple[str, int] | None = None,
+    replay: int | None = None,
 ) -> None:
     """Trains in `folder`.
 
@@ -89,8 +90,12 @@ def run(
             images, tokens = zip(*(sample(*place) for place in places), strict=True)
             with (folder / f"order-{us.rank}.jsonl").open("a") as file:
                 file.write(json.dumps([step, micro, us.count, places]) + "\n")
-            bad = [(f"{step}-{us.rank}.png", "torn")] if ill and ill[:2] == (step, us.rank) else []
-            bad *= len(places) if ill and ill[2] else 1
+            ill_now = ill and us.rank == ill[1] and (step == ill[0] or (ill[2] and step > ill[0]))
+            bad = (
+                [(f"{step}-{us.rank}.png", "torn")] * (len(places) if ill and ill[2] else 1)
+                if ill_now
+                else []
+            )
             return {
                 "image": torch.stack(images),
                 "tokens": torch.stack(tokens),
@@ -108,7 +113,7 @@ def run(
             found = model.compare(*model.embed(batch), peers=peers())
             if batch["poison"]:
                 assert poison is not None
-                bad = {"loss": torch.tensor(float("nan")), "spike": torch.tensor(9.0)}
+                bad = {"loss": torch.tensor(float("nan")), "spike": torch.tensor(90.0)}
                 if poison[0] == "gradient":
                     zero = sum(p.sum() for p in [model.image.positions]) * 0
                     return found | {"loss": found["loss"] + (zero.square() + 0.0).sqrt()}
@@ -132,7 +137,7 @@ def run(
         log = Run(folder, {"lr": 1e-2, "steps": steps}, progress=False)
         for step in train(
             [player], batches, run=log, steps=steps, accumulate=accumulate, seed=5, save_every=4, keep=2,
-            precision="fp32", non_finite=non_finite, background=background, estimate=False, spikes=8.0,
+            precision="fp32", non_finite=non_finite, background=background, estimate=False, replay=replay,
         ):  # fmt: skip
             log.log(step.number, step.metrics)
             with (folder / f"seen-{us.rank}.jsonl").open("a") as file:

@@ -112,7 +112,8 @@ def killed_run(start, folder: Path, moments: list[int], chance: random.Random, *
 
 @pytest.mark.chaos
 def test_killed_at_random_moments(start, alone, tmp_path):
-    killed_run(start, tmp_path, [4, 17, 30, 47], random.Random())
+    print("seed", seed := random.randrange(10**9))
+    killed_run(start, tmp_path, [4, 17, 30, 47], random.Random(seed))
     assert_equal(tmp_path, alone)
 
 
@@ -136,7 +137,8 @@ def test_killed_often(start, tmp_path, precision):
     left_alone, killed = tmp_path / "alone", tmp_path / "killed"
     child = start(left_alone, precision=precision)
     child.join(120)
-    chance = random.Random()
+    print("seed", seed := random.randrange(10**9))
+    chance = random.Random(seed)
     killed_run(start, killed, sorted(chance.choices(range(1, 56), k=25)), chance, precision=precision)
     assert_equal(killed, left_alone)
 

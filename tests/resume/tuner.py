@@ -47,7 +47,8 @@ def prepare(place: Path) -> None:
 
 
 def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None, **engine) -> None:
-    """`way`: "drop", "lora" or "sora"; `kill`: the sub-step of a save to die at, or "backward", and the how manieth.
+    """`way`: "drop", "chunk", "lora" or "sora"; `kill`: the sub-step of a save to die at, or "backward",
+    and the how manieth.
 
     Sora's steps have two batches, so an odd backward pass is in the middle of one.
     """
@@ -94,6 +95,8 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
             )  # one picture is drawn at every step
             begun = str(place / "start")
             sora.tiny(place / "moving", out, clip=begun, steps=STEPS, batch=2, clips=2, size=16, engine=how)
+        elif way == "chunk":
+            tiny(place / "data", out, chunk=2, **shared)
         elif way == "drop":
             tiny(place / "data", out, drop_text=0.5, unmasked=0.3, **shared)
         else:
