@@ -111,6 +111,7 @@ def test_a_locked_tower_has_no_gradients():
     assert adapted.parameters > whole.parameters
 
 
+@pytest.mark.slow
 def test_accumulation_repeats_the_step():
     once, thrice = small(), small(accumulate=3)
     assert thrice.samples == 3 * once.samples
@@ -168,6 +169,7 @@ def test_systems_that_are_counted_alone_have_the_size_of_their_papers(run, milli
     assert trained / 1e6 == pytest.approx(millions, rel=within)
 
 
+@pytest.mark.slow
 def test_a_published_run_beside_its_plan():
     run = next(one for one in published.RUNS if one.name == "ViT-B-32")
     (it,) = published.check([run])
