@@ -642,7 +642,7 @@ def plan(
         check: Plan published runs instead, and print how far off each is.
     """
     if check:
-        from reverie.recipes import published
+        from reverie.planning import published
 
         found = published.check()
         if json:
@@ -654,9 +654,9 @@ def plan(
         raise InputError(
             "`reverie plan` needs RECIPE, such as clip-paper-b32 or clip:ViT-L-14; or give --check."
         )
-    from reverie.recipes import planning
+    from reverie.planning.plan import plan as plan_of
 
-    told = planning.plan(
+    told = plan_of(
         recipe, gpu=gpu, gpus=gpus, batch=batch, clips=clips, steps=steps, samples=samples, size=size,
         precision=precision, shard=shard, recompute=recompute, chunk=chunk, accumulate=accumulate, words=words,
         drop=drop, drop_text=drop_text, unmasked=unmasked, lock=lock, lora=lora, fused=fused, price=price,

@@ -30,9 +30,22 @@ def make(**arguments):
     return Player(model, optimizer=adamw(model, lr=1e-3), ema=Ema(model))
 
 
-def test_time_counts_passes_accumulation_and_loading():
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes by `time.sleep` alone, however busy the machine is."""
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+
+def test_time_counts_passes_accumulation_and_loading(clock):
     plan = estimate([make(pause=0.05)], [{"x": torch.randn(8, 64)}], steps=100, accumulate=3, loading=0.1)
-    assert 0.45 <= plan.step_seconds < 0.9
+    assert plan.step_seconds == pytest.approx(3 * (0.05 + 0.1))
     assert plan.seconds == 100 * plan.step_seconds
 
 
@@ -85,17 +98,21 @@ def test_it_says_what_it_found_and_when_memory_will_not_do():
         dataclasses.replace(plan, available=int(1e9)).check()
 
 
-def test_times_of_batches_of_two_kinds_are_both_counted():
+def test_times_of_batches_of_two_kinds_are_both_counted(clock):
     class Two(Net):
         def loss(self, batch):
-            time.sleep(0.2 if len(batch["x"]) == 16 else 0.0)
+            time.sleep(0.2 if len(batch["x"]) == 16 else 0.05)
             return super().loss(batch)
 
     torch.manual_seed(0)
     model = Two()
     player = Player(model, optimizer=adamw(model, lr=1e-3))
-    both = [{"x": torch.randn(8, 64)}, {"x": torch.randn(16, 64)}]
-    assert 0.2 <= estimate([player], both, steps=1, accumulate=2).step_seconds < 0.35
+    small, large = {"x": torch.randn(8, 64)}, {"x": torch.randn(16, 64)}
+    seconds = [
+        estimate([player], batches, steps=1, accumulate=2).step_seconds
+        for batches in ([small, large], [small], [large])
+    ]
+    assert seconds == pytest.approx([0.05 + 0.2, 2 * 0.05, 2 * 0.2])
 
 
 class Tower(nn.Module):

@@ -1,9 +1,9 @@
 """`reverie plan`: what a run needs and how long it takes on machines that are not here.
 
 The system of a recipe is built on torch's device "meta" from its configuration, so it has shapes and no memory; one
-device's share of its training step is run forward and backward there and counted (`train/counting.py`), and a roofline
-of the GPU in question turns the count into seconds (`train/roofline.py`). No formula belongs to a system, so what
-changes the step changes the plan: recompute, gradient caching, dropped patches, locked towers, adapters.
+device's share of its training step is run forward and backward there and counted (`planning/counting.py`), and a
+roofline of the GPU in question turns the count into seconds (`planning/roofline.py`). No formula belongs to a system,
+so what changes the step changes the plan: recompute, gradient caching, dropped patches, locked towers, adapters.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from reverie.encoders.text import Text
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import Peers
+from reverie.planning import roofline
+from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
+from reverie.planning.hardware import GB, device
+from reverie.planning.roofline import Memory, Setup, Time, Weights
 from reverie.recipes import clip, clip_finetune, judge, sora, video_vae
 from reverie.recipes.parts import CLIP_FRAMES
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
 from reverie.systems.sora import Sora, SoraConfig
-from reverie.train import roofline
-from reverie.train.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.train.engine import recompute
 from reverie.train.gradient_cache import cached
-from reverie.train.hardware import GB, device
-from reverie.train.roofline import Memory, Setup, Time, Weights
 
 VOCAB = 4096  # pieces that the small recipes train at most
 JPEG = 25e3 / 256**2  # bytes of a pixel: LAION-400M's pictures of 256 pixels, 10 TB of 400 M

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from reverie.errors import InputError
-from reverie.train.counting import Count
-from reverie.train.hardware import GB, Device
+from reverie.planning.counting import Count
+from reverie.planning.hardware import GB, Device
 
 # One number for each kind, for every machine and run; none is fitted to one run.
 PRODUCT = 0.70  # of the peak: large products of cuBLAS in fp16 and bf16 reach 0.7 to 0.9

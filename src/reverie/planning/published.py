@@ -27,10 +27,10 @@ from reverie.nn.block import ModulatedBlock, modulate
 from reverie.nn.linear import Linear
 from reverie.nn.mlp import Mlp
 from reverie.objectives.contrastive import Peers
+from reverie.planning.hardware import device
+from reverie.planning.plan import How, Part, Plan, Subject, draw_up, subject
+from reverie.planning.roofline import Setup
 from reverie.progress import track
-from reverie.recipes.planning import How, Part, Plan, Subject, draw_up, subject
-from reverie.train.hardware import device
-from reverie.train.roofline import Setup
 
 DAY = 86_400.0
 

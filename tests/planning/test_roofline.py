@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 
 from reverie.errors import InputError
-from reverie.train import roofline
-from reverie.train.counting import Count, Op
-from reverie.train.hardware import DEVICES, Device, cpu, device
-from reverie.train.roofline import ATTENTION, MEMORY, PRODUCT, Setup, Weights, memory, seconds
+from reverie.planning import roofline
+from reverie.planning.counting import Count, Op
+from reverie.planning.hardware import DEVICES, Device, cpu, device
+from reverie.planning.roofline import ATTENTION, MEMORY, PRODUCT, Setup, Weights, memory, seconds
 
 GPU = Device(
     name="gpu", fp32=10, bf16=100, memory=10, bandwidth=1000, link=100, node=8, network=10, launch=1e-6

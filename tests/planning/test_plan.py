@@ -8,10 +8,10 @@ import pytest
 
 from reverie import catalog, cli
 from reverie.errors import InputError
-from reverie.recipes import planning, published
-from reverie.recipes.planning import How, model_of, plan, subject, tally
-from reverie.train.counting import count
-from reverie.train.hardware import GB
+from reverie.planning import published
+from reverie.planning.counting import count
+from reverie.planning.hardware import GB
+from reverie.planning.plan import _RECIPES, How, draw_up, model_of, plan, subject, tally
 
 SMALL = {"gpu": "rtx3090", "batch": 64}
 
@@ -22,12 +22,15 @@ def small(**options):
 
 
 def test_every_recipe_can_be_planned():
-    assert set(planning._RECIPES) == set(catalog.RECIPES)
+    assert set(_RECIPES) == set(catalog.RECIPES)
     assert all(target == f"{r.__module__}:{r.__name__}" for r, target in
-               ((planning._RECIPES[name], catalog.RECIPES[name]) for name in catalog.RECIPES))  # fmt: skip
+               ((_RECIPES[name], catalog.RECIPES[name]) for name in catalog.RECIPES))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sora-tiny", "video-vae-stickers", "judge-stickers", "clip:RN50"])
+@pytest.mark.parametrize(
+    "name",
+    ["sora-tiny", "video-vae-stickers", "judge-stickers", pytest.param("clip:RN50", marks=pytest.mark.slow)],
+)
 def test_systems_of_every_kind(name):
     it = plan(name, gpu="rtx4090", batch=8, steps=10)
     assert it.fits
@@ -46,6 +49,7 @@ def test_the_papers_clip():
     assert 13.5e9 < it.forward_flops < 14.78e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["ddp", "fsdp"])
 def test_more_devices_never_need_more_memory_each(shard):
     needs = [small(gpus=gpus, shard=shard).memory.total for gpus in (1, 2, 16)]
@@ -53,13 +57,15 @@ def test_more_devices_never_need_more_memory_each(shard):
     assert len(set(needs)) == len(needs)
 
 
+@pytest.mark.slow
 def test_what_fits_is_the_most_that_does():
     it = plan("clip-tiny", gpu="t4", batch=256)
     what = subject("clip-tiny", it.how, batch=it.largest, clips=None, steps=None, size=None)
-    full = planning.draw_up(what, it.how, it.setup, advise=False)
+    full = draw_up(what, it.how, it.setup, advise=False)
     assert full.memory.total == pytest.approx(it.setup.device.memory * GB, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would():
     it = plan("clip:ViT-B-32", gpu="t4", gpus=2, batch=1024)
     assert not it.fits
@@ -69,6 +75,7 @@ def test_what_does_not_fit_says_what_would():
     assert all(remedy in str(it) for remedy in it.remedies)
 
 
+@pytest.mark.slow
 def test_chunks_are_counted_by_a_few_of_them():
     how = How(precision="fp32", chunk=8)
     what = subject("clip-tiny", how, batch=40, clips=None, steps=None, size=None)
@@ -83,6 +90,7 @@ def test_chunks_are_counted_by_a_few_of_them():
     assert 1.25 < direct.flops / whole.flops < 1.4  # one more forward pass
 
 
+@pytest.mark.slow
 def test_dropped_patches_cost_nothing():
     whole, half = (small(drop=drop, unmasked=0.0, words=1) for drop in (0.0, 0.5))
     assert 0.5 < half.flops / whole.flops < 0.75  # the stem sees the whole picture
@@ -91,6 +99,7 @@ def test_dropped_patches_cost_nothing():
     assert mixed.memory == whole.memory
 
 
+@pytest.mark.slow
 def test_a_locked_tower_has_no_gradients():
     whole, locked = small(), small(lock="image")
     assert locked.trained < whole.trained
@@ -102,6 +111,7 @@ def test_a_locked_tower_has_no_gradients():
     assert adapted.parameters > whole.parameters
 
 
+@pytest.mark.slow
 def test_accumulation_repeats_the_step():
     once, thrice = small(), small(accumulate=3)
     assert thrice.samples == 3 * once.samples
@@ -159,6 +169,7 @@ def test_systems_that_are_counted_alone_have_the_size_of_their_papers(run, milli
     assert trained / 1e6 == pytest.approx(millions, rel=within)
 
 
+@pytest.mark.slow
 def test_a_published_run_beside_its_plan():
     run = next(one for one in published.RUNS if one.name == "ViT-B-32")
     (it,) = published.check([run])

@@ -6,9 +6,9 @@ import torch
 from reverie.encoders.text import Text, TextConfig
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.nn.block import Block
+from reverie.planning.counting import count, on_shapes
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train import Player, adamw, estimate
-from reverie.train.counting import count, on_shapes
 from reverie.train.engine import recompute
 
 WIDTH, DEPTH, HIDDEN, ITEMS = 128, 3, 320, 4
