@@ -345,13 +345,19 @@ def test_torchrun_begins_again_when_a_process_dies(tmp_path):
     for name, kills in (("alone", []), ("killed", [10, 30])):
         told = tmp_path / f"{name}.txt"
         with told.open("w") as stream:
-            run = subprocess.Popen([*words, "--out", str(tmp_path / name)], stderr=stream)
-        for step in kills:
-            while run.poll() is None and not any(f'"step": {step},' in row for row in rows_of(name)):
-                time.sleep(0.05)
-            assert run.poll() is None, told.read_text()
-            os.kill(random.choice(children_of(run.pid)), signal.SIGKILL)
-        assert run.wait(900) == 0, told.read_text()
+            run = subprocess.Popen(
+                [*words, "--out", str(tmp_path / name)], stderr=stream, start_new_session=True
+            )
+        try:
+            for step in kills:
+                while run.poll() is None and not any(f'"step": {step},' in row for row in rows_of(name)):
+                    time.sleep(0.05)
+                assert run.poll() is None, told.read_text()
+                os.kill(random.choice(children_of(run.pid)), signal.SIGKILL)
+            assert run.wait(900) == 0, told.read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it has ended with all its processes
+                os.killpg(run.pid, signal.SIGKILL)
         assert told.read_text().count("going on after step") == len(kills)
     assert rows_of("killed") == rows_of("alone")
     models = [sha256(tmp_path / name / "model" / "model.safetensors") for name in ("alone", "killed")]
