@@ -173,24 +173,24 @@ def test_damage_on_the_way_is_a_reason(packed, memory):
     memory.put(packed.folder, "/data/set")
     there = Index.read("memory://data/set")
     first, *others = there.select()
-    changed, cut, gone = f"/data/set/{first.shard}", None, None
+    changed = f"/data/set/{first.shard}"
     data = bytearray(memory.files.cat_file(changed))
     data[first.offset + 40] ^= 1
     memory.files.pipe_file(changed, bytes(data))
     cut, gone = (name for name in sorted({i.shard for i in others}) if name != first.shard)
     memory.files.pipe_file(f"/data/set/{cut}", b"short")
-    memory.files.rm(f"/data/set/{gone}")
     pixels = Pixels(there, size=8, max_bad=0.9, quiet=True)
     reasons = {bad.path: bad.reason.partition(":")[0] for bad in pixels.bad}
     expected = {first.file_name: "changed since it was indexed"}
     expected |= {i.file_name: "cut short" for i in there if i.shard == cut}
-    expected |= {i.file_name: "there is no such file" for i in there if i.shard == gone}
     assert reasons == expected
+    memory.files.rm(f"/data/set/{gone}")
+    expected |= {i.file_name: "gone" for i in there if i.shard == gone}
     listed = check(there, quiet=True).rejected
     assert {name for name, _ in listed} == expected.keys() - {first.file_name}
 
 
-def test_a_network_that_fails_for_a_moment(packed, memory, monkeypatch):
+def test_a_network_that_fails_for_a_moment(packed, memory, monkeypatch, tmp_path):
     memory.put(packed.folder, "/data/set")
     there = Index.read("memory://data/set")
     files, tries = type(memory.files), []
@@ -208,6 +208,14 @@ def test_a_network_that_fails_for_a_moment(packed, memory, monkeypatch):
     monkeypatch.setattr(files, "cat_file", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("down")))
     with pytest.raises(InputError, match="cannot be read"):
         there.bytes_of(there[0])
+    cache = tmp_path / "pixels"
+    with pytest.raises(
+        InputError, match=r"shards/.* in memory://data/set cannot be read \(ConnectionError: down\)"
+    ):
+        Pixels(there, size=8, max_bad=0.9, cache=cache, quiet=True)
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr(files, "cat_file", read)
+    assert Pixels(there, size=8, cache=cache, quiet=True).bad == []
 
 
 def test_a_server_without_ranges_is_told_at_once(packed, memory, monkeypatch):

@@ -41,9 +41,9 @@ from PIL import Image
 from reverie import disk
 from reverie.data.index import Index
 from reverie.data.pixels import Bad
-from reverie.data.preparing import SHARE, Pool, Share, Unreached, prepared
+from reverie.data.preparing import SHARE, Pool, Share, prepared
 from reverie.errors import InputError
-from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, decode_array, pick, probe
+from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, Unreached, decode_array, pick, probe
 
 if TYPE_CHECKING:
     import torch

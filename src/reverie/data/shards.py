@@ -32,7 +32,7 @@ from reverie import disk
 from reverie.data.index import FILE, SPLITS, Index, Item
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, MediaError, sniff
+from reverie.media import LIMITS, Limits, MediaError, Unreached, sniff
 from reverie.progress import Display
 from reverie.rng import integer
 
@@ -339,6 +339,8 @@ def _write(index: Index, plan: _Plan, out: Path, workers: int | None, limits: Li
     def read(sample: _Sample) -> bytes | str:
         try:
             return index.bytes_of(sample.item, limits)
+        except Unreached:  # no reason to leave it out for ever: the same command goes on
+            raise
         except MediaError as error:
             return error.reason
 

@@ -6,7 +6,8 @@ batches ahead (`train(..., prefetch=2)`).
 
 What the index has accepted is `good`; nothing is decoded to find out. An item that then cannot be decoded is replaced
 by the next one that can, so a replacement depends on the data alone, and a run that is resumed has the same; `ready`
-names what was replaced, for the batch's "bad".
+names what was replaced, for the batch's "bad". For a tar or an address that cannot be read nothing is replaced: that is
+raised (`Unreached`), and is tried again when the item is next asked for.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Streamed:
     def _ask(self, i: int) -> Future[np.ndarray | str]:
         with self._lock:
             future = self._held.get(i)
-            if future is None:
+            if future is None or (future.done() and future.exception() is not None):
                 future = self._held[i] = self._pool.submit(self._decode, i)
             self._held.move_to_end(i)
             while len(self._held) > max(self._room, 1):
