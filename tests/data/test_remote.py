@@ -1,5 +1,8 @@
 """Datasets at an address: only what is asked for is fetched, nothing is written, and what is missing is said."""
 
+import json
+import os
+import subprocess
 import sys
 import threading
 from functools import partial
@@ -10,17 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
+import reverie
 from reverie.cli import main
+from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data import marks, remote
 from reverie.data.check import check
 from reverie.data.importers import import_folder
 from reverie.data.index import Index
 from reverie.data.pixels import Pixels
+from reverie.data.preparing import Share
 from reverie.data.shards import pack
 from reverie.data.streaming import Streamed
 from reverie.errors import InputError
 from reverie.recipes.parts import open_index
-from reverie.recipes.search import open_folder
+from reverie.recipes.search import embed, open_folder
+from reverie.recipes.video_vae import encode
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -146,6 +153,56 @@ def test_search_embeds_an_address_once(index, packed, memory):
     again, _ = open_folder(Clip(), Path("memory://data/set"), quiet=True)
     assert torch.equal(again.vectors, found.vectors)
     assert len([read for read in memory.read if read[0].endswith(".tar")]) == before
+
+
+WORKER = """
+import importlib, json, sys
+from safetensors.torch import save_file
+from reverie.data.preparing import _load, _share
+
+module, name, given, cut, out = sys.argv[1:]
+preparation = getattr(importlib.import_module(module), name)(*json.loads(given))
+cut = [tuple(job) for job in json.loads(cut)]
+share = _share(preparation, cut, (_load(preparation, job) for job in cut))
+assert not share.bad and not share.killed, (share.bad, share.killed)
+save_file(share.tensors, out)
+"""
+
+
+class Workers:
+    """A pool without Ray: each cut is done by a process of its own, which knows what `start` carries there."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def each(self, cuts, start):
+        from safetensors.torch import load_file
+
+        for number, cut in enumerate(cuts):
+            told = (start.func.__module__, start.func.__name__, json.dumps(start.args), json.dumps(cut))
+            paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            command = [sys.executable, "-c", WORKER, *told, self.out]
+            subprocess.run(command, check=True, timeout=120, env=paths)
+            yield number, Share(good=list(cut), tensors=load_file(self.out), bad={})
+
+
+@pytest.mark.parametrize(("what", "form"), [("embed", "loose"), ("encode", "packed")])
+def test_workers_open_the_address_themselves(index, packed, tmp_path, monkeypatch, what, form):
+    here = packed if form == "packed" else index
+    monkeypatch.chdir(tmp_path)  # fsspec's name for this machine's disk, by which it is no folder to us
+    there, pool = Path(f"local://{here.folder.name}"), Workers(tmp_path / "share.safetensors")
+    if what == "embed":
+        one, two = embed(here.folder, quiet=True), embed(there, pool=pool, quiet=True)
+        assert torch.equal(one.vectors, two.vectors)
+    else:
+        torch.manual_seed(0)
+        config = VideoVaeConfig(channels=4, widths=(8, 8, 16), temporal=(False, True, True))
+        reverie.save(VideoVae(config).eval(), tmp_path / "codec")
+        options = {"codec": tmp_path / "codec", "size": 16, "quiet": True}
+        one, two = encode(here.folder, **options), encode(there, pool=pool, **options)
+        assert all(torch.equal(one[item.hash], two[item.hash]) for item in here)
+    assert (one.names, one.bad) == (two.names, two.bad)
+    assert len(two.names) == 6
 
 
 def test_a_changed_index_is_fetched_again(index, memory):
