@@ -11,6 +11,7 @@ import tarfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from reverie.data.embeddings import Embedder, embed_folder
 from reverie.data.importers import import_folder
 from reverie.data.index import Index
 from reverie.data.pixels import Pixels
-from reverie.data.shards import pack, read_list, size_in_bytes
+from reverie.data.shards import pack, read_list
 from reverie.data.sheet import contact_sheet
 from reverie.data.shrink import shrink
 from reverie.data.streaming import Streamed
@@ -149,15 +150,6 @@ def test_no_tar_is_larger_than_asked(index, tmp_path, size):
     assert all(shard.bytes <= size or shard.samples == 1 for shard in made.shards)
     assert sum(shard.samples for shard in made.shards) == 13
     assert len(made.shards) > 2
-
-
-def test_sizes_are_read_as_people_write_them():
-    assert [size_in_bytes(text) for text in ("1GB", "1.5 mb", "64MiB", "7", "2k")] == [
-        10**9, 1_500_000, 64 * 2**20, 7, 2000,
-    ]  # fmt: skip
-    for text in ("", "0", "much", "-1GB", "1XB"):
-        with pytest.raises(InputError, match="is no size"):
-            size_in_bytes(text)
 
 
 def test_a_split_alone_and_what_was_marked(index, tmp_path):
@@ -518,6 +510,14 @@ def test_a_tar_that_is_away_makes_no_item_bad(packed, tmp_path, how):
     assert stream.ready([(0, held)], stream.good) == ([(0, held)], [])
     assert all(torch.equal(stream[i], pixels[i]) for i in pixels.good)
     assert not any(shard.left_out for shard in pack(packed, tmp_path / "again", quiet=True).shards)
+
+
+def test_a_full_disk_is_refused_in_the_words_of_every_command(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: SimpleNamespace(free=1100))
+    with pytest.raises(InputError, match=r"The tars need \d+ kB, and .* has 1 kB free"):
+        pack(index, tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match=r"need 832 MB, and .* has 1 kB free"):
+        Pixels(index.select(), size=4000, quiet=True)
 
 
 def test_a_file_of_a_folder_that_is_gone_is_bad_with_its_reason(index, tmp_path):

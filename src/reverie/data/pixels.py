@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from reverie import disk
+from reverie import disk, progress
 from reverie.data.index import Index, Item
 from reverie.data.threads import in_order
 from reverie.errors import InputError
@@ -222,9 +222,9 @@ class Pixels:
         needed, free = 4 * count * self.size[0] * self.size[1], shutil.disk_usage(folder).free
         if needed > free:
             raise InputError(
-                f"The pixels of {self.index.folder} need {needed / 1e9:,.1f} GB, and {folder} has {free / 1e9:,.1f} GB"
-                " free: use a larger disk, or decode them whenever they are asked for (--stream, where the recipe has"
-                " it)."
+                f"The pixels of {self.index.folder} need {progress.size(needed)}, and {folder} has"
+                f" {progress.size(free)} free: use a larger disk, or decode them whenever they are asked for (--stream,"
+                " where the recipe has it)."
             )
 
 
