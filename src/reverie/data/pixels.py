@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _END = struct.Struct("<Q8s")
 _MARK = b"reverie1"
 _CHUNK = 2**24
+CHANGED = "the file has changed since the import: import the folder again"
 
 
 class Bad(NamedTuple):
@@ -241,7 +242,7 @@ def decode_item(
     try:
         pixels = decode_array(media, size=size, frames=frames, fit=fit, limits=limits)
         if isinstance(media, Path) and disk.sha256(media) != item.hash:  # a part of a tar has been compared
-            return "the file has changed since the import: import the folder again"
+            return CHANGED
     except Unreached:
         raise
     except MediaError as error:

@@ -303,10 +303,7 @@ def read_list(folder: Path) -> list[Shard] | None:
 
 
 def _list(out: Path, shards: Sequence[Shard]) -> None:
-    text = json.dumps(
-        {"format": 1, "shards": [vars(shard) for shard in shards]}, indent=1, ensure_ascii=False
-    )
-    disk.write(out / LIST, text + "\n")
+    disk.write_json(out / LIST, {"format": 1, "shards": [vars(shard) for shard in shards]})
 
 
 def _refuse_full(out: Path, needed: int) -> None:
