@@ -83,7 +83,9 @@ class Bench:
         self.corpus = plain_stickers(Index.read(asked.data))
         self.learnt = self.corpus.select(split="train", video=False, sources=SOURCES)
         self.file = self.out / "results.json"
-        self.found: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        self.found: dict[str, Any] = (
+            json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        )
         setting = {"steps": asked.steps, "batch": asked.batch, "filter_steps": asked.filter_steps,
                    "go_on": asked.go_on, **SHAPE}  # fmt: skip
         if self.found.setdefault("setting", setting) != setting:
