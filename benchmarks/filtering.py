@@ -83,7 +83,9 @@ class Bench:
         self.corpus = plain_stickers(Index.read(asked.data))
         self.learnt = self.corpus.select(split="train", video=False, sources=SOURCES)
         self.file = self.out / "results.json"
-        self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.found: dict[str, Any] = (
+            json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        )
         setting = {"steps": asked.steps, "batch": asked.batch, "filter_steps": asked.filter_steps,
                    "go_on": asked.go_on, **SHAPE}  # fmt: skip
         if self.found.setdefault("setting", setting) != setting:
@@ -182,7 +184,7 @@ class Bench:
                   f"{it['auc_best']:.4f} | {it['auc_mean']:.4f} |"
                   for name, it in self.found["filters"].items()]  # fmt: skip
         self.out.mkdir(parents=True, exist_ok=True)
-        disk.write(self.file, json.dumps(self.found, indent=1) + "\n")
+        disk.write_json(self.file, self.found)
         disk.write(self.out / "table.md", "\n".join(lines) + "\n")
         print("\n".join(lines), flush=True)
 

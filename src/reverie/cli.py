@@ -147,11 +147,12 @@ def data_pack(
         shuffle: Put the items into the tars in random order, for those who read tars from end to end.
     """
     from reverie.data.index import Index
-    from reverie.data.shards import pack, size_in_bytes
+    from reverie.data.shards import pack
+    from reverie.progress import bytes_of
 
     index = Index.read(folder)
     wanted = index.select(split=split, accepted=None)
-    print(pack(wanted, out, size=size_in_bytes(size), count=count, shuffle=shuffle))
+    print(pack(wanted, out, size=bytes_of(size), count=count, shuffle=shuffle))
     if len(wanted) < len(index):
         print(f"left in {folder}: {len(index) - len(wanted):,} items of other splits")
 

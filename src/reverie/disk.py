@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -30,6 +32,12 @@ def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """A small file, whole or not at all; text is UTF-8."""
     with whole(path, durable=durable) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """A value as JSON that people can read, whole or not at all; a name that is no text (half a surrogate) survives."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write(path, text.encode("utf-8", "backslashreplace"), durable=durable)  # as JSON escapes it
 
 
 def publish(draft: Path, path: Path, *, durable: bool = True) -> None:

@@ -90,7 +90,7 @@ class Part:
     fetch: Callable[[], bytes]
 
     def read(self, limits: Limits = LIMITS) -> bytes:
-        """Its bytes. MediaError: it is beyond `limits`, cut short, changed, or cannot be read."""
+        """Its bytes. MediaError: it is beyond `limits`, cut short or changed. Unreached: it cannot be read now."""
         with _our_words(self):
             if self.length == 0:
                 raise _Refusal("the file is empty")
@@ -101,7 +101,7 @@ class Part:
             except FileNotFoundError:
                 raise
             except OSError:
-                raise _Refusal("the file cannot be read") from None
+                raise Unreached(self, "it cannot be read") from None
             if len(data) < self.length:
                 raise _Refusal(f"cut short: {len(data):,} of its {self.length:,} bytes are there")
             if len(data) > self.length:
@@ -133,6 +133,14 @@ class MediaError(InputError):
     def __init__(self, path: Path | Part, reason: str) -> None:
         super().__init__(f"{path.name}: {reason}.")
         self.reason = reason
+
+
+class Unreached(MediaError):
+    """What holds a file cannot be read now, which says nothing of the file: nobody records it as bad."""
+
+    def __init__(self, path: Path | Part, reason: str) -> None:
+        super().__init__(path, reason)
+        self.args = (f"{path.name} cannot be reached: {reason}; mend that and run the same command again.",)
 
 
 class _Refusal(Exception):

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from reverie.errors import InputError
 
 T = TypeVar("T")
 EVERY = 5.0  # seconds between plain lines
@@ -141,3 +144,13 @@ def size(count: float) -> str:
     if count < 1e9:
         return f"{count / 1e6:.{1 if count < 1e7 else 0}f} MB"
     return f"{count / 1e9:.1f} GB"
+
+
+def bytes_of(text: str) -> int:
+    """How many "6GB", "0.5 gb", "800MB", "64MiB", "2k" or "512 B" are. InputError: anything else, or no unit."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([kmgt])(i?)b?|b)\s*", text.lower())
+    power = "kmgt".index(found[2]) + 1 if found and found[2] else 0
+    count = round(float(found[1]) * (1024 if found[3] else 1000) ** power) if found else 0
+    if count < 1:
+        raise InputError(f"{text!r} is no size: write one such as 500MB or 6GB.")
+    return count

@@ -11,6 +11,7 @@ import tarfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from reverie.data.embeddings import Embedder, embed_folder
 from reverie.data.importers import import_folder
 from reverie.data.index import Index
 from reverie.data.pixels import Pixels
-from reverie.data.shards import pack, read_list, size_in_bytes
+from reverie.data.shards import pack, read_list
 from reverie.data.sheet import contact_sheet
 from reverie.data.shrink import shrink
 from reverie.data.streaming import Streamed
@@ -149,15 +150,6 @@ def test_no_tar_is_larger_than_asked(index, tmp_path, size):
     assert all(shard.bytes <= size or shard.samples == 1 for shard in made.shards)
     assert sum(shard.samples for shard in made.shards) == 13
     assert len(made.shards) > 2
-
-
-def test_sizes_are_read_as_people_write_them():
-    assert [size_in_bytes(text) for text in ("1GB", "1.5 mb", "64MiB", "7", "2k")] == [
-        10**9, 1_500_000, 64 * 2**20, 7, 2000,
-    ]  # fmt: skip
-    for text in ("", "0", "much", "-1GB", "1XB"):
-        with pytest.raises(InputError, match="is no size"):
-            size_in_bytes(text)
 
 
 def test_a_split_alone_and_what_was_marked(index, tmp_path):
@@ -418,20 +410,20 @@ def test_damage_gives_reasons_not_crashes(packed):
     data = bytearray(flipped.read_bytes())
     data[items[0].offset + 50] ^= 1
     flipped.write_bytes(data)
-    gone = packed.folder / "shards" / "train-00001.tar"
-    gone.unlink()
-    cut = packed.folder / "shards" / "train-00002.tar"
+    gone, cut = (packed.folder / "shards" / f"train-0000{i}.tar" for i in (1, 2))
     cut.write_bytes(cut.read_bytes()[:10])
     pixels = Pixels(packed.select(), size=8, max_bad=0.9, quiet=True)
     reasons = {bad.path: bad.reason for bad in pixels.bad}
     assert reasons.keys() == {items[0].file_name} | {
-        i.file_name for i in items if i.shard in ("shards/train-00001.tar", "shards/train-00002.tar")
+        i.file_name for i in items if i.shard == "shards/train-00002.tar"
     }
     assert (
         reasons[items[0].file_name] == "changed since it was indexed: its bytes do not match their checksum"
     )
+    gone.unlink()
+    lost = {i.file_name for i in items if i.shard == "shards/train-00001.tar"}
     listed = dict(check(packed, contents=True, quiet=True).rejected)
-    assert listed.keys() == reasons.keys() | {"broken.png"}
+    assert listed.keys() == reasons.keys() | lost | {"broken.png"}
     quick = dict(check(packed, quiet=True).rejected)
     assert quick.keys() == listed.keys() - {items[0].file_name}
     assert {v for k, v in quick.items() if k != "broken.png"} == {
@@ -485,6 +477,56 @@ def test_what_was_packed_can_be_imported_elsewhere(index, packed, tmp_path):
     assert len(again) == len(packed.select())
     pixels = Pixels(again, size=8, quiet=True)
     assert len(pixels.good) == len(again)
+
+
+# --- what cannot be reached for a moment ------------------------------------------------------------------------------
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", ["away", "unreadable"])
+def test_a_tar_that_is_away_makes_no_item_bad(packed, tmp_path, how):
+    chosen = packed.select()
+    away = packed.folder / "shards" / "train-00001.tar"
+    held = next(i for i, item in enumerate(chosen) if item.shard == "shards/train-00001.tar")
+    cache, words = tmp_path / "cache", r"shards/train-00001\.tar in .*run the same command again\.$"
+    stream = Streamed(chosen, size=8)
+    away.rename(tmp_path / "away.tar")
+    if how == "unreadable":  # not for root either
+        away.mkdir()
+    for options in ({"cache": cache}, {}):
+        with pytest.raises(InputError, match=words):
+            Pixels(chosen, size=8, max_bad=0.9, quiet=True, **options)
+    assert list(cache.iterdir()) == []
+    for ask in (lambda: stream.ready([(0, held)], stream.good), lambda: stream[held]):
+        with pytest.raises(InputError, match=words):
+            ask()
+    with pytest.raises(InputError, match=words):
+        pack(packed, tmp_path / "again", quiet=True)
+    if how == "unreadable":
+        away.rmdir()
+    (tmp_path / "away.tar").rename(away)
+    pixels = Pixels(chosen, size=8, cache=cache, quiet=True)
+    assert pixels.good == list(range(len(chosen)))
+    assert stream.ready([(0, held)], stream.good) == ([(0, held)], [])
+    assert all(torch.equal(stream[i], pixels[i]) for i in pixels.good)
+    assert not any(shard.left_out for shard in pack(packed, tmp_path / "again", quiet=True).shards)
+
+
+def test_a_full_disk_is_refused_in_the_words_of_every_command(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: SimpleNamespace(free=1100))
+    with pytest.raises(InputError, match=r"The tars need \d+ kB, and .* has 1 kB free"):
+        pack(index, tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match=r"need 832 MB, and .* has 1 kB free"):
+        Pixels(index.select(), size=4000, quiet=True)
+
+
+def test_a_file_of_a_folder_that_is_gone_is_bad_with_its_reason(index, tmp_path):
+    chosen = index.select(video=False)
+    chosen.path(chosen[3]).unlink()
+    pixels = Pixels(chosen, size=8, cache=tmp_path / "cache", quiet=True)
+    assert pixels.bad == [(chosen[3].file_name, "there is no such file")]
+    stream = Streamed(chosen, size=8)
+    assert stream.ready([(0, 3)], stream.good) == ([(0, 4)], pixels.bad)
 
 
 # --- decoded when asked for -------------------------------------------------------------------------------------------

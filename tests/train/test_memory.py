@@ -14,6 +14,7 @@ def test_budgets():
     assert memory.budget("6GB", CPU) == 6_000_000_000
     assert memory.budget("0.5 gb", CPU) == 500_000_000
     assert memory.budget("800MB", CPU) == 800_000_000
+    assert memory.budget("6GiB", CPU) == 6 * 2**30
     assert memory.budget("laptop", CPU) == 6_000_000_000
     assert memory.budget("laptop", CPU) < memory.budget("workstation", CPU) < memory.budget("server", CPU)
     for word in ("", "6", "huge", "0GB", "-1GB"):

@@ -41,9 +41,9 @@ from PIL import Image
 from reverie import disk
 from reverie.data.index import Index
 from reverie.data.pixels import Bad
-from reverie.data.preparing import SHARE, Pool, Share, Unreached, prepared
+from reverie.data.preparing import SHARE, Pool, Share, prepared
 from reverie.errors import InputError
-from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, decode_array, pick, probe
+from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, Unreached, decode_array, pick, probe
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ class Embedder:
 
         def flush() -> None:
             with torch.no_grad():
-                vectors.append(self.embed(torch.cat(waiting)).to("cpu", _type(self.dtype)))
+                vectors.append(self.embed(torch.cat(waiting)).to("cpu", torch_type(self.dtype)))
             waiting.clear()
 
         for signals, moments in loaded:
@@ -369,7 +369,7 @@ class Store:
             self.bad[content] = self._new_bad[content] = reason
         if share.good:
             vectors, seconds = share.tensors["vectors"], share.tensors["seconds"]
-            assert (vectors.dtype, vectors.ndim) == (_type(self.dtype), self.axes)
+            assert (vectors.dtype, vectors.ndim) == (torch_type(self.dtype), self.axes)
             if not vectors.isfinite().all():
                 raise InputError(
                     f"some of the model's vectors are not finite numbers in {self.dtype}: the model is broken."
@@ -400,7 +400,7 @@ class Store:
             contents=[content for content, _, _ in self._new],
             start=np.cumsum([0] + [len(own) for _, own, _ in self._new], dtype=np.int64),
             seconds=torch.cat([moments for _, _, moments in self._new]) if self._new else torch.empty(0),
-            vectors=vectors.to(_type(self.dtype)),
+            vectors=vectors.to(torch_type(self.dtype)),
             bad=self._new_bad,
         )
         self._new, self._new_bad = [], {}
@@ -480,7 +480,7 @@ class Store:
         assert self.parts
         if len(self.parts) == 1 and np.array_equal(rows, np.arange(len(self.parts[0].vectors))):
             return self.parts[0].vectors
-        out = torch.empty(len(rows), *self.row, dtype=_type(self.dtype))
+        out = torch.empty(len(rows), *self.row, dtype=torch_type(self.dtype))
         offset = 0
         for part in self.parts:
             mine = np.flatnonzero((rows >= offset) & (rows < offset + len(part.vectors)))
@@ -505,7 +505,7 @@ class Store:
         ]
         rows, start, seconds = self._rows(contents[name] for name in good)
         file = torch.from_numpy(np.repeat(np.arange(len(good)), np.diff(start)))
-        vectors = self._vectors(rows) if good else torch.empty(0, 0, dtype=_type(self.dtype))
+        vectors = self._vectors(rows) if good else torch.empty(0, 0, dtype=torch_type(self.dtype))
         return Embeddings(
             folder=folder, names=good, vectors=vectors, file=file, seconds=seconds, bad=tuple(bad),
             place=self.place if self.writable else None, digest=whole.hexdigest(),
@@ -563,7 +563,7 @@ def _read(path: Path, dtype: str, axes: int = 2) -> _Part | None:
         vectors, start, contents = tensors["vectors"], tensors["start"], tensors["contents"]
         sound = (
             (vectors.ndim, contents.ndim) == (axes, 2)
-            and vectors.dtype == _type(dtype)
+            and vectors.dtype == torch_type(dtype)
             and start.shape == (len(contents) + 1,)
             and contents.dtype == torch.uint8
             and contents.shape[1:] == (32,)
@@ -592,7 +592,7 @@ def _read(path: Path, dtype: str, axes: int = 2) -> _Part | None:
     )
 
 
-def _type(name: str) -> torch.dtype:
+def torch_type(name: str) -> torch.dtype:
     import torch
 
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]

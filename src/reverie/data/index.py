@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from reverie import disk
 from reverie.data import remote
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, MediaError, Part
+from reverie.media import LIMITS, Limits, MediaError, Part, Unreached
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -147,10 +147,14 @@ class Index:
         return Part(name=item.file_name, length=item.bytes, hash=item.hash, fetch=partial(self._fetch, item))
 
     def bytes_of(self, item: Item, limits: Limits = LIMITS) -> bytes:
-        """The bytes of an item, which are those that were indexed. MediaError: they are not, or cannot be read."""
+        """The bytes of an item, which are those that were indexed. MediaError: they are not, or cannot be read.
+
+        Unreached, one of them: the tar or the address that holds it cannot be read now.
+        """
         part = self.media(item)
         if isinstance(part, Path):
-            part = Part(name=item.file_name, length=item.bytes, hash=item.hash, fetch=part.read_bytes)
+            fetch = partial(_bytes_of_file, part)
+            part = Part(name=item.file_name, length=item.bytes, hash=item.hash, fetch=fetch)
         return part.read(limits)
 
     def size_of(self, name: str) -> int:
@@ -159,14 +163,19 @@ class Index:
 
     def _fetch(self, item: Item) -> bytes:
         name, start = (item.file_name, 0) if item.shard is None else (item.shard, item.offset)
-        if self.origin is not None:
-            return self.origin.read(name, start, item.bytes)
-        path = self.folder / name
-        if not path.is_file():
-            raise MediaError(path, f"there is no {name}, which holds it")
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(item.bytes)
+        own, where = Path(item.file_name), self.origin or self.folder
+        try:
+            if self.origin is not None:
+                return self.origin.read(name, start, item.bytes)
+            with (self.folder / name).open("rb") as file:
+                file.seek(start)
+                return file.read(item.bytes)
+        except FileNotFoundError:
+            if item.shard is None:  # a file of its own, which somebody has removed
+                raise
+            raise Unreached(own, f"there is no {name} in {where}, which holds it") from None
+        except OSError as error:
+            raise Unreached(own, f"{name} in {where} cannot be read ({error.strerror or error})") from None
 
     def select(
         self,
@@ -323,6 +332,16 @@ class Index:
             items.append(item)
         extra = [name for name in table.column_names if name not in known]
         return cls(folder, items, extra=table.select(["file_name", *extra]) if extra else None)
+
+
+def _bytes_of_file(path: Path) -> bytes:
+    """A file is bad if it cannot be read, other than what lies in a tar that cannot."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError:
+        raise MediaError(path, "the file cannot be read") from None
 
 
 def is_ours(schema: pa.Schema) -> bool:

@@ -17,18 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reverie.data.embeddings import PLACE, TYPES, Store, at_hand
+from reverie.data.embeddings import PLACE, TYPES, Store, at_hand, torch_type
 from reverie.data.index import Index
-from reverie.data.pixels import Bad
+from reverie.data.pixels import CHANGED, Bad
 from reverie.data.preparing import SHARE, Pool
 from reverie.errors import InputError
 from reverie.media import LIMITS, Limits, Part, decode_array, pick, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-CHANGED = "the file has changed since the import: import the folder again"
 
 
 class Latents:
@@ -133,11 +130,12 @@ class Encoder:
 
         def flush(group: list[tuple[int, Tensor]]) -> None:
             with torch.no_grad():
-                latents = self.encode(torch.stack([video for _, video in group])).to("cpu", kind)
+                latents = self.encode(torch.stack([video for _, video in group])).to(
+                    "cpu", torch_type(self.dtype)
+                )
             rows.update(zip((i for i, _ in group), rearrange(latents, "b c g h w -> b g c h w"), strict=True))
             group.clear()
 
-        kind = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
         for i, (video, moments) in enumerate(loaded):
             group = waiting.setdefault(video.shape[1], [])
             group.append((i, video))

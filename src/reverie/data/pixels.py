@@ -6,7 +6,8 @@ that fails the check is made again. Layout: the frames `4 h w` of all items one 
 then its length and a mark.
 
 A file that cannot be decoded is recorded in `bad` with the reason and has no pixels. Samples are drawn from `good`,
-so a replacement depends on the data alone; the share of bad files is limited.
+so a replacement depends on the data alone; the share of bad files is limited. A tar or an address that cannot be read
+makes no file bad: it ends the decoding, and no cache is written.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from reverie import disk
+from reverie import disk, progress
 from reverie.data.index import Index, Item
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, MediaError, decode_array
+from reverie.media import LIMITS, Limits, MediaError, Unreached, decode_array
 from reverie.progress import track
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _END = struct.Struct("<Q8s")
 _MARK = b"reverie1"
 _CHUNK = 2**24
+CHANGED = "the file has changed since the import: import the folder again"
 
 
 class Bad(NamedTuple):
@@ -68,6 +70,7 @@ class Pixels:
         size: side of the square, or (height, width). frames: at most so many of a clip, evenly spaced.
         fit: "pad" or "crop", as in `media.decode`. cache: a folder for the cache file; None decodes into an unnamed
         temporary file. max_bad: InputError when a larger share of the files cannot be decoded. workers: threads.
+        Unreached (an InputError): a tar or an address that holds files cannot be read now.
         """
         self.index = index
         self.size = (size, size) if isinstance(size, int) else size
@@ -220,23 +223,28 @@ class Pixels:
         needed, free = 4 * count * self.size[0] * self.size[1], shutil.disk_usage(folder).free
         if needed > free:
             raise InputError(
-                f"The pixels of {self.index.folder} need {needed / 1e9:,.1f} GB, and {folder} has {free / 1e9:,.1f} GB"
-                " free: use a larger disk, or decode them whenever they are asked for (--stream, where the recipe has"
-                " it)."
+                f"The pixels of {self.index.folder} need {progress.size(needed)}, and {folder} has"
+                f" {progress.size(free)} free: use a larger disk, or decode them whenever they are asked for (--stream,"
+                " where the recipe has it)."
             )
 
 
 def decode_item(
     index: Index, item: Item, *, size: tuple[int, int], frames: int, fit: str, limits: Limits
 ) -> np.ndarray | str:
-    """The frames of one item, uint8 `f 4 h w`, contiguous; or the reason why there are none."""
+    """The frames of one item, uint8 `f 4 h w`, contiguous; or the reason why there are none.
+
+    Unreached: the tar or the address that holds it cannot be read now, which says nothing of the item.
+    """
     if item.reject is not None:
         return item.reject
     media = index.media(item)
     try:
         pixels = decode_array(media, size=size, frames=frames, fit=fit, limits=limits)
         if isinstance(media, Path) and disk.sha256(media) != item.hash:  # a part of a tar has been compared
-            return "the file has changed since the import: import the folder again"
+            return CHANGED
+    except Unreached:
+        raise
     except MediaError as error:
         return error.reason
     except OSError:

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import MediaError
+from reverie.media import MediaError, Unreached
 from reverie.progress import Display
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ class Preparation(Protocol):
     """What a worker does. `load` is called on several threads, `make` on one at a time."""
 
     def load(self, job: Any) -> Any:
-        """What one job is worked on with. MediaError: it cannot be read; the reason is kept."""
+        """What one job is worked on with. MediaError: it cannot be read; the reason is kept.
+
+        Unreached, one of them: not now; it is told of and tried again next time.
+        """
 
     def make(self, loaded: Iterable[Any]) -> dict[str, Tensor]:
         """Rows of what was loaded, of at least one job, in the order of the jobs; `loaded` is drawn as it comes."""
@@ -71,10 +74,6 @@ class Share:
     tensors: dict[str, Tensor]
     bad: dict[Any, str]
     killed: dict[Any, str] = field(default_factory=dict)
-
-
-class Unreached(MediaError):
-    """What holds a file cannot be read now, which says nothing of the file; it is told of and tried again next time."""
 
 
 class _Refused(NamedTuple):

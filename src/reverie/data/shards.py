@@ -28,20 +28,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reverie import disk
+from reverie import disk, progress
 from reverie.data.index import FILE, SPLITS, Index, Item
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, MediaError, sniff
-from reverie.progress import Display
+from reverie.media import LIMITS, Limits, MediaError, Unreached, sniff
 from reverie.rng import integer
 
 LIST = "shards.json"
 FOLDER = "shards"
 BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(rf"{FOLDER}/(?:{'|'.join(SPLITS)})-\d{{5,}}\.tar")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +67,7 @@ class Packed:
         lost = [(name, why) for shard in self.shards for name, why in shard.left_out.items()]
         before = sum(item.reject is not None for item in self.index) - len(lost)
         lines = [
-            f"{self.index.folder}: {packed:,} items in {len(self.shards):,} tars, {size / 1e9:.3g} GB"
+            f"{self.index.folder}: {packed:,} items in {len(self.shards):,} tars, {progress.size(size)}"
             + (f"; {self.kept:,} of the tars were there already" if self.kept else "")
         ]
         if before:
@@ -105,15 +102,6 @@ class _Plan:
         return _ended(sum(sample.room for sample in self.samples))
 
 
-def size_in_bytes(text: str) -> int:
-    """ "1GB", "500 MB", "64MiB" or a plain number of bytes. InputError: anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if size < 1:
-        raise InputError(f"{text!r} is no size: write one such as 500MB or 1GB.")
-    return size
-
-
 def pack(
     index: Index,
     out: str | Path,
@@ -146,7 +134,7 @@ def pack(
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
         done, kept = _finished(out, index, plans)
         _refuse_full(out, sum(plan.room for plan in plans if plan.file not in done))
-        display = Display("packing", first=kept)
+        display = progress.Display("packing", first=kept)
         try:
             for number, plan in enumerate(plans):
                 if plan.file in done:
@@ -315,17 +303,14 @@ def read_list(folder: Path) -> list[Shard] | None:
 
 
 def _list(out: Path, shards: Sequence[Shard]) -> None:
-    text = json.dumps(
-        {"format": 1, "shards": [vars(shard) for shard in shards]}, indent=1, ensure_ascii=False
-    )
-    disk.write(out / LIST, text + "\n")
+    disk.write_json(out / LIST, {"format": 1, "shards": [vars(shard) for shard in shards]})
 
 
 def _refuse_full(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise InputError(
-            f"The tars need {needed / 1e9:,.1f} GB, and {out} has {free / 1e9:,.1f} GB free: name a folder on a"
+            f"The tars need {progress.size(needed)}, and {out} has {progress.size(free)} free: name a folder on a"
             " larger disk."
         )
 
@@ -339,6 +324,8 @@ def _write(index: Index, plan: _Plan, out: Path, workers: int | None, limits: Li
     def read(sample: _Sample) -> bytes | str:
         try:
             return index.bytes_of(sample.item, limits)
+        except Unreached:  # no reason to leave it out for ever: the same command goes on
+            raise
         except MediaError as error:
             return error.reason
 

@@ -1,12 +1,14 @@
 """Every item of an index decoded when it is asked for: `Pixels` for data whose pixels no disk holds.
 
-It has the interface of `Pixels` and gives the same samples bit for bit, at the cost of decoding them again in every
-epoch. `ready` decodes a batch on several threads, while the model is still at the one before, if the loop prepares
-batches ahead (`train(..., prefetch=2)`).
+It has the interface of `Pixels`, at the cost of decoding again in every epoch. Where every file that the index accepts
+can be decoded, the samples are those of `Pixels` bit for bit; otherwise the batches differ, for `Pixels` draws
+from the files that can be and this from all. `ready` decodes a batch on several threads, while the model is still at
+the one before, if the loop prepares batches ahead (`train(..., prefetch=2)`).
 
 What the index has accepted is `good`; nothing is decoded to find out. An item that then cannot be decoded is replaced
 by the next one that can, so a replacement depends on the data alone, and a run that is resumed has the same; `ready`
-names what was replaced, for the batch's "bad".
+names what was replaced, for the batch's "bad". For a tar or an address that cannot be read nothing is replaced: that is
+raised (`Unreached`), and is tried again when the item is next asked for.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ class Streamed:
     def _ask(self, i: int) -> Future[np.ndarray | str]:
         with self._lock:
             future = self._held.get(i)
-            if future is None:
+            if future is None or (future.done() and future.exception() is not None):
                 future = self._held[i] = self._pool.submit(self._decode, i)
             self._held.move_to_end(i)
             while len(self._held) > max(self._room, 1):

@@ -36,7 +36,7 @@ from reverie.data.embeddings import (
 )
 from reverie.data.index import FILE, Index, Item
 from reverie.data.preparing import Pool
-from reverie.data.remote import local
+from reverie.data.remote import address, local, opened
 from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.media import MediaError, Part, decode_array
@@ -144,7 +144,9 @@ def media_of(folder: Path, index: Index | None = None) -> Callable[[str], Path |
 
 
 def seen(folder: str) -> Path:
-    """A folder that this machine sees. InputError: it does not."""
+    """A folder that this machine sees, or of an address that where its index lies now. InputError: it does not."""
+    if address(folder) is not None:
+        return local(folder)
     if not Path(folder).is_dir():
         raise InputError(
             f"{folder} is not on this machine: every machine must see the folder under the same name."
@@ -153,7 +155,12 @@ def seen(folder: str) -> Path:
 
 
 def everywhere(name_or_folder: str | Path) -> str:
-    """What workers shall call a model or folder, wherever they are started; names of shipped models stay."""
+    """What workers shall call a model or folder, wherever they are started; names of shipped models stay.
+
+    A folder that holds the index of an address is called by that: it is in the cache of this process alone.
+    """
+    if (origin := opened(Path(name_or_folder))) is not None:
+        return str(origin)
     return os.path.abspath(name_or_folder) if Path(name_or_folder).exists() else str(name_or_folder)
 
 

@@ -9,7 +9,6 @@ The shipped weights do without: docs/log.md says why.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,7 +183,7 @@ def encode(
     if pool is None:
         start = partial(_encoder, model, media_of(folder, index), *about)
     else:
-        start = partial(encoder, everywhere(codec), os.path.abspath(folder), key, *about, device)
+        start = partial(encoder, everywhere(codec), everywhere(folder), key, *about, device)
     return encode_folder(
         folder,
         names,

@@ -163,7 +163,7 @@ class Run:
         path = self.folder / "config.json"
         if path.exists():
             try:
-                before = json.loads(path.read_text())
+                before = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise InputError(
                     f"{path} is not JSON any more; restore it, or train in a new folder."
@@ -175,7 +175,7 @@ class Run:
         if not self.writes:
             return
         path = self.folder / "config.json"
-        disk.write(path, json.dumps(self.config, indent=1, sort_keys=True) + "\n")
+        disk.write_json(path, self.config)
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
@@ -201,9 +201,7 @@ class Run:
     def keep(self, name: str, what: Mapping[str, Any], *, durable: bool = True) -> None:
         """Writes a small JSON file of the folder, in place of the one before."""
         if self.writes:
-            disk.write(
-                self.folder / name, json.dumps(what, indent=1, ensure_ascii=False) + "\n", durable=durable
-            )
+            disk.write_json(self.folder / name, what, durable=durable)
 
     def status(self, state: str, **what: Any) -> None:
         """Writes status.json: running, finished, stopped or failed; which process, and when."""
@@ -259,7 +257,7 @@ def commanded(folder: Path, **command: Any) -> Iterator[None]:
     if before is not None:
         first = read_json(path)
         told = first | {"resumed": [*first.get("resumed", ()), told]}
-    disk.write(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    disk.write_json(path, told)
     try:
         yield
     except BaseException as error:
@@ -277,7 +275,7 @@ def commanded(folder: Path, **command: Any) -> Iterator[None]:
             isinstance(error, Exception) and state.get("state") != "failed"
         ):  # between the steps, or after them
             told = {"state": "failed", "at": now(), "reason": str(error) or type(error).__name__}
-            disk.write(status, json.dumps(state | told, indent=1, ensure_ascii=False) + "\n")
+            disk.write_json(status, state | told)
         raise
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from reverie.errors import InputError
+from reverie.progress import bytes_of
 
 TIGHT = 0.9  # of what is free: a plan beyond it says so, and what is chosen stays below
 MACHINES = {"laptop": 8e9, "workstation": 32e9, "server": 128e9}
@@ -21,7 +22,7 @@ OURS = 0.75  # of a machine that is named, which has a system and other programs
 
 
 def budget(memory: str, device: torch.device) -> int:
-    """Bytes of "6GB" or "800MB", of "free", or of a laptop, workstation or server. InputError: something else."""
+    """Bytes of a size ("6GB"), of "free", or of a laptop, workstation or server. InputError: something else."""
     if memory == "free":
         free = available(device)
         if free is None:
@@ -31,12 +32,12 @@ def budget(memory: str, device: torch.device) -> int:
         return int(TIGHT * free)
     if memory in MACHINES:
         return int(OURS * MACHINES[memory])
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(GB|MB)", memory, re.IGNORECASE)
-    if not found or not float(found[1]):
+    try:
+        return bytes_of(memory)
+    except InputError:
         raise InputError(
             f"memory is {memory!r}: give a size such as 6GB, or {', '.join(('free', *MACHINES))}."
-        )
-    return int(float(found[1]) * (1e9 if found[2].upper() == "GB" else 1e6))
+        ) from None
 
 
 def peak(device: torch.device) -> int:
