@@ -643,6 +643,8 @@ def plan(
         check: Plan published runs instead, and print how far off each is.
     """
     if check:
+        if recipe:
+            raise InputError(f"--check plans published runs and no recipe: leave {recipe} or --check out.")
         from reverie.planning import published
 
         found = published.check()

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from reverie.errors import InputError
@@ -90,7 +90,7 @@ def say(text: str, *, kind: str = "line") -> None:
     if manner() == "json":
         _put({"kind": kind, "text": text})
     else:
-        print(text, file=sys.stderr, flush=True)
+        _write(text)
 
 
 def manner() -> str:
@@ -102,7 +102,7 @@ def manner() -> str:
 def _put(told: dict[str, Any]) -> None:
     """A number that is not finite is null."""
     told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
-    print(json.dumps(told, ensure_ascii=False), file=sys.stderr, flush=True)
+    _write(json.dumps(told, ensure_ascii=False))
 
 
 @contextmanager
@@ -154,3 +154,9 @@ def bytes_of(text: str) -> int:
     if count < 1:
         raise InputError(f"{text!r} is no size: write one such as 500MB or 6GB.")
     return count
+
+
+def _write(line: str) -> None:
+    """To standard error; nobody reads it any more when its pipe is closed, which is no reason to stop."""
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)

@@ -177,3 +177,18 @@ def test_a_published_run_beside_its_plan():
     assert it.error == pytest.approx(it.attained / it.plan.time.attained - 1)
     assert abs(it.error) < 0.5
     assert "+" in published.told([it]) or "-" in published.told([it])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("clip-tiny", {"samples": float("nan")}, "samples is nan"),
+        ("clip-tiny", {"samples": float("inf")}, "samples is inf"),
+        ("clip-tiny", {"price": float("nan")}, "price is nan"),
+        ("clip-tiny", {"clips": 3}, "learns from no clips"),
+        ("video-vae-stickers", {"size": 33}, "give a multiple of 8"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(name, options, told):
+    with pytest.raises(InputError, match=told):
+        plan(name, gpu="rtx3090", batch=8, **options)

@@ -114,3 +114,17 @@ def test_chunks_and_batch_norm_do_not_go_together(folder, tmp_path):
     model = Clip(config.model, tokenizer)
     with pytest.raises(InputError, match="chunk is 2, but this model has batch norm"):
         clip.fit(config, model, Index.read(folder), tmp_path / "run", measures={})
+
+
+def test_the_memory_chooses_a_chunk_of_real_batches(folder, tmp_path):
+    clip.tiny(folder, tmp_path / "free", steps=1, batch=5, size=16, memory="free")
+    assert json.loads((tmp_path / "free" / "config.json").read_text())["chunk"] == 0
+    with pytest.raises(InputError, match="Two items at a time need"):
+        clip.tiny(folder, tmp_path / "none", steps=1, batch=5, size=16, memory="1MB")
+
+
+def test_a_clip_needs_two_to_compare(folder, tmp_path, capsys):
+    with pytest.raises(InputError, match="batch is 1"):
+        clip.tiny(folder, tmp_path / "one", steps=1, batch=1, size=16)
+    clip.tiny(folder, tmp_path / "all", steps=1, batch=64, size=16)
+    assert "there are 6 pictures, so a batch has 6 and not 64" in capsys.readouterr().err

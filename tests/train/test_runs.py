@@ -207,3 +207,13 @@ def _train_for_ever(folder):
     run.status("running", step=3, steps=10)
     run.log(4, {"loss": 1.0})
     time.sleep(600)
+
+
+def test_runs_without_a_step_in_common_have_none_to_show(tmp_path):
+    write(tmp_path / "a", [{"step": 10, "loss": 1.0}])
+    write(tmp_path / "b", [{"step": 4, "loss": 2.0}])
+    both = {name: tmp_path / name for name in "ab"}
+    for rows in (None, 8):
+        (shared,) = folders.side_by_side(both, rows=rows)
+        assert (shared.steps, shared.values) == ([], {"a": [], "b": []})
+    assert "loss" in folders.comparison(both, folders.differences(both), [shared])

@@ -47,7 +47,7 @@ from typing import IO, Any
 from reverie import disk
 from reverie.data import remote
 from reverie.data.check import nothing_usable
-from reverie.data.index import FILE, SPLITS, Caption, Index, Item, is_ours
+from reverie.data.index import FILE, SPLITS, Caption, Index, Item, is_ours, refuse_half_packed
 from reverie.data.marks import still_marked
 from reverie.data.threads import in_order
 from reverie.errors import InputError
@@ -136,6 +136,7 @@ def import_folder(
     folder = remote.local(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the folder that holds the pictures.")
+    refuse_half_packed(folder)
     if not 0 <= val < 1:
         raise InputError(f"val must be a share from 0 to below 1, not {val}.")
     target, prefix = _place(folder, Path(out) if out is not None else None)

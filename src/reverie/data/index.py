@@ -17,6 +17,7 @@ A reason in `reject` is either what is wrong with the file, or a mark: "marked b
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FILE = "metadata.parquet"
+PACKED = "shards.json"  # the tars of a packed dataset, which stand before its index does
 MARK = b"reverie.index"  # schema metadata: this table is ours, with the version of its layout
 SPLITS = ("train", "val", "test")
 MARK_WORDS = "marked by "  # begin the reason of a mark; then the command and a colon
@@ -77,6 +79,14 @@ class Item:
         if self.reject is None or not self.reject.startswith(MARK_WORDS):
             return None
         return self.reject.removeprefix(MARK_WORDS).partition(":")[0]
+
+
+def refuse_half_packed(folder: Path) -> None:
+    """InputError: a packing into this folder was begun and not ended."""
+    if (folder / PACKED).is_file() and not (folder / FILE).is_file():
+        raise InputError(
+            f"The packing into {folder} was interrupted: run the same `reverie data pack` again, which goes on with it."
+        )
 
 
 class Index:
@@ -210,7 +220,11 @@ class Index:
         folder = remote.local(folder)
         path = Path(folder) / FILE
         if not path.is_file():
-            raise InputError(f"No index in {folder}: run `reverie data import {folder}` first.")
+            if not Path(folder).is_dir():
+                raise InputError(f"{folder} is not a folder: give the folder of a dataset.")
+            refuse_half_packed(Path(folder))
+            command = shlex.join(["reverie", "data", "import", str(folder)])
+            raise InputError(f"No index in {folder}: run `{command}` first.")
         try:
             table = pq.read_table(path)
         except Exception:  # arrow raises many kinds, and their text is not ours

@@ -121,7 +121,7 @@ class Pixels:
         )
         raise InputError(
             f"{len(bad)} or more of {len(self.index)} files in {self.index.folder} cannot be decoded, more than the "
-            f"{self._max_bad:.0%} allowed: {listed}. Mend or remove them and import the folder again, or raise max_bad."
+            f"{self._max_bad:.0%} allowed: {listed}. Mend or remove them and import the folder again."
         )
 
     @staticmethod

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from reverie import disk, progress
-from reverie.data.index import FILE, SPLITS, Index, Item
+from reverie.data.index import FILE, PACKED, SPLITS, Index, Item
 from reverie.data.threads import in_order
 from reverie.errors import InputError
 from reverie.media import LIMITS, Limits, MediaError, Unreached, sniff
 from reverie.rng import integer
 
-LIST = "shards.json"
+LIST = PACKED
 FOLDER = "shards"
 BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(rf"{FOLDER}/(?:{'|'.join(SPLITS)})-\d{{5,}}\.tar")

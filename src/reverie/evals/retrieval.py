@@ -76,7 +76,8 @@ def ranks(queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], *, blo
         scores = queries[i : i + block] @ items.T
         if not scores.isfinite().all():
             raise InputError(
-                f"some scores of queries {i} to {i + len(scores) - 1} are not finite: the model is broken"
+                f"some scores of queries {i} to {i + len(scores) - 1} are not finite: the model is"
+                " broken, or was trained with too high a learning rate"
             )
         answers = torch.zeros_like(scores, dtype=torch.bool)
         for row, own in zip(answers, right[i : i + block], strict=True):

@@ -104,7 +104,8 @@ def named(
         scores = predict(images[i : i + batch]).cpu()
         if not scores.isfinite().all():
             raise InputError(
-                f"some scores of images {i} to {i + len(scores) - 1} are not finite: the model is broken"
+                f"some scores of images {i} to {i + len(scores) - 1} are not finite: the model is"
+                " broken, or was trained with too high a learning rate"
             )
         right = scores.gather(1, targets[i : i + batch, None])
         ranks.append((scores >= right).sum(dim=1) - 1)

@@ -268,6 +268,11 @@ def subject(
         judged = ClassifierConfig(names=labels, size=size or own["size"])
         part = Part(what="pairs", batch=batch, pixels=2 * judged.size**2, loss=_judge_loss)
         return Subject(name=name, build=lambda: Classifier(judged), parts=(part,), steps=steps)
+    stride = VideoVaeConfig().stride[1]
+    if size is not None and size % stride:
+        raise InputError(
+            f"size is {size}: give a multiple of {stride}, such as {max(size // stride, 1) * stride}."
+        )
     size = size or video_vae.VaeRun(model=VideoVaeConfig(), steps=1, batch=1, clips=1).size
     frames = video_vae.VaeRun(model=VideoVaeConfig(), steps=1, batch=1, clips=1).clip_frames
     parts = [
@@ -468,10 +473,16 @@ def plan(
         words=words, lock=lock, lora=lora,
     )  # fmt: skip
     what = subject(name, how, batch=batch, clips=clips, steps=steps, size=size)
+    if clips is not None and what.parts[0].towers is not None:
+        raise InputError(f"{name} learns from no clips: leave clips out.")
     if (chunk or drop or drop_text) and what.parts[0].towers is None:
         raise InputError(f"{name} learns no pictures by texts: leave chunk, drop and drop_text out.")
     if samples is not None and steps is not None:
         raise InputError("steps and samples were both given: give one of them.")
+    if samples is not None and not 1 <= samples < math.inf:
+        raise InputError(f"samples is {samples}: give a number of 1 or more, such as 12.8e9.")
+    if price is not None and not 0 <= price < math.inf:
+        raise InputError(f"price is {price}: give what an hour of one device costs.")
     if samples is not None:
         what = replace(what, steps=math.ceil(samples / (accumulate * sum(part.batch for part in what.parts))))
     setup = Setup(
@@ -681,7 +692,7 @@ def _told(it: Plan) -> list[str]:
             f" {time.communication:.2g} s, of which {time.exposed:.2g} s are not hidden"
         )
     lines.append(f"  data         {it.rate:,.0f} items/s to decode, {_size(it.data)}/s as JPEGs of that size")
-    span = f"{it.days:.3g} days" if it.days >= 1 else f"{it.days * 24:.3g} hours"
+    span = f"{it.days:,.{0 if it.days >= 100 else 2}f} days" if it.days >= 1 else f"{it.days * 24:.3g} hours"
     cost = f"; ${it.cost:,.0f} at ${it.price:g} an hour each" if it.price else ""
     lines.append(f"  in all       {span}, {it.device_days:,.4g} GPU-days{cost}")
     return lines

@@ -33,6 +33,7 @@ from reverie.errors import InputError
 from reverie.evals.retrieval import retrieval
 from reverie.evals.zero_shot import zero_shot
 from reverie.recipes.parts import (
+    at_most,
     averaged,
     captioned,
     decoded,
@@ -157,7 +158,7 @@ def tiny(
     train_set = index.select(split="train")
     model = begin(start, train_set, partial(shape, size=size, loss=loss), seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
+        model=model.config, start=start, steps=steps, batch=at_most(batch, len(train_set)), chunk=chunk, lr=lr,
         drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
     )  # fmt: skip
     return fit(
@@ -344,6 +345,13 @@ def fit(
     good = [i for i in pixels.good if index[i].captions]
     if not good:
         raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
+    if min(config.batch, len(good)) < 2:
+        have = (
+            f"batch is {config.batch}"
+            if config.batch < 2
+            else f"{index.folder} has one picture with a caption"
+        )
+        raise InputError(f"{have}: a CLIP learns from comparing, so give two or more.")
     config = dataclasses.replace(config, data=digest(index, good))
     whole_from = _whole_from(config)
     names = sorted({index[i].label or index[i].hash for i in good})

@@ -18,7 +18,7 @@ from reverie.nn.lora import add_lora, lora_state, merge_lora
 from reverie.recipes.clip import ClipRun, Measure, fit, val_of, zero_shot_of
 from reverie.recipes.measured import Measured
 from reverie.recipes.measured import share as percent
-from reverie.recipes.parts import keep, load_clip, open_index, plain_stickers
+from reverie.recipes.parts import at_most, keep, load_clip, open_index, plain_stickers
 from reverie.systems.clip import Clip
 from reverie.train.engine import ENGINE, Engine
 from reverie.train.parallel import team
@@ -91,7 +91,7 @@ def finetune(
     model = load_clip(start, trainable=True)
     restrict(model, lock=lock, lora=lora, alpha=alpha, seed=seed)
     config = ClipRun(
-        model=model.config, start=start, steps=steps, batch=min(batch, len(train_set)), chunk=chunk, lr=lr,
+        model=model.config, start=start, steps=steps, batch=at_most(batch, len(train_set)), chunk=chunk, lr=lr,
         warmup=max(steps // 10, 1), strength=strength, drop=drop, unmasked=unmasked, lock=lock, lora=lora,
         alpha=alpha, layer_decay=layer_decay, seed=seed,
     )  # fmt: skip

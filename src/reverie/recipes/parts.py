@@ -89,6 +89,16 @@ def my_share(step: int, batch: int, n: int, seed: int) -> list[tuple[int, int]]:
     return batch_ids(step, batch, n, seed, rank=team().rank, world=team().count)
 
 
+def at_most(batch: int, there: int) -> int:
+    """`batch`, or all that there are, which is said."""
+    if batch > there and team().first:
+        print(
+            f"batch: there are {there:,} pictures, so a batch has {there:,} and not {batch:,}",
+            file=sys.stderr,
+        )
+    return min(batch, there)
+
+
 def digest(index: Index, good: Sequence[int]) -> str:
     """What a run learns from: the contents, in their order. A run goes on with the same alone."""
     contents = "\n".join(index[i].hash for i in good)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reverie import disk
+from reverie.errors import InputError
 
 Rows = Sequence[Mapping[str, Any]]
 FEW = 30  # points, below which each has a dot
@@ -158,6 +160,11 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def _save(figure: Any, path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path} would be a PNG: give a name that ends in .png.")
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that the font lacks
+        figure.savefig(drawn, dpi=110, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     disk.write(path, drawn.getvalue())

@@ -613,10 +613,15 @@ class _Loop:
             checkpoint.set_aside(folder, after=path)
         self.run.start(self.counts.step)
         self.run.say(f"going on after step {self.counts.step}, from {path}")
-        if state["machine"] != described(self.device):
+        here = described(self.device)
+        then = state["machine"]
+        changed = [
+            f"{key} {then.get(key)}, now {value}" for key, value in here.items() if then.get(key) != value
+        ]
+        if changed and self.counts.step < self.steps:
             self.run.say(
-                f"the checkpoint was made on {state['machine']}, this is {described(self.device)}: "
-                "the run goes on, but not bit for bit as it would have there"
+                f"the checkpoint was made with {'; '.join(changed)}: the run goes on, but not bit for bit as it would "
+                "have there"
             )
 
     def _latest(self) -> Path | None:

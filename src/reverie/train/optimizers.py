@@ -10,6 +10,7 @@ For fine-tuning the learning rate may fall with depth (ULMFiT's discriminative r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -50,6 +51,8 @@ def adamw(
     `factors` by name, such as those of `layer_factors`, multiply a parameter's learning rate; 1 where there is none.
     The first group has the largest, and its rate is what a run logs.
     """
+    if not 0 <= lr < math.inf:
+        raise InputError(f"lr is {lr}: give a learning rate, such as 1e-3.")
     exempt = no_decay_names(model)
     factors = factors or {}
     sorts: dict[tuple[float, bool], list[nn.Parameter]] = {}  # by factor, and whether they decay

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -355,4 +356,6 @@ def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
 
     reader = HuggingFaceStorageReader(str(folder))
     alone = not any(map(in_parts, targets.values()))
-    checkpoint.load(dict(targets), storage_reader=reader, no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it shall be
+        checkpoint.load(dict(targets), storage_reader=reader, no_dist=alone)

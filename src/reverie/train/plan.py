@@ -185,7 +185,7 @@ def chunk_within(memory: str, player: Player, batch: Batch, *, folder: Path, pre
         return int(read_json(folder / "config.json").get("chunk", 0))
     device = next(player.model.parameters()).device
     limit = budget(memory, device)
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "bad"}
     few = _few(player, batch, formats.resolve(precision, device))
     assert few is not None, "a contrastive loss takes any number of items"
     base, each = few[0], few[1] * PASSING
@@ -240,7 +240,7 @@ def _items(batch: Batch) -> int:
 
 def _has_rows(value: Any, items: int = 1) -> bool:
     rows = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list)
-    return rows and len(value) % items == 0
+    return rows and len(value) > 0 and len(value) % items == 0
 
 
 def _timed(players: Sequence[Player], player: Player, batch: Batch, precision: str) -> tuple[float, int]:

@@ -286,7 +286,7 @@ def side_by_side(
         steps = sorted(set.intersection(*map(set, points.values())))
         means = rows is not None and len(steps) > 2 * rows
         count = rows if rows and means else len(steps)
-        ends = [round(i * len(steps) / count) for i in range(count + 1)]
+        ends = [round(i * len(steps) / max(count, 1)) for i in range(count + 1)]
         spans = [*pairwise(ends)]
         values = {
             run: [sum(known[step] for step in steps[a:b]) / (b - a) for a, b in spans]
