@@ -9,9 +9,11 @@ import pytest
 from reverie import catalog, cli
 from reverie.errors import InputError
 from reverie.planning import published
-from reverie.planning.counting import count
+from reverie.planning.counting import count, on_shapes
 from reverie.planning.hardware import GB
 from reverie.planning.plan import _RECIPES, How, draw_up, model_of, plan, subject, tally
+from reverie.planning.roofline import Weights
+from reverie.train.engine import recompute
 
 SMALL = {"gpu": "rtx3090", "batch": 64}
 
@@ -192,3 +194,19 @@ def test_a_published_run_beside_its_plan():
 def test_what_cannot_be_planned_is_told(name, options, told):
     with pytest.raises(InputError, match=told):
         plan(name, gpu="rtx3090", batch=8, **options)
+
+
+def test_open_soras_transformer_keeps_eleven_blocks():
+    """Its training script computes 8 of the 19 double blocks again, and all 38 single ones."""
+    with on_shapes():
+        model = published.MMDit(frames=1)
+    assert recompute(model) == 8 + 38
+
+
+def test_what_is_frozen_is_not_shared_out():
+    it = subject("clip-tiny", How(precision="fp32", lock="text"), batch=8, clips=None, steps=1, size=None)
+    weights = Weights.of(model_of(it, How(precision="fp32", lock="text")))
+    assert 0 < weights.trained < weights.all
+    text = sum(p.numel() for p in model_of(it, How(precision="fp32", lock="text")).text.parameters())
+    assert weights.all - weights.trained >= text
+    assert weights.block + weights.rest < weights.trained

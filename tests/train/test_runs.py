@@ -217,3 +217,20 @@ def test_runs_without_a_step_in_common_have_none_to_show(tmp_path):
         (shared,) = folders.side_by_side(both, rows=rows)
         assert (shared.steps, shared.values) == ([], {"a": [], "b": []})
     assert "loss" in folders.comparison(both, folders.differences(both), [shared])
+
+
+def test_a_run_is_finished_with_its_model_alone(tmp_path):
+    here = {"state": "finished", "step": 3, "steps": 3, "host": platform.node()}
+    write(
+        tmp_path / "saving", steps(3), status=here | {"process": os.getpid()}, command={"recipe": "clip-tiny"}
+    )
+    write(
+        tmp_path / "killed", steps(3), status=here | {"process": 2**22 + 1}, command={"recipe": "clip-tiny"}
+    )
+    write(
+        tmp_path / "own", steps(3), status=here | {"process": 2**22 + 1}
+    )  # of no recipe, so it owes no model
+    states = [folders.read(tmp_path / name).state for name in ("saving", "killed", "own")]
+    assert states == ["running", "failed", "finished"]
+    (tmp_path / "killed" / "model").mkdir()
+    assert folders.read(tmp_path / "killed").state == "finished"

@@ -72,13 +72,8 @@ class Pixels:
         temporary file. max_bad: InputError when a larger share of the files cannot be decoded. workers: threads.
         Unreached (an InputError): a tar or an address that holds files cannot be read now.
         """
-        self.index = index
-        self.size = (size, size) if isinstance(size, int) else size
+        self.index, self.size = index, height_and_width(index, size)
         self.frames, self.fit, self.limits = frames, fit, limits
-        if len(index) == 0:
-            raise InputError(
-                f"There is nothing to decode in {index.folder}: no item was accepted or selected."
-            )
         self._max_bad = max_bad
         record = (
             self._open(Path(cache), workers, quiet) if cache is not None else self._temporary(workers, quiet)
@@ -227,6 +222,13 @@ class Pixels:
                 f" {progress.size(free)} free: use a larger disk, or decode them whenever they are asked for (--stream,"
                 " where the recipe has it)."
             )
+
+
+def height_and_width(index: Index, size: int | tuple[int, int]) -> tuple[int, int]:
+    """Of what an index is decoded to. InputError: it has no item."""
+    if len(index) == 0:
+        raise InputError(f"There is nothing to decode in {index.folder}: no item was accepted or selected.")
+    return (size, size) if isinstance(size, int) else size
 
 
 def decode_item(

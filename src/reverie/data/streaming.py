@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reverie.data.index import Index
-from reverie.data.pixels import Bad, Pixels, cache_of, decode_item
+from reverie.data.pixels import Bad, Pixels, cache_of, decode_item, height_and_width
 from reverie.errors import InputError
 from reverie.media import LIMITS, Limits, tune_allocator
 
@@ -49,13 +49,8 @@ class Streamed:
         limits: Limits = LIMITS,
     ) -> None:
         """size, frames, fit: as of `Pixels`. workers: threads that decode; one for each processor if not given."""
-        self.index = index
-        self.size = (size, size) if isinstance(size, int) else size
+        self.index, self.size = index, height_and_width(index, size)
         self.frames, self.fit, self.limits = frames, fit, limits
-        if len(index) == 0:
-            raise InputError(
-                f"There is nothing to decode in {index.folder}: no item was accepted or selected."
-            )
         self.bad = [Bad(item.file_name, item.reject) for item in index if item.reject is not None]
         self.good = [i for i, item in enumerate(index) if item.reject is None]
         tune_allocator()

@@ -36,6 +36,7 @@ from reverie.systems.clip_models import MODELS
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.engine import recompute
 from reverie.train.gradient_cache import cached
+from reverie.train.parallel import blocks_of
 
 VOCAB = 4096  # pieces that the small recipes train at most
 JPEG = 25e3 / 256**2  # bytes of a pixel: LAION-400M's pictures of 256 pixels, 10 TB of 400 M
@@ -458,12 +459,10 @@ def plan(
         raise InputError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}.")
     for named, value, least in (
         ("batch", batch, 1), ("clips", clips, 0), ("steps", steps, 1), ("samples", samples, 1), ("size", size, 1),
-        ("chunk", chunk, 0), ("accumulate", accumulate, 1), ("words", words, 0),
+        ("chunk", chunk, 0), ("accumulate", accumulate, 1), ("words", words, 0), ("price", price, 0),
     ):  # fmt: skip
-        if value is not None and value < least:
-            raise InputError(f"{named} is {value:g}: give {least} or more.")
-    if price is not None and price < 0:
-        raise InputError(f"price is {price:g}: give dollars an hour, 0 or more.")
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"{named} is {value:g}: give a number from {least}.")
     check_share("drop", drop)
     check_share("drop_text", drop_text)
     if not 0 <= unmasked <= 1:
@@ -479,10 +478,6 @@ def plan(
         raise InputError(f"{name} learns no pictures by texts: leave chunk, drop and drop_text out.")
     if samples is not None and steps is not None:
         raise InputError("steps and samples were both given: give one of them.")
-    if samples is not None and not 1 <= samples < math.inf:
-        raise InputError(f"samples is {samples}: give a number of 1 or more, such as 12.8e9.")
-    if price is not None and not 0 <= price < math.inf:
-        raise InputError(f"price is {price}: give what an hour of one device costs.")
     if samples is not None:
         what = replace(what, steps=math.ceil(samples / (accumulate * sum(part.batch for part in what.parts))))
     setup = Setup(
@@ -600,9 +595,7 @@ def _remedies(
     """What would make it fit, each counted, not guessed. `found`: the step as it is planned."""
     ways, model = [(False, found)], model_of(what, how)
     weights = Weights.of(model)
-    if not how.recompute and any(
-        isinstance(getattr(m, "blocks", None), nn.ModuleList) for m in model.modules()
-    ):
+    if not how.recompute and blocks_of(model):
         less = replace(how, recompute=True)
         ways.append((True, _all_parts(model_of(what, less), what, each, less, peers=setup.gpus)))
     told, shards = [], ("fsdp",) if setup.gpus > 1 and setup.shard != "fsdp" else ()

@@ -209,7 +209,7 @@ class MMDit(nn.Module):
         self.vector = nn.Sequential(nn.Linear(256, 3072), nn.SiLU(), nn.Linear(3072, 3072))
         self.first = again
         self.blocks = nn.ModuleList([Two() for _ in range(again)] + [One() for _ in range(38)])
-        self.kept = nn.ModuleList(Two() for _ in range(19 - again))
+        self.kept = nn.Sequential(*(Two() for _ in range(19 - again)))  # in no list, so not computed again
 
     def loss(self, items: int) -> Tensor:
         x = self.embed(torch.empty(items, self.places, 64, device="meta"))

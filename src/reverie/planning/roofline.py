@@ -21,6 +21,7 @@ from torch import nn
 from reverie.errors import InputError
 from reverie.planning.counting import Count
 from reverie.planning.hardware import GB, Device
+from reverie.train.parallel import blocks_of
 
 # One number for each kind, for every machine and run; none is fitted to one run.
 PRODUCT = 0.70  # of the peak: large products of cuBLAS in fp16 and bf16 reach 0.7 to 0.9
@@ -44,25 +45,22 @@ class Weights:
     trained: int
     buffers: int
     block: int  # the largest of the parts that are gathered one by one
-    rest: int  # what lies in no block
+    rest: int  # what is trained and lies in no block
 
     @staticmethod
     def of(model: nn.Module) -> Weights:
         """Counted on the model, which may be on "meta"."""
-        blocks = [
-            block
-            for module in model.modules()
-            for block in (getattr(module, "blocks", None) or ())
-            if isinstance(getattr(module, "blocks", None), nn.ModuleList)
-        ]
-        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-        total = sum(p.numel() for p in model.parameters())
+
+        def trained(part: nn.Module) -> int:
+            return sum(p.numel() for p in part.parameters() if p.requires_grad)
+
+        sizes = [trained(block) for block in blocks_of(model)]  # as the engine shards them
         return Weights(
-            all=total,
-            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            all=sum(p.numel() for p in model.parameters()),
+            trained=trained(model),
             buffers=sum(b.numel() for b in model.buffers()),
             block=max(sizes, default=0),
-            rest=total - sum(sizes),
+            rest=trained(model) - sum(sizes),
         )
 
 
@@ -136,10 +134,11 @@ def memory(count: Count, weights: Weights, setup: Setup) -> Memory:
         gathered = (3 * weights.block + weights.rest) * size
         activations -= min(count.copies, count.peak)  # what is gathered is in half precision already
     return Memory(
-        weights=share(weights.all) + weights.buffers * WIDE,
+        weights=share(weights.trained)
+        + (weights.all - weights.trained + weights.buffers) * WIDE,  # frozen: whole
         gradients=share(weights.trained),
         optimizer=2 * share(weights.trained),
-        ema=share(weights.all) if setup.ema else 0,
+        ema=share(weights.trained) if setup.ema else 0,
         gathered=gathered,
         activations=activations,
         reserve=round(setup.device.reserve * GB),
@@ -197,7 +196,9 @@ def seconds(count: Count, weights: Weights, setup: Setup) -> Time:
         hidden = min(own * (1 - min(BUCKET / gradients, 1)), backward / setup.passes)
     elif setup.gpus > 1 and setup.shard == "fsdp":
         size = 2 if setup.half else WIDE
-        gather = 2 * others * weights.all * size * setup.passes  # before forward and again before backward
+        gather = (
+            2 * others * weights.trained * size * setup.passes
+        )  # before forward and again before backward
         scatter = others * weights.trained * WIDE * setup.passes
         sent["all-gather"] = sent.get("all-gather", 0) + gather
         sent["reduce-scatter"] = sent.get("reduce-scatter", 0) + scatter

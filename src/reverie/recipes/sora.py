@@ -352,11 +352,7 @@ class Source:
         some = self.good[:count]
         batch = self._batch([(0, i) for i in some], self._pictures(some), "fixed")
         batch["drop"] = torch.zeros(len(some), dtype=torch.bool)
-        return {
-            name: part.to(next(self.model.parameters()).device)
-            for name, part in batch.items()
-            if isinstance(part, Tensor)
-        }
+        return {name: part.to(self.home) for name, part in batch.items() if isinstance(part, Tensor)}
 
     def _keys(self, step: int, batch: int) -> list[tuple[int, int]]:
         return [

@@ -42,12 +42,10 @@ from reverie.train.batches import Batch, Batches, moved
 from reverie.train.ema import Ema
 from reverie.train.log import Run, refuse_difference
 from reverie.train.machine import described, deterministic
-from reverie.train.parallel import Quiet, local, mean, team
+from reverie.train.parallel import Losses, Quiet, local, mean, team
 from reverie.train.schedule import constant
 from reverie.train.signals import Asked, listening
 from reverie.train.watch import Watch
-
-Losses = Mapping[str, Tensor]
 
 
 class NonFiniteError(InputError):

@@ -24,6 +24,7 @@ from reverie.errors import InputError, out_of_memory
 from reverie.progress import duration, size
 from reverie.train import memory as machine
 from reverie.train import precision as formats
+from reverie.train.batches import Batch
 from reverie.train.memory import TIGHT, budget
 from reverie.train.parallel import local, team
 from reverie.train.runs import read_json
@@ -31,7 +32,6 @@ from reverie.train.runs import read_json
 if TYPE_CHECKING:
     from reverie.train.loop import Player
 
-Batch = Mapping[str, Any]
 BARE = 256e6  # beside a chunk: a contrastive loss over many items, and what allocators keep
 PASSING = (
     1.25  # what a pass holds at its height, over what autograd keeps of it; both measured, see docs/engine.md

@@ -120,6 +120,10 @@ def read(folder: Path, *, name: str | None = None) -> Record:
         _changed(folder / file) for file in ("status.json", "metrics.jsonl", "config.json", "command.json")
     )
     state, reason = _state(status, alive=alive, silent=time.time() - changed, step=step, steps=steps)
+    if state == "finished" and command and not (folder / "model").is_dir():
+        saving = status.get("host") == platform.node() and _lives(status.get("process"))
+        state = "running" if saving else "failed"
+        reason = "" if saving else "killed before its model was saved; the same command goes on"
     found, training = series(rows), trained(rows)
     return Record(
         name=name or folder.resolve().name,
@@ -157,6 +161,15 @@ def _state(
     if steps is not None and step >= steps:
         return "finished", ""
     return "stopped", "it left no status"
+
+
+def _lives(process: Any) -> bool:
+    """Whether there is a process of this number here."""
+    try:
+        os.kill(process, 0)
+    except (OSError, TypeError):
+        return False
+    return True
 
 
 def trained(rows: Sequence[Mapping[str, Any]]) -> set[str]:
