@@ -285,7 +285,7 @@ def test_other_limits_after_an_interruption(index, tmp_path, monkeypatch):
     listed = read_list(tmp_path / "out")
     shards._list(tmp_path / "out", listed[:1])  # as if killed between a tar and its line in the list
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    pack(index, tmp_path / "out", quiet=True)
+    assert "1 tars of another packing" in str(pack(index, tmp_path / "out", quiet=True))
     pack(index, tmp_path / "whole", quiet=True)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole") | {
         "notes.txt": hashlib.sha256(b"mine").hexdigest()

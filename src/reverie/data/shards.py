@@ -55,11 +55,13 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What `pack` made. `kept`: how many of the tars were there already."""
+    """What `pack` made. `kept`: how many of the tars were there already; `other`: how many were, but of another packing
+    or damaged, and were made anew."""
 
     index: Index
     shards: tuple[Shard, ...]
     kept: int
+    other: int
 
     def __str__(self) -> str:
         packed = sum(shard.samples for shard in self.shards)
@@ -69,6 +71,7 @@ class Packed:
         lines = [
             f"{self.index.folder}: {packed:,} items in {len(self.shards):,} tars, {progress.size(size)}"
             + (f"; {self.kept:,} of the tars were there already" if self.kept else "")
+            + (f"; {self.other:,} tars of another packing, or damaged, gave way" if self.other else "")
         ]
         if before:
             lines.append(
@@ -132,7 +135,8 @@ def pack(
         raise InputError(f"Nothing in {index.folder} is accepted and wanted: look at `reverie data check`.")
     try:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
-        done, kept = _finished(out, index, plans)
+        done, other = _finished(out, index, plans)
+        kept = len(done)
         _refuse_full(out, sum(plan.room for plan in plans if plan.file not in done))
         display = progress.Display("packing", first=kept)
         try:
@@ -156,7 +160,7 @@ def pack(
         packed = _renewed(Index.read(out), packed)
     else:
         packed.write()
-    return Packed(index=packed, shards=tuple(done[plan.file] for plan in plans), kept=kept)
+    return Packed(index=packed, shards=tuple(done[plan.file] for plan in plans), kept=kept, other=other)
 
 
 # --- what goes where --------------------------------------------------------------------------------------------------
@@ -258,7 +262,7 @@ def _renewed(before: Index, packed: Index) -> Index:
 
 
 def _finished(out: Path, index: Index, plans: Sequence[_Plan]) -> tuple[dict[str, Shard], int]:
-    """The tars of a run before that are as they shall be; what is left of the others goes."""
+    """The tars of a run before that are as they shall be, and how many others there were, which go."""
     before = read_list(out)
     if before is None:
         if (out / FILE).exists() or any((out / FOLDER).glob("*.tar")):
@@ -283,7 +287,7 @@ def _finished(out: Path, index: Index, plans: Sequence[_Plan]) -> tuple[dict[str
     for draft in (*(out / FOLDER).glob(".*.tar.*"), *out.glob(f".{LIST}.*")):  # of a run that was killed
         with suppress(OSError):
             draft.unlink()
-    return done, len(done)
+    return done, len(before or ()) - len(done)
 
 
 def read_list(folder: Path) -> list[Shard] | None:
