@@ -24,7 +24,9 @@ class Foreign:
     table: tuple[Rule, ...]  # their names -> ours
     ignore: tuple[str, ...] = ()  # of their tensors, those that are no weights
     own_words: bool = False  # the tokenizer is named, so it is not the format's usual one
-    constants: dict[str, tuple[float, ...]] = field(default_factory=dict)  # of our tensors, what their config gives
+    constants: dict[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # of our tensors, what their config gives
 
 
 class Fields:

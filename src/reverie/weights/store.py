@@ -32,7 +32,7 @@ from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import read_tokenizer
 from reverie.errors import InputError
 from reverie.nn.lora import adapted
-from reverie.weights import clip_open_clip, clip_transformers, diffusers, files, remap
+from reverie.weights import clip_open_clip, clip_transformers, diffusers, files, remap, video_vae_wan
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Foreign
 from reverie.weights.places import CONFIG, DIFFUSERS, MODEL, PIPELINE, TOKENIZER, Place, survey
@@ -44,6 +44,11 @@ BESIDE = (
 )  # fmt: skip
 INTEGER = 2**24
 FORMATS = ("reverie", "transformers", "open_clip", "diffusers")
+# Files under their authors' own names: what knows one, and what reads it.
+ORIGINALS: tuple[tuple[Callable[..., bool], Callable[..., Foreign]], ...] = (
+    (clip_open_clip.is_theirs, clip_open_clip.read_alone),
+    (video_vae_wan.is_original, video_vae_wan.read_alone),
+)
 
 Systems = Mapping[str, Callable[[], type[nn.Module]]]
 
@@ -81,7 +86,8 @@ def save(
     config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
     tokenizer = getattr(system, "tokenizer", None)
     tensors: Mapping[str, Tensor] = system.state_dict()
-    model, records, table = _layout(format, name, version, config, tokenizer)
+    model, records, table, said = _layout(format, name, version, config, tokenizer, tensors)
+    tensors = {key: value for key, value in tensors.items() if key not in said}
     if table is not None:
         tensors = remap.apply(remap.invert(table), tensors)
     if dtype is not None:
@@ -116,19 +122,24 @@ def save(
 
 
 def _layout(
-    format: str, name: str, version: str, config: dict[str, Any], tokenizer: Any
-) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None]:
-    """A format's file of weights, its JSON files by name, and its table (None: our own names)."""
+    format: str,
+    name: str,
+    version: str,
+    config: dict[str, Any],
+    tokenizer: Any,
+    tensors: Mapping[str, Tensor],
+) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None, tuple[str, ...]]:
+    """A format's file of weights, its JSON files, its table (None: our own names), and the tensors that those files say."""
     if format == "reverie":
-        return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None
+        return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None, ()
     if format == "diffusers":
-        return DIFFUSERS, *diffusers.write(name, config)
+        return DIFFUSERS, *diffusers.write(name, config, tensors)
     if name != "clip":
         raise InputError(f"{format} has no {name!r}; of Reverie's systems it has clip.")
     if format == "transformers":
-        return MODEL, *clip_transformers.write(config)
+        return MODEL, *clip_transformers.write(config), ()
     own = tokenizer is not None and not (isinstance(tokenizer, Bpe) and tokenizer.is_clip())
-    return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own)
+    return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own), ()
 
 
 def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] | None = None) -> nn.Module:
@@ -170,6 +181,10 @@ def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] |
         tensors = files.read(next(iter(place.weights)), expected=expected)
     else:
         # The table backwards says what their file must hold, so theirs too is checked before it is read.
+        constants = {name: torch.tensor(value) for name, value in foreign.constants.items()}
+        files.check(files.expectation(constants), {name: expected[name] for name in constants}, what=CONFIG)
+        outline = {name: value for name, value in outline.items() if name not in constants}
+        expected = files.expectation(outline)
         theirs = dict(files.expectation(remap.apply(remap.invert(foreign.table), outline)))
         ignored = remap.matching(foreign.ignore, entries)
         theirs |= {key: (entries[key].shape, files.family(entries[key].dtype)) for key in ignored}
@@ -181,7 +196,7 @@ def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] |
         for file, prefix in place.weights.items():
             own = {key.removeprefix(prefix) for key in ignored if key.startswith(prefix)}
             tensors |= {f"{prefix}{key}": value for key, value in files.read(file, without=own).items()}
-        tensors = remap.apply(foreign.table, tensors, expected=expected, ignore=foreign.ignore)
+        tensors = remap.apply(foreign.table, tensors, expected=expected, ignore=foreign.ignore) | constants
     system.load_state_dict(tensors, strict=True)
     return system.eval()
 
@@ -193,11 +208,14 @@ def _described(
     if place.kind == "reverie":
         return *_own(place.records[CONFIG], place.path), None
     if place.kind == "original":
-        if not clip_open_clip.is_theirs(entries):
+        for known, read_alone in ORIGINALS:
+            if known(entries):
+                foreign = read_alone(entries, config, what=place.path.name)
+                break
+        else:
             raise ModelFileError(
                 f"{place.path.name} alone does not say what it holds; give the folder it lies in, with its {CONFIG}."
             )
-        foreign = clip_open_clip.read_alone(entries, config, what=place.path.name)
     elif place.kind == "open_clip":
         foreign = clip_open_clip.read(place.records, entries)
     elif place.kind == "transformers":
