@@ -129,7 +129,7 @@ def _layout(
     tokenizer: Any,
     tensors: Mapping[str, Tensor],
 ) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None, tuple[str, ...]]:
-    """A format's file of weights, its JSON files, its table (None: our own names), and the tensors that those files say."""
+    """A format's file of weights, its JSON files, its table (None: ours), and the tensors that those files say."""
     if format == "reverie":
         return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None, ()
     if format == "diffusers":
