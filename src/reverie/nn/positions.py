@@ -14,10 +14,15 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 
-def sinusoidal(t: Tensor, width: int, *, scale: float = 1.0, longest: float = 10_000.0) -> Tensor:
-    """`b -> b width`: cosines then sines of `scale * t` at geometric frequencies (the timestep embedding of DDPM)."""
+def sinusoidal(
+    t: Tensor, width: int, *, scale: float = 1.0, longest: float = 10_000.0, closed: bool = False
+) -> Tensor:
+    """`b -> b width`: cosines then sines of `scale * t` at geometric frequencies (the timestep embedding of DDPM).
+
+    They run from 1 to 1 / longest, which is among them if `closed`, as in diffusers' DiT; else it would be the next.
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
+    frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / (half - closed))
     angle = rearrange(scale * t.float(), "b -> b 1") * frequencies
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 

@@ -92,7 +92,7 @@ class Fields:
             value = self.record.get(key, allowed[0])
             if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
                 raise ModelFileError(
-                    f"{self.where} gives {key} as {shorten(value)}, which no CLIP of Reverie has; it must be"
+                    f"{self.where} gives {key} as {shorten(value)}, which no model of Reverie has; it must be"
                     f" {' or '.join(map(repr, allowed))}."
                 )
 
