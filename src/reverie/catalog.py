@@ -59,6 +59,7 @@ RECIPES: dict[str, str] = {
     "sora-world": "reverie.recipes.sora:world",
     "sora-dit": "reverie.recipes.sora:dit",
     "video-vae-stickers": "reverie.recipes.video_vae:stickers",
+    "video-vae-world": "reverie.recipes.video_vae:world",
     "judge-stickers": "reverie.recipes.judge:stickers",
 }
 

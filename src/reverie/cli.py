@@ -1100,6 +1100,45 @@ def eval_world(
     print(f"\n{out}")
 
 
+def eval_reconstruction(
+    data: Path,
+    /,
+    *,
+    codec: str,
+    size: int = 64,
+    frames: int = 17,
+    split: str = "val",
+    source: str = "",
+    count: int = 500,
+    batch: int = 8,
+    out: Path = Path("runs/eval-reconstruction"),
+    device: str | None = None,
+) -> None:
+    """Measure what an autoencoder keeps of pictures and clips: PSNR, SSIM, motion, and bits for a pixel.
+
+    Args:
+        data: A folder that was imported, whose pictures and clips are encoded and decoded.
+        codec: The folder of an autoencoder.
+        size: Pixels a side.
+        frames: Frames of a clip, evenly out of the whole; 1 measures pictures alone.
+        split: Pictures and clips of this split; those of val were held out of training.
+        source: Of this source alone, such as fluent-3d.
+        count: At most so many pictures, and as many clips.
+        batch: How many at a time.
+        out: Where the numbers, the table and the pictures go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.measure_codec import reconstructions
+
+    print(
+        reconstructions(
+            data, out, codec=codec, size=size, frames=frames, split=split, source=source, count=count, batch=batch,
+            device=device,
+        )
+    )  # fmt: skip
+    print(f"\n{out}")
+
+
 # ---------------------------------------------------------------- the rest
 
 
@@ -1221,6 +1260,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "eval pictures": eval_pictures,
     "eval clips": eval_clips,
     "eval world": eval_world,
+    "eval reconstruction": eval_reconstruction,
     "demo": demo,
     "convert": convert,
     "blend": blend,

@@ -128,6 +128,20 @@ class Vit(nn.Module):
             x = block(x)
         return self.norm_post(x[:, :seen])
 
+    def layers(self, image: Tensor) -> list[Tensor]:
+        """What each convolution of a conv stem and each block make of it, `b n d`, without class token and registers."""
+        found: list[Tensor] = []
+        x = image
+        for layer in self.stem if isinstance(self.stem, nn.Sequential) else ():
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d):
+                found.append(rearrange(x, "b d h w -> b (h w) d"))
+        x, seen = self._tokens(image, None)
+        for block in self.blocks:
+            x = block(x)
+            found.append(x[:, self.class_token is not None : seen])
+        return found
+
     def embed(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
         """image -> `b d`, as `pool` of the features; a class token is all that the last block computes."""
         if self.config.pool != "class" or not len(self.blocks):

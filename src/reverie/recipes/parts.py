@@ -54,20 +54,20 @@ def open_index(data: Path) -> Index:
     return index
 
 
-def open_world(data: Path, count: int, moving: int, *, seed: int) -> Index:
-    """The procedural world in `data`, pictures and clips; what is not there is drawn first."""
+def open_world(data: Path, count: int, moving: int, *, seed: int, frames: int = CLIP_FRAMES) -> Index:
+    """The procedural world in `data`, pictures and clips of `frames`; what is not there is drawn first."""
     if where := address(data):
         raise InputError(
             f"The world is drawn into a folder and read from there, not from {where}: name a folder."
         )
     parts = []
-    for name, number, frames in (("pictures", count, 1), ("clips", moving, CLIP_FRAMES)):
+    for name, number, length in (("pictures", count, 1), ("clips", moving, frames)):
         with team().in_turn():
             there = (Path(data) / name / FILE).exists()
             part = (
                 Index.read(data / name)
                 if there
-                else write_world(data / name, number, frames=frames, seed=seed)
+                else write_world(data / name, number, frames=length, seed=seed)
             )
         parts += [
             dataclasses.replace(

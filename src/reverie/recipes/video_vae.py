@@ -1,9 +1,12 @@
-"""Training the small video autoencoder (codecs/video_vae.py) that `sora-stickers --codec FOLDER` can use.
+"""Training autoencoders of pictures and clips (codecs/video_vae.py), and keeping the latents of folders.
 
-    stickers   pictures and 5-frame clips together               reverie train video-vae-stickers DIR
-    encode     the latents of a folder, kept beside it           reverie data encode FOLDER --codec CODEC
+    stickers   Fluent's 3-D stickers and their animations            reverie train video-vae-stickers DIR
+    world      the procedural world                                  reverie train video-vae-world FOLDER
+    encode     the latents of a folder, kept beside it               reverie data encode FOLDER --codec CODEC
 
-The shipped weights do without: docs/log.md says why.
+A step has a batch of pictures and one of clips of as many frames as the step draws. The loss is L1, a perceptual one on
+the layers of a CLIP, and a small KL; later, if asked for, a discriminator plays against the codec (2112.10752, appendix
+G): it learns to tell frames and motions that were drawn from real ones. docs/codecs.md has what was measured.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import reverie
 from reverie import rng
+from reverie.backbones.discriminator import Discriminator, DiscriminatorConfig
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.augment import on_white
 from reverie.data.embeddings import TYPES
@@ -28,17 +34,21 @@ from reverie.data.pixels import Pixels
 from reverie.data.preparing import Pool
 from reverie.data.remote import local
 from reverie.errors import InputError
+from reverie.evals.reconstruction import psnr, ssim
 from reverie.media import Part
+from reverie.objectives.adversarial import adaptive_weight, discriminator_hinge, generator_hinge
+from reverie.objectives.perceptual import Features, perceptual, tiled
 from reverie.pictures import grid, to_bytes
 from reverie.recipes.parts import (
-    CLIP_FRAMES,
     averaged,
     decoded,
     digest,
     keep,
+    load_clip,
     my_share,
     name_bad,
     open_index,
+    open_world,
     plain_stickers,
 )
 from reverie.recipes.search import everywhere, key_of, media_of, searched, seen, the_same
@@ -49,18 +59,42 @@ from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
 from reverie.train.schedule import cosine
 
+KEPT_FRAMES = 33  # of a whole clip, evenly; a batch sees some of them, neighbours or every other one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What the codec pays for, and how dearly."""
+
+    l1: float = 1.0
+    perceptual: float = 0.1
+    kl: float = 1e-5
+    adversarial: float = 0.0  # of what pulls at the last layer as hard as all before; 0: no discriminator
+    perceptual_every: int = 1  # at every so many steps, and then so many times as much (2006.06676, appendix B)
+    adversarial_every: int = 1  # the discriminator plays, and the codec against it, at every so many steps
+    adversarial_from: int = 0  # the first step of it
+
+    def plays(self, step: int) -> bool:
+        """Whether the discriminator plays at `step`, counted from 0."""
+        return bool(self.adversarial) and step >= self.adversarial_from and step % self.adversarial_every == 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaeRun:
     """What a run depends on; it stands in the run folder's config.json."""
 
     model: VideoVaeConfig
+    weights: Weights = Weights()
+    clip: str = ""  # whose layers the perceptual loss compares
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    start: str = ""  # the codec whose weights were taken over
     steps: int
     batch: int  # pictures of a step
     clips: int  # clips of a step
-    clip_frames: int = 5
+    frames: int = 17  # of a clip, at most
     size: int = 64
     lr: float = 1e-3
+    judge_lr: float = 2e-4
     warmup: int = 50
     ema: float = 0.995
     seed: int = 0
@@ -68,85 +102,330 @@ class VaeRun:
 
 
 def stickers(
-    data: Path,
-    out: Path,
-    *,
-    steps: int = 1000,
-    batch: int = 16,
-    clips: int = 2,
-    seed: int = 0,
-    engine: Engine = ENGINE,
-) -> VideoVae:
-    """Fluent's 3-D stickers and their animations.
+    data: Path, out: Path, *, stride: str = "4x8x8", channels: int = 16, width: int = 48, steps: int = 3000,
+    batch: int = 8, clips: int = 2, frames: int = 17, size: int = 64, lr: float = 1e-3, clip: str = "clip-stickers",
+    l1: float = 1.0, perceptual: float = 0.1, kl: float = 1e-5, adversarial: float = 0.0, adversarial_from: int = 0,
+    perceptual_every: int = 1, adversarial_every: int = 1, start: str = "", seed: int = 0, engine: Engine = ENGINE,
+) -> VideoVae:  # fmt: skip
+    """Fluent's 3-D stickers and their animations, without skin-tone variants.
 
     Args:
         data: The folder that `reverie data stickers` filled.
         out: The run's folder; the model is written to its `model`.
+        stride: Frames, rows and columns that a latent stands for: 4x8x8, 1x8x8 or 4x4x4.
+        channels: Numbers of a latent.
+        width: Channels of the network where it is widest in space, an even number.
         steps: How many batches to learn from.
-        batch: Pictures of a step.
-        clips: Clips of a step, beside the pictures.
+        batch: Pictures of a step; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures; 0 for none.
+        frames: The most frames of a clip; each step draws a number up to it.
+        size: Pixels a side, a multiple of the stride.
+        lr: The highest learning rate.
+        clip: The CLIP whose layers the perceptual loss compares: a shipped name or a folder.
+        l1: Weight of the absolute difference of pixels.
+        perceptual: Weight of the perceptual loss; 0 for none.
+        kl: Weight of the divergence of latents from a normal distribution.
+        adversarial: Weight of the discriminator, such as 0.5; 0 for none.
+        adversarial_from: The first step of the discriminator, counted from 0.
+        perceptual_every: The perceptual loss at every so many steps, then so many times as heavy.
+        adversarial_every: The discriminator at every so many steps.
+        start: The folder of a codec to go on from, which then also says its shape; random weights if not given.
         seed: Another seed, another start and another order.
     """
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
-    config = VaeRun(model=VideoVaeConfig(), steps=steps, batch=batch, clips=clips, seed=seed)
+    weights = Weights(
+        l1=l1, perceptual=perceptual, kl=kl, adversarial=adversarial, adversarial_from=adversarial_from,
+        perceptual_every=perceptual_every, adversarial_every=adversarial_every,
+    )  # fmt: skip
+    config = VaeRun(
+        model=shape(stride, channels=channels, width=width, start=start), weights=weights,
+        clip=clip if perceptual else "", start=start, steps=steps, batch=batch, clips=clips, frames=frames, size=size,
+        lr=lr, seed=seed,
+    )  # fmt: skip
     return fit(config, index, out, engine=engine)
 
 
+def world(
+    data: Path, out: Path, *, count: int = 4000, moving: int = 500, stride: str = "4x8x8", channels: int = 16,
+    width: int = 48, steps: int = 3000, batch: int = 8, clips: int = 2, frames: int = 17, size: int = 64,
+    lr: float = 1e-3, clip: str = "clip-stickers", l1: float = 1.0, perceptual: float = 0.1, kl: float = 1e-5,
+    adversarial: float = 0.0, adversarial_from: int = 0, perceptual_every: int = 1, adversarial_every: int = 1,
+    start: str = "", seed: int = 0, engine: Engine = ENGINE,
+) -> VideoVae:  # fmt: skip
+    """The procedural world, which is drawn first if it is not there.
+
+    Args:
+        data: A folder of the world, or a new one for it.
+        out: The run's folder; the model is written to its `model`.
+        count: Pictures of the world, if it is to be drawn.
+        moving: Clips of the world, if it is to be drawn.
+        stride: Frames, rows and columns that a latent stands for: 4x8x8, 1x8x8 or 4x4x4.
+        channels: Numbers of a latent.
+        width: Channels of the network where it is widest in space, an even number.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures; 0 for none.
+        frames: The most frames of a clip; each step draws a number up to it.
+        size: Pixels a side, a multiple of the stride.
+        lr: The highest learning rate.
+        clip: The CLIP whose layers the perceptual loss compares: a shipped name or a folder.
+        l1: Weight of the absolute difference of pixels.
+        perceptual: Weight of the perceptual loss; 0 for none.
+        kl: Weight of the divergence of latents from a normal distribution.
+        adversarial: Weight of the discriminator, such as 0.5; 0 for none.
+        adversarial_from: The first step of the discriminator, counted from 0.
+        perceptual_every: The perceptual loss at every so many steps, then so many times as heavy.
+        adversarial_every: The discriminator at every so many steps.
+        start: The folder of a codec to go on from, which then also says its shape; random weights if not given.
+        seed: Another seed, another world, another start and another order.
+    """
+    index = open_world(data, count, moving, seed=seed, frames=KEPT_FRAMES)
+    weights = Weights(
+        l1=l1, perceptual=perceptual, kl=kl, adversarial=adversarial, adversarial_from=adversarial_from,
+        perceptual_every=perceptual_every, adversarial_every=adversarial_every,
+    )  # fmt: skip
+    config = VaeRun(
+        model=shape(stride, channels=channels, width=width, start=start), weights=weights,
+        clip=clip if perceptual else "", start=start, steps=steps, batch=batch, clips=clips, frames=frames, size=size,
+        lr=lr, seed=seed,
+    )  # fmt: skip
+    return fit(config, index, out, engine=engine)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "4x8x8": {"temporal": (True, True), "patch": 2},
+    "1x8x8": {"temporal": (False, False), "patch": 2},
+    "4x4x4": {"temporal": (True, True), "patch": 1},
+}
+
+
+def shape(stride: str, *, channels: int, width: int, start: str = "") -> VideoVaeConfig:
+    """A small codec of that stride, or the shape of the codec in the folder `start`. InputError: there is none."""
+    if start:
+        return _codec(start, "cpu").config
+    if stride not in SHAPES:
+        raise InputError(f"stride is {stride!r}: choose one of {', '.join(SHAPES)}.")
+    return VideoVaeConfig(channels=channels, widths=(width, 2 * width, 4 * width), **SHAPES[stride])
+
+
 def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> VideoVae:
-    """Train from random weights, report PSNR on the held-out pictures, save the averaged weights to `out/model`."""
+    """Train, measure held-out pictures and clips and draw them on the way, save the averaged weights to `out/model`."""
+    _refuse(config)
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model = engine.place(VideoVae(config.model))
-    player = Player(
-        model,
-        optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
-        schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.02),
-        ema=Ema(model, decay=config.ema),
-        clip=1.0,
-    )
-    pictures = decoded(index.select(split="train", video=False), size=config.size)
-    moving = decoded(index.select(split="train", video=True), size=config.size, frames=CLIP_FRAMES)
-    held = decoded(index.select(split="val", video=False), size=config.size)
-    val = torch.stack([_signal(held, i, slice(0, 1)) for i in held.good[:64]]).to(engine.home)
-
-    def batches(step: int, micro: int) -> dict[str, Tensor]:
-        source, count, frames = (
-            (moving, config.clips, config.clip_frames) if micro else (pictures, config.batch, 1)
+    model = VideoVae(config.model)
+    if config.start:
+        model.load_state_dict(_codec(config.start, "cpu").state_dict())
+    model = engine.place(model)
+    judge = engine.place(Discriminator(config.discriminator)) if config.weights.adversarial else None
+    game = Game(config, model, judge, engine.home)
+    schedule = partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.02)
+    players = [
+        Player(
+            model,
+            optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
+            schedule=schedule,
+            ema=Ema(model, decay=config.ema),
+            clip=1.0,
+            loss=game.codec_loss,
         )
-        kind = "clip" if micro else "picture"
-        shape = model.latent_shape(frames, (config.size, config.size))
-        videos, noises = [], []
-        for epoch, place in my_share(step, count, len(source.good), config.seed):
-            i = source.good[place]
-            u = torch.rand((), generator=rng.generator(config.seed, "window", epoch, i)).item()
-            first = int(u * (source.counts[i] - frames + 1))
-            videos.append(_signal(source, i, slice(first, first + frames)))
-            noises.append(torch.randn(shape, generator=rng.generator(config.seed, "noise", kind, epoch, i)))
-        return {"video": torch.stack(videos), "noise": torch.stack(noises)}
+    ]
+    if judge is not None:
+        players.append(
+            Player(
+                judge,
+                optimizer=adamw(judge, lr=config.judge_lr, weight_decay=0.0, betas=(0.5, 0.9)),
+                schedule=schedule,
+                clip=1.0,
+                loss=game.judge_loss,
+                name="discriminator",
+                plays=config.weights.plays,
+            )
+        )
+    sources = [Source(index.select(split="train", video=False), config, model, frames=1)]
+    if config.clips:
+        moving = index.select(split="train", video=True)
+        if not len(moving):
+            raise InputError(f"{index.folder} has no clips to train on: give --clips 0 for pictures alone.")
+        sources.append(Source(moving, config, model, frames=KEPT_FRAMES))
+    held = [
+        Source(some, config, model, frames=source.kept).evenly(count, frames)
+        for source, count, frames in zip(sources, (64, 16), (1, config.frames), strict=False)
+        if len(some := index.select(split="val", video=source.kept > 1))
+    ]
 
-    sources = (pictures, moving)
-    told = tuple(digest(source.index, source.good) for source in sources)
+    def batches(step: int, micro: int) -> dict[str, Any]:
+        return sources[micro].batch(step, config.clips if micro else config.batch)
+
+    told = tuple(digest(source.pixels.index, source.pixels.good) for source in sources)
     run = Run(out, dataclasses.replace(config, data=told))
-    for step in train([player], batches, run=run, steps=config.steps, accumulate=2, seed=config.seed,
-                      save_every=max(config.steps // 4, 1), keep=1, prefetch=2, **engine.loop):  # fmt: skip
+    for step in train(players, batches, run=run, steps=config.steps, accumulate=len(sources), seed=config.seed,
+                      save_every=max(config.steps // 12, 1), keep=1, prefetch=2, **engine.loop):  # fmt: skip
         if step.number == 1:
-            name_bad(run, *sources)
+            name_bad(run, *(source.pixels for source in sources))
         if step.every(20):
             run.log(step.number, step.metrics)
-        if step.every(max(config.steps // 8, 1)):
-            with averaged(player) as whole:
-                drawn = whole.draw(whole.posterior(val)[0]).clamp(-1, 1)
-                error = ((drawn - val) / 2).square().mean(dim=(1, 2, 3, 4))
-                run.log(step.number, {"val_psnr": float(-10 * error.log10().mean())})
-                pairs = torch.stack([val[:8, :, 0], drawn[:8, :, 0]], dim=1)
-                grid(to_bytes(rearrange(pairs, "b two c h w -> (b two) c h w"))).save(
-                    run.sample_path(step.number)
-                )
+        if held and step.every(max(config.steps // 12, 1)):
+            with averaged(players[0]) as whole:
+                drawn = [_reconstructed(whole, videos) for videos in held]
+            run.log(step.number, _measured(drawn, held))
+            grid(to_bytes(_sheet(drawn, held)), columns=8).save(run.sample_path(step.number))
             run.curves()
-    with averaged(player) as whole:
-        some = torch.stack([_signal(pictures, i, slice(0, 1)) for i in pictures.good[:512]])
-        _normalise(whole, some.to(engine.home))
+    with averaged(players[0]) as whole:
+        _normalise(whole, [source.evenly(256 if source.kept == 1 else 64, source.most) for source in sources])
         keep(whole, out / "model")
     return reverie.load(out / "model")
+
+
+def _refuse(config: VaeRun) -> None:
+    time, space = config.model.stride
+    if config.size < space or config.size % space:
+        raise InputError(f"size {config.size} cannot be encoded: give a multiple of {space}.")
+    if config.batch < 1 or config.clips < 0:
+        raise InputError(
+            f"batch is {config.batch} and clips {config.clips}: a step needs a picture or more, and no less than 0 clips."
+        )
+    if config.clips and not 2 <= 1 + time <= config.frames <= KEPT_FRAMES:
+        raise InputError(
+            f"frames is {config.frames}: clips of this codec have from {1 + time} to {KEPT_FRAMES} frames."
+        )
+    for name, value in dataclasses.asdict(config.weights).items():
+        least = 1 if name.endswith("_every") else 0
+        if value < least:
+            raise InputError(f"{name} is {value}: give {least} or more.")
+
+
+# ---------------------------------------------------------------- the losses
+
+
+class Game:
+    """The loss of the codec, and of the discriminator that plays against it, if there is one.
+
+    A batch has `video b 3 f h w`, `noise` like its latents, and `step`, which says what counts this time.
+    """
+
+    def __init__(self, config: VaeRun, codec: VideoVae, judge: Discriminator | None, place: torch.device):
+        self.weights, self.codec, self.judge = config.weights, codec, judge
+        self.features: Features | None = None
+        if config.weights.perceptual:
+            clip = load_clip(config.clip).to(place)
+            self.features = tiled(clip.layers, clip.config.image.size)
+
+    def codec_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """L1, perceptual, KL, and what the discriminator holds against it, weighed at the decoder's last layer."""
+        weights, step, video = self.weights, batch["step"], batch["video"]
+        drawn, mean, log_variance = self._drawn(batch)
+        l1 = F.l1_loss(drawn, video)
+        found = {"l1": l1}
+        main = weights.l1 * l1
+        if self.features is not None and step % weights.perceptual_every == 0:
+            found["perceptual"] = perceptual(drawn, video, self.features)
+            main = main + weights.perceptual_every * weights.perceptual * found["perceptual"]
+        found["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = main + weights.kl * found["kl"]
+        if self.judge is not None and weights.plays(step):
+            found["fooled"] = torch.stack([generator_hinge(logits) for logits in self.judge(drawn)]).mean()
+            found["adaptive"] = adaptive_weight(main, found["fooled"], last_weight(self.codec.decoder))
+            loss = loss + weights.adversarial * found["adaptive"] * found["fooled"]
+        return {"loss": loss} | {name: value.detach() for name, value in found.items()}
+
+    def judge_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The hinge between the videos and what the codec draws of them by now; `told` is how often it is right."""
+        assert self.judge is not None
+        with torch.no_grad():
+            drawn = self._drawn(batch)[0]
+        pairs = list(zip(self.judge(batch["video"]), self.judge(drawn), strict=True))
+        loss = torch.stack([discriminator_hinge(*pair) for pair in pairs]).mean()
+        told = torch.stack([((real > 0).float().mean() + (fake < 0).float().mean()) / 2 for real, fake in pairs])
+        return {"loss": loss, "told": told.mean()}
+
+    def _drawn(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = self.codec.posterior(batch["video"])
+        return self.codec.draw(mean + batch["noise"] * (0.5 * log_variance).exp()), mean, log_variance
+
+
+def last_weight(decoder: nn.Module) -> nn.Parameter:
+    """The weight that a module applies last, by the order in which it names them."""
+    return [p for p in decoder.parameters() if p.ndim > 1][-1]
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Source:
+    """Batches of pictures (`kept` is 1) or clips. Every draw is keyed by (seed, purpose, epoch, item) or by the step."""
+
+    def __init__(self, index: Index, config: VaeRun, model: VideoVae, *, frames: int):
+        self.config, self.model, self.kept = config, model, frames
+        self.pixels = decoded(index, size=config.size, frames=frames)
+        if not self.pixels.good:
+            raise InputError(f"nothing usable in {index.folder}: run `reverie data check` to see why.")
+        self.most = config.frames if frames > 1 else 1
+        self.lengths = [n for n in range(2, self.most + 1) if n == model.whole(n)] or [1]
+
+    def batch(self, step: int, count: int) -> dict[str, Any]:
+        """`video b 3 f h w` with as many frames as the step draws, neighbours or every other one."""
+        seed, kind = self.config.seed, "clip" if self.kept > 1 else "picture"
+        u = torch.rand(2, generator=rng.generator(seed, "frames", step))
+        frames = self.lengths[int(u[0] * len(self.lengths))]
+        pace = 2 if u[1] < 0.5 and 2 * (frames - 1) < self.kept else 1
+        span = pace * (frames - 1) + 1
+        shape = self.model.latent_shape(frames, (self.config.size, self.config.size))
+        videos, noises, names = [], [], []
+        for epoch, place in my_share(step, count, len(self.pixels.good), seed):
+            i = self.pixels.good[place]
+            v = torch.rand((), generator=rng.generator(seed, "window", epoch, i)).item()
+            first = int(v * (self.kept - span + 1))
+            videos.append(self._video(i, slice(first, first + span, pace)))
+            noises.append(torch.randn(shape, generator=rng.generator(seed, "noise", kind, epoch, i)))
+            names.append(self.pixels.index[i].file_name)
+        return {"video": torch.stack(videos), "noise": torch.stack(noises), "step": step, "ids": names}
+
+    def evenly(self, count: int, frames: int) -> Tensor:
+        """At most `count` items, spread over all, with their frames spread over the whole clip: `n 3 f h w`."""
+        good = self.pixels.good
+        some = [good[i * len(good) // min(count, len(good))] for i in range(min(count, len(good)))]
+        places = torch.linspace(0, self.kept - 1, self.model.whole(frames)).round().long()
+        return torch.stack([self._video(i, places) for i in some])
+
+    def _video(self, i: int, which: slice | Tensor) -> Tensor:
+        """`which` frames of `self.kept`; a shorter clip repeats frames."""
+        frames = self.pixels[i]
+        places = torch.linspace(0, len(frames) - 1, self.kept).round().long()[which]
+        return rearrange(on_white(frames[places]), "f c h w -> c f h w")
+
+
+# ---------------------------------------------------------------- what is measured and shown
+
+
+def _reconstructed(model: VideoVae, videos: Tensor) -> Tensor:
+    place = model.mean.device
+    parts = [model.decode(model.encode(some.to(place))).cpu() for some in videos.split(8)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def _measured(drawn: list[Tensor], held: list[Tensor]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for a, b in zip(drawn, held, strict=True):
+        kind = "val" if b.shape[2] == 1 else "val_clip"
+        found[f"{kind}_psnr"] = psnr(a, b).mean().item()
+        if min(b.shape[-2:]) >= 11:
+            found[f"{kind}_ssim"] = ssim(a, b).mean().item()
+    return found
+
+
+def _sheet(drawn: list[Tensor], held: list[Tensor]) -> Tensor:
+    """Rows of eight: originals, what came back; of pictures eight, of clips the frames of two."""
+    rows = []
+    for a, b in zip(drawn, held, strict=True):
+        if b.shape[2] == 1:
+            pairs = [(b[:8, :, 0], a[:8, :, 0])]
+        else:
+            places = torch.linspace(0, b.shape[2] - 1, 8).round().long()
+            pairs = [(true[:, places].transpose(0, 1), back[:, places].transpose(0, 1)) for true, back in zip(b[:2], a[:2], strict=True)]
+        for pair in pairs:
+            for row in pair:
+                rows.append(torch.cat([row, row.new_ones(8 - len(row), *row.shape[1:])]))
+    return torch.cat(rows)
 
 
 def encode(
@@ -225,12 +504,13 @@ def _codec(folder: str | Path, device: str | None) -> VideoVae:
     return model.to(home(device))
 
 
-def _signal(pixels: Pixels, i: int, window: slice) -> Tensor:
-    return rearrange(on_white(pixels[i][window]), "f c h w -> c f h w")
-
-
-def _normalise(model: VideoVae, videos: Tensor) -> None:
-    """Set the constants that make the latents of `videos` zero mean and unit variance per channel."""
-    raw = torch.cat([model.posterior(part)[0] for part in videos.split(64)])
-    model.mean.copy_(raw.mean(dim=(0, 2, 3, 4)))
-    model.std.copy_(raw.std(dim=(0, 2, 3, 4)))
+def _normalise(model: VideoVae, kinds: list[Tensor]) -> None:
+    """Set the constants that make latents zero mean and unit variance per channel, where each kind counts equally."""
+    place, first, second = model.mean.device, [], []
+    for videos in kinds:
+        raw = torch.cat([model.posterior(part.to(place))[0].double() for part in videos.split(8)])
+        first.append(raw.mean(dim=(0, 2, 3, 4)))
+        second.append(raw.square().mean(dim=(0, 2, 3, 4)))
+    mean = torch.stack(first).mean(0)
+    model.mean.copy_(mean)
+    model.std.copy_((torch.stack(second).mean(0) - mean.square()).sqrt().clamp(min=1e-6))

@@ -92,18 +92,29 @@ class Clip(nn.Module):
         if not isinstance(images, Tensor):
             assert keep is None, "patches are kept of pictures in a tensor"
             return in_parts(images, lambda part: self.embed_image(self.prepare(part)))
-        size = self.config.image.size
-        images = as_batch(
-            images, size=size, like=self.log_scale, fit=self.config.fit, checked=not self.training
-        )
-        colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
-        x = ((images + 1) / 2 - colour[0]) / colour[1]
+        x = self._pixels(images, checked=not self.training)
         if keep is None:
             vectors = self.image.embed(x)
         else:
             assert isinstance(self.image, Vit), "a ResNet has no patches to keep"
             vectors = self.image.embed(x, keep)
         return F.normalize(self.image_projection(vectors), dim=-1)
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Float `b 3 h w`, about in [-1, 1] -> what the layers of the image tower see, `b n d` each (vit.Vit.layers).
+
+        InputError: the image tower is a ResNet.
+        """
+        if not isinstance(self.image, Vit):
+            raise InputError("the image tower of this CLIP is a ResNet: layers are those of a ViT.")
+        return self.image.layers(self._pixels(images, checked=False))
+
+    def _pixels(self, images: Tensor, *, checked: bool) -> Tensor:
+        """What the image tower reads: the size and the colours that it knows."""
+        size = self.config.image.size
+        images = as_batch(images, size=size, like=self.log_scale, fit=self.config.fit, checked=checked)
+        colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
+        return ((images + 1) / 2 - colour[0]) / colour[1]
 
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens `b n` -> unit vectors `b d`."""

@@ -60,13 +60,18 @@ class Replayed(SystemExit):
     """A step was computed again, and nothing else was done. Exit code 0 if it gave the same to the bit, else 1."""
 
 
+def _always(step: int) -> bool:
+    return True
+
+
 @dataclass
 class Player:
     """A model, its loss and its optimizer.
 
     `loss` takes a batch and gives {"loss": scalar, named scalar parts}; by default `model.loss`. `schedule`
     gives the factor on the optimizer's lr by the step from 0. `clip` bounds the norm of the gradient. With
-    several players each needs a `name`, which prefixes its files and metrics.
+    several players each needs a `name`, which prefixes its files and metrics. A player sits out the steps of which
+    `plays` says no: its weights, its optimizer and its average stay as they are, and it has no metrics.
     """
 
     model: nn.Module
@@ -77,6 +82,7 @@ class Player:
     clip: float | None = None
     loss: Callable[[Batch], Losses] = None  # type: ignore[assignment]  # None: model.loss
     name: str = ""
+    plays: Callable[[int], bool] = _always
 
     def __post_init__(self) -> None:
         if self.loss is None:
@@ -94,7 +100,7 @@ class Player:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step, done or skipped. With several players `losses`, `norms`, `rates` have keys "name/loss";
-    `loss`, `grad_norm` and `lr` are the first player's. What a skipped step did not compute is nan."""
+    `loss`, `grad_norm` and `lr` are the first player's, who plays always. What a skipped step did not compute is nan."""
 
     number: int
     steps: int
@@ -192,6 +198,7 @@ def train(
     ):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1.")
+    assert players[0].plays is _always, "the first player's loss is the step's"
     home = torch.device(device) if device is not None else next(players[0].model.parameters()).device
     for player in players:
         places = {p.device.type for p in player.model.parameters()}
@@ -332,14 +339,15 @@ class _Loop:
     def _step(self, modes: list[dict[nn.Module, bool]], asked: Asked) -> Step | None:
         """Does the next step; None when it rolled back instead."""
         at, begun = self.counts.step, time.perf_counter()
-        losses = {p._key("loss"): math.nan for p in self.players}
-        norms = {p._key("grad_norm"): math.nan for p in self.players}
+        playing = [(p, mode) for p, mode in zip(self.players, modes, strict=True) if p.plays(at)]
+        losses = {p._key("loss"): math.nan for p, _ in playing}
+        norms = {p._key("grad_norm"): math.nan for p, _ in playing}
         rates = {
-            p._key("lr"): p.schedule(at) * p.optimizer.param_groups[0]["initial_lr"] for p in self.players
+            p._key("lr"): p.schedule(at) * p.optimizer.param_groups[0]["initial_lr"] for p, _ in playing
         }
         items, trouble = 0, self.left_out.get(at)
         if trouble is None:
-            for player, mode in zip(self.players, modes, strict=True):
+            for player, mode in playing:
                 trouble = self._update(player, mode, at, losses, norms)
                 if trouble is not None:
                     break

@@ -1,0 +1,153 @@
+"""What a codec keeps of pictures and clips that it has not seen, behind `reverie eval reconstruction`.
+
+Latents are rounded to 16 bits before they are decoded, since this is the rate that is told. Beside the codec stands what
+is left of the same signals when they are made small until they have as many numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import reverie
+from reverie.data.index import Index
+from reverie.errors import InputError
+from reverie.evals import reconstruction
+from reverie.pictures import grid, save_clip, save_png, to_bytes
+from reverie.progress import counting
+from reverie.recipes.measure_generators import Real
+from reverie.recipes.measured import Measured, Row, fits
+from reverie.recipes.parts import home, open_index
+from reverie.train import memory
+
+SHOWN = 16  # pictures of a sheet
+CLIPS_SHOWN, FRAMES_SHOWN = 4, 9
+
+
+def reconstructions(
+    data: Path, out: Path, *, codec: str | Path, size: int = 64, frames: int = 17, split: str = "val",
+    source: str = "", count: int = 500, batch: int = 8, device: str | None = None,
+) -> Measured:  # fmt: skip
+    """PSNR, SSIM and rate of at most `count` pictures, and of as many clips of `frames` (1: pictures alone)."""
+    out, model = fits(out), _codec(codec, device)
+    video = _of_video(model)
+    time, space = model.config.stride if video else (1, model.config.stride)
+    if size < space or size % space:
+        raise InputError(f"size {size} cannot be encoded: give a multiple of {space}.")
+    if frames < 1 or (frames - 1) % time:
+        raise InputError(f"{frames} frames cannot be encoded: give 1 and some times {time}.")
+    for name, value in (("count", count), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: give 1 or more.")
+    index = open_index(data).select(split=split, sources=(source,) if source else None)
+
+    def reconstruct(signals: Tensor) -> tuple[Tensor, Tensor]:
+        x = signals.to(home(device))
+        x = x[:, :, None] if video and signals.ndim == 4 else x
+        if not video and signals.ndim == 5:  # a codec of pictures has each frame by itself
+            x = rearrange(x, "n c f h w -> (n f) c h w")
+        latents = model.encode(x).half().float()
+        drawn = model.decode(latents).float().cpu()
+        if not video and signals.ndim == 5:
+            drawn = rearrange(drawn, "(n f) c h w -> n c f h w", n=len(signals))
+        return drawn.reshape(signals.shape), latents
+
+    numbers: dict[str, Any] = {
+        "codec": str(codec), "stride": [time, space], "channels": model.config.channels, "size": size,
+        "frames": frames, "split": split, "source": source,
+    }  # fmt: skip
+    rows: list[Row] = []
+    for kind, length in (("pictures", 1), ("clips", frames)):
+        part = index.select(video=kind == "clips") if length > 1 or kind == "pictures" else []
+        if not len(part):
+            continue
+        real = Real(Index(index.folder, list(part)[:count]), (size, size), length)
+        with counting(f"measuring {kind}") as progress:
+            found = reconstruction.measure(
+                _batches(real, batch), reconstruct, progress=lambda done, n=len(real), tell=progress: tell(done, n)
+            )  # fmt: skip
+        few = found["rate"]["numbers"]
+        beside = reconstruction.measure(
+            _batches(real, batch), lambda x, few=few: (reconstruction.reduced(x, few), x)
+        )
+        numbers[kind] = {"codec": found, "reduced": beside}
+        rows += _rows(kind, length, found, beside)
+        _show(real, reconstruct, kind, out)
+    if not rows:
+        raise InputError(f"{data} has nothing in {split!r}" + (f" by {source!r}." if source else "."))
+    most = memory.peak(home(device))
+    numbers["peak_memory_bytes"] = most or None
+    title = f"{codec}: {'x'.join(map(str, (time, space, space)))}, {model.config.channels} channels, at {size} pixels"
+    columns = ("", "codec", "as many numbers, made small", "for comparison")
+    return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
+
+
+def _codec(name_or_folder: str | Path, device: str | None) -> Any:
+    """InputError: it does not encode and decode signals."""
+    model = reverie.load(name_or_folder)
+    if not all(hasattr(model, name) for name in ("encode", "decode", "posterior")):
+        raise InputError(
+            f"{name_or_folder} is a {type(model).__name__}: give the folder of an autoencoder, such as `reverie train "
+            "video-vae-stickers` makes."
+        )
+    return model.to(home(device))
+
+
+def _of_video(model: Any) -> bool:
+    return not isinstance(model.config.stride, int)
+
+
+def _batches(real: Real, batch: int) -> Iterator[Tensor]:
+    for at in range(0, len(real), batch):
+        yield real[at : at + batch]
+
+
+def _rows(kind: str, frames: int, found: dict[str, Any], beside: dict[str, Any]) -> list[Row]:
+    what = f"{found['count']} {kind}" + (f" of {frames} frames" if frames > 1 else "")
+    rows: list[Row] = []
+    for name, title, digits, hint in (
+        ("psnr", "PSNR, dB", 2, "the same: 100"),
+        ("ssim", "SSIM", 4, "the same: 1"),
+        ("motion_psnr", "PSNR of frame differences, dB", 2, "flicker and lost motion cost"),
+    ):
+        if name in found:
+            low, high = found[name]["interval"]
+            mean = f"{found[name]['mean']:.{digits}f}  [{low:.{digits}f}, {high:.{digits}f}]"
+            rows.append((f"{title}, {what}", mean, f"{beside[name]['mean']:.{digits}f}", hint))
+    if found.get("movement"):
+        moved = (f"{some['movement']:.3f}" for some in (found, beside))
+        rows.append((f"frame differences beside the original's, {kind}", *moved, "1: as much movement"))
+    rate = found["rate"]
+    rows.append((f"numbers for a pixel, {kind}", f"{rate['numbers']:.4f}", "", "raw: 3"))
+    rows.append(
+        (f"bits for a pixel, {kind}", f"{rate['bits']:.3f}", "", f"raw: 24, {rate['smaller']:.1f} times as many")
+    )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def _show(
+    real: Real, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], kind: str, out: Path
+) -> None:
+    """The originals above, what came back below: `pictures.png`; of clips some frames, and `clips.webp`, which moves."""
+    if kind == "pictures":
+        columns = min(8, len(real))
+        parts = [real[at : at + columns] for at in range(0, min(SHOWN, len(real) // columns * columns), columns)]
+        rows = torch.cat([some for true in parts for some in (true, reconstruct(true)[0])])
+        save_png(grid(to_bytes(rows), columns=columns), out / "pictures.png")
+        return
+    true = real[: 2 * CLIPS_SHOWN]
+    drawn = reconstruct(true)[0]
+    places = torch.linspace(0, true.shape[2] - 1, min(FRAMES_SHOWN, true.shape[2])).round().long()
+    strips = torch.stack([true, drawn], dim=1)[:CLIPS_SHOWN, :, :, places]
+    sheet = rearrange(strips, "n two c f h w -> (n two f) c h w")
+    save_png(grid(to_bytes(sheet), columns=len(places)), out / "clips.png")
+    both = torch.cat([true, drawn])
+    frames = [grid(to_bytes(both[:, :, f]), columns=len(true)) for f in range(both.shape[2])]
+    out.mkdir(parents=True, exist_ok=True)
+    save_clip(out / "clips.webp", frames, fps=8.0, quality=90)
