@@ -3,7 +3,8 @@
 A rule says source -> target. Placeholders in braces stand for one dotted segment and must agree on both sides
 (`layers.{i}.fc1.{p}` -> `blocks.{i}.mlp.in.{p}`). Several sources and one target concatenate (three projections into
 a fused one); one source and several targets split evenly; `copies` are one tensor under several names, which must be
-equal, and is written under each of them again. `rearrange` is an einops pattern from source to target
+equal, and is written under each of them again. A rule without targets is for a tensor that follows from the config:
+its `value` must stand in the file, and is written there again. `rearrange` is an einops pattern from source to target
 pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in `axes` that either direction needs.
 `invert` swaps the sides, so import and export are one table and a round trip is bit-equal.
 """
@@ -11,7 +12,7 @@ pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,11 +34,11 @@ class Rule:
     axes: tuple[tuple[str, int], ...] = ()
     dim: int = 0
     copies: bool = False
+    value: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        assert min(len(self.sources), len(self.targets)) == 1, (
-            f"{self} is neither one-to-many nor many-to-one"
-        )
+        one = (self.sources or self.targets) if self.value else min(self.sources, self.targets, key=len)
+        assert len(one) == 1, f"{self} is neither one-to-many nor many-to-one"
         names = [sorted(PLACEHOLDER.findall(side)) for side in (*self.sources, *self.targets)]
         assert all(found == names[0] for found in names), (
             f"the placeholders of {self} differ between its sides"
@@ -95,7 +96,9 @@ def apply(
         elif name not in ignored:
             unexpected[name] = tensor
 
-    made: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {
+        rule.targets[0]: rule.value() for rule in table if rule.value is not None and rule.targets
+    }
     missing: list[str] = []
     for number, values in groups:
         rule = table[number]
@@ -133,6 +136,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
     count, names, tensors = len(rule.targets), list(named), list(named.values())
+    if rule.value is not None:
+        known, found = rule.value(), tensors[0].float()
+        if known.shape != found.shape or not torch.allclose(known, found, atol=1e-3):
+            raise ModelFileError(
+                f"{names[0]} does not hold what Reverie computes in its place, so numbers would differ: refused."
+            )
+        return []
     try:
         if rule.copies:
             if not all(same(tensor, tensors[0]) for tensor in tensors):
