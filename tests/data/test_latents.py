@@ -28,7 +28,7 @@ SIZE = 16
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory) -> SimpleNamespace:
     torch.manual_seed(0)
-    model = VideoVae(VideoVaeConfig(channels=4, widths=(8, 8, 16), temporal=(False, True, True))).eval()
+    model = VideoVae(VideoVaeConfig(channels=4, widths=(8, 8, 16), temporal=(True, True))).eval()
     model.mean.uniform_(-1, 1)
     path = tmp_path_factory.mktemp("codec") / "model"
     reverie.save(model, path)

@@ -1,87 +1,373 @@
-"""A causal autoencoder of video, first cut: space by 8, time by 4, the first frame alone a picture.
+"""A causal autoencoder of pictures and clips: Wan 2.1's network (2503.20314, section 4.1) in any size.
 
-Convolutions in space are per frame; those in time look back only (the past is padded with the first frame), as in
-MAGVIT-v2 (2310.05737, section 3.1), so frames 1, 2-5, 6-9, ... become one latent frame each, and a picture is encoded
-exactly as the first frame of a clip. Latents are normalised per channel; the constants travel with the weights.
+Space is halved between stages and time in those that are asked to. A frame sees itself and the frames before it, never
+one after it: convolutions look back two frames, norms and attention at no other frame at all, and the first frame goes
+through every change of time alone. So a picture is encoded exactly as the first frame of a clip, and a clip may come in
+chunks: what the convolutions look back at is kept from one chunk to the next, and the result is that of the whole clip.
+Frames 1, 2-5, 6-9, ... become one latent frame each where time is halved twice.
+
+Inside, frames lie one after the other in the batch, `(f b) c h w`, channels last in memory, so that looking back is a
+slice: a convolution over three frames is the sum of three over one, and frames that are not there cost nothing.
+Latents are normalised per channel; the constants travel with the weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reverie.errors import InputError
+
+# Positions (frames x height x width) that are worth computing together: more of them only take more memory.
+TOGETHER = 2**14
+# What the convolutions look back at, by module: frames `b c h w`, the latest last. A module that is not in it has
+# seen nothing yet. None instead of the dictionary: all frames come at once, and nothing is kept.
+Past = dict[nn.Module, list[Tensor]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoVaeConfig:
-    channels: int = 16
-    widths: tuple[int, ...] = (48, 96, 192)  # one per halving of space
-    temporal: tuple[bool, ...] = (False, True, True)  # which of them halve time as well
+    channels: int = 16  # of the latents
+    widths: tuple[int, ...] = (32, 64, 128)  # one per stage; space is halved between stages
+    temporal: tuple[bool, ...] = (True, True)  # which of the halvings halve time as well
+    blocks: int = 1  # residual blocks of a stage; the decoder has one more
+    patch: int = 2  # patch x patch pixels are folded into channels first, which is cheap
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(self.temporal) != len(self.widths) - 1:
+            raise InputError(
+                f"{len(self.widths)} widths have {len(self.widths) - 1} halvings between them, but temporal says of "
+                f"{len(self.temporal)} whether they halve time: give one for each."
+            )
+        if any(width < 2 or width % 2 for width in self.widths):
+            raise InputError(f"widths are {self.widths}: each must be even.")
+        if min(self.channels, self.blocks, self.patch) < 1:
+            raise InputError(
+                f"channels {self.channels}, blocks {self.blocks} and patch {self.patch} must be 1 or more."
+            )
 
     @property
     def stride(self) -> tuple[int, int]:
         """(time, space)."""
-        return 2 ** sum(self.temporal), 2 ** len(self.widths)
+        return 2 ** sum(self.temporal), self.patch * 2 ** len(self.temporal)
 
 
-class CausalTime(nn.Module):
-    """A convolution over three frames that sees the present and the past; `stride` 2 halves time, keeping the first."""
+WAN = VideoVaeConfig(widths=(96, 192, 384, 384), temporal=(False, True, True), blocks=2, patch=1)
 
-    def __init__(self, width: int, *, stride: int = 1):
+
+# ---------------------------------------------------------------- bricks: `(f b) c h w`, channels last
+
+
+class Conv(nn.Module):
+    """A convolution over `time` frames, the present one and those before, and `side` x `side` pixels of each.
+
+    It begins as one of pictures: only the present frame counts.
+    """
+
+    def __init__(self, width: int, out: int, *, time: int = 3, side: int = 3):
         super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv1d(width, width, 3, stride=stride)
+        self.weight = nn.Parameter(torch.zeros(time, out, side, side, width))  # the present frame last
+        self.bias = nn.Parameter(torch.empty(out))
+        bound = 1 / math.sqrt(side * side * width)
+        nn.init.uniform_(self.weight[-1], -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, (h, w) = len(x), x.shape[-2:]
-        x = rearrange(x, "b c f h w -> (b h w) c f")
-        x = torch.cat([repeat(x[..., :1], "b c 1 -> b c two", two=2), x], dim=-1)
-        return rearrange(self.conv(x), "(b h w) c f -> b c f h w", b=b, h=h, w=w)
+    def tap(self, x: Tensor, back: int, **options) -> Tensor:
+        """What the frames `x` give to the frames that come `back` frames later."""
+        weight = rearrange(self.weight[-1 - back], "o p q c -> o c p q")
+        options.setdefault("padding", self.weight.shape[2] // 2)
+        return F.conv2d(x, weight, None if back else self.bias, **options)
+
+    def forward(self, x: Tensor, b: int, past: Past | None = None) -> Tensor:
+        before = past.get(self, []) if past is not None else []
+        reach = len(self.weight) - 1
+        y = self.tap(x, 0)
+        for back in range(1, reach + 1):
+            for j in range(max(back - len(before), 0), min(back, len(x) // b)):  # frames before this chunk
+                y[j * b : (j + 1) * b].add_(self.tap(before[j - back], back))
+            if len(x) > back * b:
+                y[back * b :].add_(self.tap(x[: -back * b], back))
+        if past is not None and reach:
+            past[self] = [*before, *_last(x, b, reach)][-reach:]
+        return y
 
 
-class Frames(nn.Module):
-    """A module for pictures, on each frame of a video."""
+class Norm(nn.Module):
+    """Each position's channels to a root mean square of one, scaled; then SiLU, if asked for."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, width: int):
         super().__init__()
-        self.module = module
+        self.scale = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        b = len(x)
-        return rearrange(
-            self.module(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=b
-        )
+    def forward(self, x: Tensor, *, silu: bool = True, own: bool = False) -> Tensor:
+        """`own`: x may be overwritten, where no gradient is asked for."""
+        scale = rearrange(self.scale, "c -> c 1 1") * math.sqrt(len(self.scale))
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+        if torch.is_grad_enabled():
+            y = (x / length * scale).to(x.dtype)
+            return F.silu(y) if silu else y
+        y = x.div_(length) if own else torch.div(x, length).to(x.dtype)
+        y.mul_(scale)
+        return F.silu(y, inplace=True) if silu else y
 
 
 class Residual(nn.Module):
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm1 = Norm(width)
+        self.conv1 = Conv(width, out)
+        self.norm2 = Norm(out)
+        self.conv2 = Conv(out, out)
+        self.shortcut = Conv(width, out, time=1, side=1) if width != out else None
+
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        y = self.conv1(self.norm1(x), b, past)
+        y = self.conv2(self.norm2(y, own=True), b, past)
+        return y.add_(x if self.shortcut is None else self.shortcut(x, b))
+
+
+class Attention(nn.Module):
+    """The positions of a frame among themselves, one head; it begins as nothing."""
+
     def __init__(self, width: int):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+        self.norm = Norm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        y = rearrange(self.norm(x, silu=False), "n c h w -> n 1 (h w) c")
+        y = F.scaled_dot_product_attention(*self.qkv(y).chunk(3, dim=-1))
+        y = rearrange(self.out(y), "n 1 (h w) c -> n c h w", h=x.shape[2])
+        return x + y
+
+
+class Down(nn.Module):
+    """Half the height and width; with `time`, two frames after the first become one."""
+
+    def __init__(self, width: int, *, time: bool):
+        super().__init__()
+        self.space = Conv(width, width, time=1)
+        self.time = Conv(width, width, side=1) if time else None
+
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        # A place sees itself and what is right of and below it: a row and a column more than asked for, cut off.
+        x = self.space.tap(x, 0, stride=2, padding=2)[:, :, 1:, 1:]
+        if self.time is None:
+            return x
+        before = past.get(self, []) if past is not None else []
+        if past is not None:
+            past[self] = _last(x, b, 1)
+        first, seen = ([], torch.cat([*before, x])) if before else ([x[:b]], x)
+        steps = (len(seen) // b - 1) // 2
+        if not steps:
+            return x
+        frames = rearrange(seen, "(f b) c h w -> f b c h w", b=b)
+        taps = [rearrange(frames[2 - back :: 2][:steps], "f b c h w -> (f b) c h w") for back in range(3)]
+        y = self.time.tap(taps[0], 0)
+        for back in (1, 2):
+            y.add_(self.time.tap(taps[back], back))
+        return torch.cat([*first, y]) if first else y
+
+
+class Up(nn.Module):
+    """Twice the height and width, half the channels; with `time`, every frame but the first becomes two."""
+
+    def __init__(self, width: int, *, time: bool):
+        super().__init__()
+        self.space = Conv(width, width // 2, time=1)
+        self.time = Conv(width, 2 * width, side=1) if time else None
+        if self.time is not None:  # frames are doubled at the start
+            bound = 1 / math.sqrt(width)
+            half = torch.empty(width, 1, 1, width).uniform_(-bound, bound)
+            with torch.no_grad():
+                self.time.weight[-1] = torch.cat([half, half])
+                self.time.bias[width:] = self.time.bias[:width]
+
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        if self.time is not None:
+            begun = past is not None and self in past
+            if past is not None:
+                past[self] = []
+            first, rest = ([], x) if begun else ([x[:b]], x[b:])
+            if len(rest):
+                y = rearrange(self.time(rest, b, past), "n c h w -> n h w c")
+                y = rearrange(y, "(f b) h w (two c) -> (f two b) h w c", two=2, b=b)
+                y = rearrange(y, "n h w c -> n c h w")
+                x = torch.cat([*first, y]) if first else y
+        return self.doubled(x)
+
+    def doubled(self, x: Tensor) -> Tensor:
+        """Every pixel drawn as 2 x 2, then the convolution, as four of 2 x 2 before the drawing.
+
+        Of three neighbouring pixels of the larger picture two are the same one of the smaller: where the even ones of
+        the larger look, their weights are (first, second + third), where the odd ones look (first + second, third).
+        """
+        h, w = x.shape[2:]
+        kernel = self.space.weight[0]  # o p q c
+        rows = torch.stack(
+            [kernel[:, 0], kernel[:, 1] + kernel[:, 2], kernel[:, 0] + kernel[:, 1], kernel[:, 2]]
+        )
+        rows = rearrange(rows, "(y p) o q c -> y o p q c", p=2)
+        both = torch.stack(
+            [
+                rows[..., 0, :],
+                rows[..., 1, :] + rows[..., 2, :],
+                rows[..., 0, :] + rows[..., 1, :],
+                rows[..., 2, :],
+            ]
+        )
+        kernels = rearrange(both, "(x q) y o p c -> (y x o) c p q", q=2)
+        kernels = kernels.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, kernels, repeat(self.space.bias, "o -> (four o)", four=4), padding=1)
+        parts = rearrange(y, "n (y x o) h w -> n y x o h w", y=2, x=2)
+        if torch.is_grad_enabled():
+            drawn = torch.stack([parts[:, i, j, :, i : i + h, j : j + w] for i in (0, 1) for j in (0, 1)])
+            drawn = rearrange(drawn, "(y x) n o h w -> n (h y) (w x) o", y=2)
+            return rearrange(drawn, "n h w o -> n o h w")
+        drawn = x.new_empty(len(x), 2 * h, 2 * w, parts.shape[3])
+        for i in (0, 1):
+            for j in (0, 1):
+                drawn[:, i::2, j::2] = rearrange(
+                    parts[:, i, j, :, i : i + h, j : j + w], "n o h w -> n h w o"
+                )
+        return rearrange(drawn, "n h w o -> n o h w")
+
+
+def _last(x: Tensor, b: int, count: int) -> list[Tensor]:
+    """The last frames, at most `count`, which keep no more of the memory of `x` than themselves."""
+    frames = list(x[-count * b :].split(b))
+    return [frame.clone() for frame in frames] if len(x) > len(frames) * b else frames
+
+
+# ---------------------------------------------------------------- the two halves
+
+
+class Stage(nn.Module):
+    """Residual blocks, then half or twice the size, if there is another stage."""
+
+    def __init__(self, width: int, out: int, *, blocks: int, change: Down | Up | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(width if i == 0 else out, out) for i in range(blocks))
+        self.change = change
+
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, b, past)
+        return x if self.change is None else self.change(x, b, past)
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.before = Residual(width, width)
+        self.attention = Attention(width)
+        self.after = Residual(width, width)
+
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        return self.after(self.attention(self.before(x, b, past), b, past), b, past)
+
+
+class Encoder(nn.Module):
+    """Frames with folded pixels -> mean and log variance, twice the channels."""
+
+    def __init__(self, config: VideoVaeConfig):
+        super().__init__()
+        widths = (config.widths[0], *config.widths)
+        self.stem = Conv(3 * config.patch**2, widths[0])
+        self.stages = nn.ModuleList(
+            Stage(
+                width, out, blocks=config.blocks,
+                change=Down(out, time=config.temporal[i]) if i < len(config.temporal) else None,
+            )
+            for i, (width, out) in enumerate(pairwise(widths))
         )  # fmt: skip
+        self.middle = Middle(widths[-1])
+        self.norm = Norm(widths[-1])
+        self.head = Conv(widths[-1], 2 * config.channels)
+        self.out = Conv(2 * config.channels, 2 * config.channels, time=1, side=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        for i, stage in enumerate(self.stages):
+            change = stage.change
+            first = change is not None and change.time is not None and (past is None or change not in past)
+            pair = 1 if change is None or change.time is None else 2
+            parts = []
+            for part in _parts(x, b, past, first=first, pair=pair):
+                parts.append(stage(self.stem(part, b, past) if i == 0 else part, b, past))
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        x = self.middle(x, b, past)
+        return self.out(self.head(self.norm(x), b, past), b)
 
 
-class TimeUp(nn.Module):
-    """Doubles the frames after the first: f -> 2 f - 1, then smooths over the past."""
+class Decoder(nn.Module):
+    """Raw latents -> frames with folded pixels, some at a time."""
 
-    def __init__(self, width: int):
+    def __init__(self, config: VideoVaeConfig):
         super().__init__()
-        self.smooth = CausalTime(width)
+        outs = config.widths[::-1]
+        widths = (outs[0], *(width // 2 for width in outs[:-1]))
+        self.enter = Conv(config.channels, config.channels, time=1, side=1)
+        self.stem = Conv(config.channels, outs[0])
+        self.middle = Middle(outs[0])
+        temporal = config.temporal[::-1]
+        self.stages = nn.ModuleList(
+            Stage(
+                width, out, blocks=config.blocks + 1,
+                change=Up(out, time=temporal[i]) if i < len(temporal) else None,
+            )
+            for i, (width, out) in enumerate(zip(widths, outs, strict=True))
+        )  # fmt: skip
+        self.norm = Norm(outs[-1])
+        self.head = Conv(outs[-1], 3 * config.patch**2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(2, dim=2)], dim=2)
-        return x + self.smooth(x)
+    def forward(self, x: Tensor, b: int, past: Past | None) -> Iterator[Tensor]:
+        x = self.stem(self.enter(x, b), b, past)
+        yield from self._grown(self.middle(x, b, past), b, past, 0)
+
+    def _grown(self, x: Tensor, b: int, past: Past | None, i: int) -> Iterator[Tensor]:
+        """Depth first: what a few frames grow into is finished before the next ones begin."""
+        parts = list(_parts(x, b, past))
+        del x
+        while parts:
+            y = self.stages[i](parts.pop(0), b, past)
+            if i + 1 < len(self.stages):
+                yield from self._grown(y, b, past, i + 1)
+            else:
+                yield self.head(self.norm(y, own=True), b, past)
+
+
+def _parts(x: Tensor, b: int, past: Past | None, *, first: bool = False, pair: int = 1) -> Iterator[Tensor]:
+    """Frames in as many parts as pay off: multiples of `pair` frames each, one more at first if `first`."""
+    if past is None:
+        yield x
+        return
+    most = max(TOGETHER // (x.shape[2] * x.shape[3] * b * pair), 1) * pair
+    at = 0
+    while at < len(x):
+        end = at + (most + (first and at == 0)) * b
+        yield x[at:end]
+        at = end
+
+
+# ---------------------------------------------------------------- the whole
 
 
 class VideoVae(nn.Module):
-    """`encode`: `b 3 f h w` in [-1, 1] -> normalised latents `b c g h/8 w/8`, g = 1 + (f - 1) / 4; `decode` back."""
+    """`encode`: `b 3 f h w` in [-1, 1] -> normalised latents `b c g h/s w/s`, g = 1 + (f - 1) / t; `decode` back.
+
+    `chunk` is how many latent frames are computed together (by default as many as pay off). It changes how much memory
+    is taken, never the result.
+    """
 
     mean: Tensor  # of the raw latents, per channel
     std: Tensor
@@ -89,63 +375,121 @@ class VideoVae(nn.Module):
     def __init__(self, config: VideoVaeConfig):
         super().__init__()
         self.config = config
-        widths = config.widths
-        down: list[nn.Module] = [Frames(nn.Conv2d(3 * 4, widths[0], 3, padding=1))]
-        for i, width in enumerate(widths):
-            if i:
-                down.append(Frames(nn.Conv2d(widths[i - 1], width, 3, stride=2, padding=1)))
-            if config.temporal[i]:
-                down.append(CausalTime(width, stride=2))
-            down.append(Frames(Residual(width)))
-        down.append(
-            Frames(
-                nn.Sequential(
-                    nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * config.channels, 1)
-                )
-            )
-        )
-        self.encoder = nn.Sequential(*down)
-        up: list[nn.Module] = [Frames(nn.Conv2d(config.channels, widths[-1], 3, padding=1))]
-        for i in reversed(range(len(widths))):
-            up.append(Frames(Residual(widths[i])))
-            if config.temporal[i]:
-                up.append(TimeUp(widths[i]))
-            if i:
-                up.append(
-                    Frames(
-                        nn.Sequential(
-                            nn.Upsample(scale_factor=2), nn.Conv2d(widths[i], widths[i - 1], 3, padding=1)
-                        )
-                    )
-                )
-        up.append(
-            Frames(
-                nn.Sequential(
-                    nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3 * 4, 3, padding=1)
-                )
-            )
-        )
-        self.decoder = nn.Sequential(*up)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
         self.register_buffer("mean", torch.zeros(config.channels))
         self.register_buffer("std", torch.ones(config.channels))
 
-    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def channels(self) -> int:
+        return self.config.channels
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(time, space)."""
+        return self.config.stride
+
+    # A signal and its latents ---------------------------------------------------------------------------------------
+
+    def encode(self, video: Tensor, *, chunk: int | None = None) -> Tensor:
+        return self._normal(self.posterior(video, chunk=chunk)[0])
+
+    def decode(self, latents: Tensor, *, chunk: int | None = None) -> Tensor:
+        return self.draw(self._raw(latents), chunk=chunk)
+
+    def posterior(self, video: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the raw latents."""
-        folded = rearrange(video, "b c f (h p) (w q) -> b (c p q) f h w", p=2, q=2)
-        mean, log_variance = self.encoder(folded).chunk(2, dim=1)
-        return mean, log_variance.clamp(-20, 10)
+        self._check(video)
+        b, _, frames, h, w = video.shape
+        latent = 1 + (frames - 1) // self.stride[0]
+        chunk = self._chunk(chunk, frames=4 * self.stride[0], positions=b * h * w // self.config.patch**2)
+        out = video.new_empty(b, 2 * self.channels, latent, h // self.stride[1], w // self.stride[1])
+        cuts = [0, *(self.whole(1) + self.stride[0] * (g - 1) for g in range(chunk, latent, chunk)), frames]
+        pieces = (video[:, :, a:z] for a, z in pairwise(cuts))
+        mean, log_variance = _filled(out, self._encoded(pieces, keep=len(cuts) > 2)).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
 
-    def encode(self, video: Tensor) -> Tensor:
-        wide = "c -> 1 c 1 1 1"
-        return (self.posterior(video)[0] - rearrange(self.mean, wide)) / rearrange(self.std, wide)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        wide = "c -> 1 c 1 1 1"
-        return self.draw(latents * rearrange(self.std, wide) + rearrange(self.mean, wide))
-
-    def draw(self, raw: Tensor) -> Tensor:
+    def draw(self, raw: Tensor, *, chunk: int | None = None) -> Tensor:
         """Raw latents -> video."""
-        return rearrange(self.decoder(raw), "b (c p q) f h w -> b c f (h p) (w q)", p=2, q=2)
+        b, _, latent, h, w = raw.shape
+        time, space = self.stride
+        chunk = self._chunk(chunk, frames=1, positions=b * h * w)
+        out = raw.new_empty(b, 3, 1 + (latent - 1) * time, h * space, w * space)
+        return _filled(out, self._decoded(raw.split(chunk, dim=2), keep=latent > 1))
+
+    # The same for signals that come and go in pieces ----------------------------------------------------------------
+
+    def encode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The latents of a clip whose frames come in pieces `b 3 f h w` of any lengths, as soon as they are filled."""
+        for raw in self._encoded(self._filling(pieces)):
+            yield self._normal(raw[:, : self.channels])
+
+    def decode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The frames of a clip whose latents come in pieces `b c g h w` of any lengths, as soon as they are drawn."""
+        yield from self._decoded(self._raw(piece) for piece in pieces)
+
+    def _encoded(self, pieces: Iterable[Tensor], *, keep: bool = True) -> Iterator[Tensor]:
+        past: Past | None = {} if keep else None
+        p = self.config.patch
+        for piece in pieces:
+            b = len(piece)
+            x = rearrange(piece, "b c f (h p) (w q) -> (f b) h w (c q p)", p=p, q=p).contiguous()
+            x = self.encoder(rearrange(x, "n h w c -> n c h w"), b, past)
+            yield rearrange(x, "(f b) c h w -> b c f h w", b=b)
+
+    def _decoded(self, pieces: Iterable[Tensor], *, keep: bool = True) -> Iterator[Tensor]:
+        past: Past | None = {} if keep else None
+        p = self.config.patch
+        for piece in pieces:
+            b = len(piece)
+            x = rearrange(piece, "b c f h w -> (f b) h w c").contiguous()
+            for y in self.decoder(rearrange(x, "n h w c -> n c h w"), b, past):
+                yield rearrange(y, "(f b) (c q p) h w -> b c f (h p) (w q)", b=b, p=p, q=p)
+
+    def _filling(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        rest: list[Tensor] = []
+        need, time = 1, self.stride[0]
+        for piece in pieces:
+            rest = [torch.cat([*rest, piece], dim=2)]
+            count = rest[0].shape[2]
+            if count >= need:
+                end = need + (count - need) // time * time
+                self._check(rest[0][:, :, : self.whole(end)], frames=1)
+                yield rest[0][:, :, :end]
+                rest, need = [rest[0][:, :, end:]], time
+        if rest and rest[0].shape[2]:
+            raise InputError(
+                f"{rest[0].shape[2]} frames are left at the end that do not fill a latent frame of {time}: "
+                "repeat the last one until they do."
+            )
+
+    def _chunk(self, chunk: int | None, *, frames: int, positions: int) -> int:
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk is {chunk}: give the latent frames to compute together, 1 or more.")
+        if chunk is not None:
+            return chunk
+        return 2**30 if torch.is_grad_enabled() else max(4 * TOGETHER // (frames * positions), 1)
+
+    def _normal(self, raw: Tensor) -> Tensor:
+        wide = "c -> 1 c 1 1 1"
+        return (raw - rearrange(self.mean, wide)) / rearrange(self.std, wide)
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        wide = "c -> 1 c 1 1 1"
+        return latents * rearrange(self.std, wide) + rearrange(self.mean, wide)
+
+    def _check(self, video: Tensor, frames: int | None = None) -> None:
+        frames = frames or video.shape[2]
+        (time, space), (h, w) = self.stride, video.shape[3:]
+        if frames != self.whole(frames):
+            raise InputError(
+                f"{frames} frames do not fill latent frames: give 1 and some times {time}, such as "
+                f"{self.whole(frames)}."
+            )
+        if h % space or w % space:
+            raise InputError(f"frames of {h} x {w} cannot be encoded: both must be multiples of {space}.")
+
+    # Shapes ---------------------------------------------------------------------------------------------------------
 
     def whole(self, frames: int) -> int:
         """The least number of frames, at least `frames`, that fills its latent frames: 1, 5, 9, ..."""
@@ -161,6 +505,8 @@ class VideoVae(nn.Module):
         rest = rearrange(mask[:, 1:], "b (g time) -> b g time", time=self.config.stride[0]).all(-1)
         return torch.cat([mask[:, :1], rest], dim=1)
 
+    # Training -------------------------------------------------------------------------------------------------------
+
     def loss(self, batch: dict[str, Tensor], *, kl: float = 1e-4) -> dict[str, Tensor]:
         """L1, plus a small KL to a standard normal. `video b 3 f h w`, `noise` like the latents."""
         mean, log_variance = self.posterior(batch["video"])
@@ -168,3 +514,15 @@ class VideoVae(nn.Module):
         l1 = F.l1_loss(self.draw(raw), batch["video"])
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return {"loss": l1 + kl * divergence, "l1": l1, "kl": divergence}
+
+
+def _filled(out: Tensor, pieces: Iterator[Tensor]) -> Tensor:
+    """The pieces one after the other in time: written into `out`, or joined where gradients go back."""
+    if torch.is_grad_enabled():
+        found = list(pieces)
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+    at = 0
+    for piece in pieces:
+        out[:, :, at : at + piece.shape[2]] = piece
+        at += piece.shape[2]
+    return out
