@@ -17,9 +17,13 @@ from reverie.nn.linear import PART, Linear
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`outputs inputs` -> int8 and the scale of each output, float32."""
-    scale = weight.abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (weight.float() / scale[:, None]).round_().to(torch.int8), scale
+    """`outputs inputs` -> int8 and the scale of each output, float32; a part at a time, which takes little memory."""
+    small = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(len(weight), device=weight.device)
+    for part, out, size in zip(weight.split(PART), small.split(PART), scale.split(PART), strict=True):
+        size.copy_(part.abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / 127)
+        out.copy_((part.float() / size[:, None]).round_())
+    return small, scale
 
 
 class Int8Linear(nn.Module):

@@ -36,7 +36,7 @@ def fill(
     """Fill a system from the files of `weights`, each with what comes before its names; their names -> ours by `table`.
 
     `ignored` are names in the files that are no weights, `given` are tensors of ours that no file holds. `dtype`
-    (torch.bfloat16, torch.float16) is what the weights of linear layers are kept in, and `quantise` ("int8") what those of
+    (torch.bfloat16, torch.float16) is what the weights of linear layers are kept in, `quantise` ("int8") what those of
     repeated blocks are; all else keeps the system's own precision. The files' names and shapes have been checked.
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
