@@ -1,0 +1,369 @@
+"""Every sampler beside diffusers' scheduler, step by step: the same network, the same noise, the same points.
+
+What is compared at each step is what the network is given: the signal, and the time that it is told.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from reverie.errors import InputError
+from reverie.processes import gaussian
+from reverie.processes.gaussian import Ddpm, Edm, Flow
+from reverie.samplers import diffusion
+from reverie.samplers.configured import SamplerConfig
+from reverie.samplers.guidance import guided
+from reverie.weights import diffusers_scheduler
+from reverie.weights.files import ModelFileError
+
+pytestmark = pytest.mark.reference
+diffusers = pytest.importorskip("diffusers")
+
+SHAPE = (2, 4, 6, 5)
+MIX = torch.randn(SHAPE[1], SHAPE[1], generator=torch.Generator().manual_seed(9)) / 2
+SEED = 11
+
+
+def network(x, t):
+    """Something nonlinear of `x b c h w` and a time of about 0 to 1000."""
+    mixed = torch.einsum("bchw,cd->bdhw", x, MIX) + math.cos(t / 150)
+    return torch.tanh(mixed) + 0.3 * torch.sin(2 * x + t / 300)
+
+
+def theirs(scheduler, noise, steps, *, output=network, set_options=None, **options):
+    """What the network saw, what it was told, and the last sample."""
+    scheduler.set_timesteps(steps, **(set_options or {}))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # as pipelines do: two points may be told alike
+    x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    seen = []
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        seen.append((scaled, float(t)))
+        x = scheduler.step(output(scaled, float(t)), t, x, **options).prev_sample
+    return seen, x
+
+
+def ours(config, noise, steps, *, output=network, tokens=None, **options):
+    points = config.points(steps, tokens=tokens)
+    unit = config.times if isinstance(config.process, Flow) else 1
+    seen = []
+
+    def predict(x, point):
+        seen.append((x, point.t * unit))
+        out = output(x, point.t * unit)
+        out, v = out.chunk(2, dim=1) if out.shape[1] > x.shape[1] else (out, None)
+        x0 = gaussian.to_x0(config.prediction, out, x, point)
+        return x0 if v is None else torch.cat([x0, v], dim=1)
+
+    generator = torch.Generator().manual_seed(SEED)
+    x = config.run(predict, config.first(noise, points), points, generator=generator, **options)
+    return seen, x, points
+
+
+def compare(scheduler, steps, *, tolerance=1e-4, told=1e-3, eta=None, output=network, mu=None, tokens=None):
+    record = json.loads(scheduler.to_json_string())
+    config = diffusers_scheduler.read(record)
+    assert diffusers_scheduler.read(json.loads(json.dumps(diffusers_scheduler.write(config)))) == config
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    options = {} if eta is None else {"eta": eta}
+    random = {"generator": torch.Generator().manual_seed(SEED)}
+    takes = scheduler.step.__code__.co_varnames
+    expected, last = theirs(
+        scheduler,
+        noise,
+        steps,
+        output=output,
+        set_options=None if mu is None else {"mu": mu},
+        **options,
+        **(random if "generator" in takes else {}),
+    )
+    got, x, points = ours(config, noise, steps, output=output, tokens=tokens, **options)
+    assert len(got) == len(expected)
+    worst = 0.0
+    for (a, t), (b, their_t) in zip(got, expected, strict=True):
+        assert t == pytest.approx(their_t, abs=told)
+        worst = max(worst, ((a - b).abs().max() / b.abs().max()).item())
+    if points[-1].sigma > 0 and config.sampler in ("euler", "heun", "euler_ancestral"):
+        last = last * points[-1].alpha  # they end on x / alpha
+    worst = max(worst, ((x - last).abs().max() / last.abs().max()).item())
+    assert worst < tolerance, f"relative error {worst:.1e}"
+    return worst
+
+
+TABLES = [
+    {},
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "squaredcos_cap_v2"},
+]
+SPACINGS = ["leading", "trailing", "linspace"]
+PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim(table, spacing, prediction, eta):
+    for clip in (False, True):
+        scheduler = diffusers.DDIMScheduler(
+            **table, timestep_spacing=spacing, prediction_type=prediction, clip_sample=clip
+        )
+        compare(scheduler, 10, eta=eta)
+
+
+@pytest.mark.parametrize("options", [
+    {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False, **TABLES[1]},  # Stable Diffusion's
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing", **TABLES[1]},
+    {"clip_sample": True, "clip_sample_range": 0.3},
+    {"num_train_timesteps": 400, "clip_sample": False},
+])  # fmt: skip
+def test_ddim_s_options(options):
+    compare(diffusers.DDIMScheduler(**options), 20, eta=0.0)
+
+
+@pytest.mark.parametrize("steps", [7, 25, 250])
+def test_the_ddim_of_diffusers_dit_pipeline(steps):
+    """scheduler_config.json of DiT-XL-2-256 and 512."""
+    compare(diffusers.DDIMScheduler(clip_sample=False, steps_offset=0, set_alpha_to_one=True), steps, eta=0.0)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm(table, spacing, prediction):
+    for steps, clip in ((10, False), (33, True)):
+        scheduler = diffusers.DDPMScheduler(
+            **table, timestep_spacing=spacing, prediction_type=prediction, clip_sample=clip
+        )
+        compare(scheduler, steps)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small_log", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_ddpm_s_variances(variance, spacing):
+    def output(x, t):
+        out = network(x, t)
+        return torch.cat([out, torch.sin(x + t)], dim=1) if variance == "learned_range" else out
+
+    scheduler = diffusers.DDPMScheduler(
+        variance_type=variance, timestep_spacing=spacing, clip_sample=variance == "fixed_large"
+    )
+    for steps in (8, 25):
+        compare(scheduler, steps, output=output)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete"])
+def test_the_samplers_by_sigma(table, spacing, prediction, name):
+    """Not where the cosine table begins at sigma / alpha = 20,000, in units of which diffusers counts in fp32."""
+    if "beta_schedule" in table and table["beta_schedule"] == "squaredcos_cap_v2" and spacing != "leading":
+        pytest.skip("diffusers loses the digits that are compared")
+    scheduler = getattr(diffusers, f"{name}Scheduler")(
+        **table, timestep_spacing=spacing, prediction_type=prediction, steps_offset=int(spacing == "leading")
+    )
+    compare(scheduler, 12)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("kind", ["karras", "exponential"])
+def test_other_sigmas(name, spacing, kind):
+    scheduler = getattr(diffusers, f"{name}Scheduler")(
+        **TABLES[1], timestep_spacing=spacing, **{f"use_{kind}_sigmas": True}
+    )
+    compare(scheduler, 9, told=2e-3)
+
+
+@pytest.mark.parametrize("options", [
+    {"final_sigmas_type": "sigma_min"},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing", **TABLES[1]},
+])  # fmt: skip
+def test_euler_s_options(options):
+    compare(diffusers.EulerDiscreteScheduler(**options), 8)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_dpmpp(table, spacing, prediction, algorithm):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **table, timestep_spacing=spacing, prediction_type=prediction, algorithm_type=algorithm
+    )
+    compare(scheduler, 11)
+
+
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize("options", [
+    {"solver_type": "heun"}, {"solver_order": 1}, {"use_karras_sigmas": True},
+    {"final_sigmas_type": "sigma_min"}, {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
+    {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing", **TABLES[1]},
+    {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+])  # fmt: skip
+def test_dpmpp_s_options(algorithm, options):
+    for steps in (6, 20):
+        compare(diffusers.DPMSolverMultistepScheduler(algorithm_type=algorithm, **options), steps)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_unipc(table, spacing, prediction):
+    scheduler = diffusers.UniPCMultistepScheduler(
+        **table, timestep_spacing=spacing, prediction_type=prediction
+    )
+    compare(scheduler, 11)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("solver", ["bh1", "bh2"])
+@pytest.mark.parametrize("options", [
+    {}, {"use_karras_sigmas": True}, {"final_sigmas_type": "sigma_min"},
+    {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+])  # fmt: skip
+def test_unipc_s_options(order, solver, options):
+    for steps in (2, 6, 20):
+        compare(
+            diffusers.UniPCMultistepScheduler(solver_order=order, solver_type=solver, **options), steps
+        )
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+@pytest.mark.parametrize("steps", [4, 20, 50])
+def test_the_unipc_of_wan(shift, steps):
+    """Wan 2.1's scheduler_config.json: shift 3 for 480p, 5 for 720p; the network is told whole thousandths."""
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    compare(scheduler, steps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"])
+def test_flow_match(shift, name):
+    for steps in (1, 7, 28):
+        compare(getattr(diffusers, f"{name}Scheduler")(shift=shift), steps)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_shift_by_tokens(kind):
+    """FLUX's: mu from the tokens, as its pipeline computes it."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    mu = 0.5 + (1.15 - 0.5) * (1024 - 256) / (4096 - 256)
+    compare(scheduler, 9, mu=mu, tokens=1024)
+    config = diffusers_scheduler.read(json.loads(scheduler.to_json_string()))
+    with pytest.raises(InputError, match="how many tokens"):
+        config.points(9)
+
+
+def test_edm():
+    """diffusers' EDMEulerScheduler: c_skip, c_out, c_in, c_noise, and Karras's sigmas."""
+    scheduler = diffusers.EDMEulerScheduler()
+    edm, noise = Edm(), torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(12)
+    x = noise * scheduler.init_noise_sigma
+    expected = []
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        expected.append((scaled, float(t)))
+        x = scheduler.step(network(scaled, float(t)), t, x).prev_sample
+    got = []
+
+    def predict(x, point):
+        got.append((edm.scaled(x, point), point.t))
+        return edm.x0(network(*got[-1]), x, point)
+
+    points = edm.points(12)
+    out = diffusion.euler(predict, noise * (points[0].sigma ** 2 + 1) ** 0.5, points)
+    for (a, t), (b, their_t) in zip(got, expected, strict=True):
+        assert t == pytest.approx(their_t, abs=1e-5)
+        assert ((a - b).abs().max() / b.abs().max()).item() < 2e-5
+    assert ((out - x).abs().max() / x.abs().max()).item() < 2e-5
+
+
+def test_rescaled_guidance():
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    point = Ddpm().at(600)
+    with_text, without = network(x, 600.0), network(x, 100.0)
+
+    def predict(both, point):
+        return gaussian.to_x0("v", torch.cat([with_text, without]), both, point)
+
+    expected = rescale_noise_cfg(without + 7.5 * (with_text - without), with_text, guidance_rescale=0.7)
+    got = guided(predict, 7.5, rescale=0.7, spread_of="v")(x, point)
+    torch.testing.assert_close(gaussian.from_x0("v", got, x, point), expected, atol=1e-4, rtol=1e-4)
+
+
+# The file ----------------------------------------------------------------------------------------------------------
+
+
+def test_published_files():
+    """As they lie in the folders of the models, with keys left over from other classes."""
+    dit = {
+        "_class_name": "DDIMScheduler", "_diffusers_version": "0.12.0.dev0", "beta_end": 0.02,
+        "beta_schedule": "linear", "beta_start": 0.0001, "clip_sample": False, "num_train_timesteps": 1000,
+        "prediction_type": "epsilon", "set_alpha_to_one": True, "steps_offset": 0, "trained_betas": None,
+    }  # fmt: skip
+    assert diffusers_scheduler.read(dit) == SamplerConfig()
+    stable = {
+        "_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+        "clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1,
+        "use_karras_sigmas": True,
+    }  # fmt: skip
+    assert diffusers_scheduler.read(stable) == SamplerConfig(
+        process=Ddpm(betas="scaled_linear", beta_start=0.00085, beta_end=0.012), offset=1, last="first"
+    )
+    sd3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    flow = SamplerConfig(process=Flow(shift=3.0), prediction="velocity", sampler="euler")
+    assert diffusers_scheduler.read(sd3) == flow
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ([], "must be an object"),
+    ({"_class_name": "PNDMScheduler"}, "PNDMScheduler.*known are DDPMScheduler"),
+    ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding as true|thresholding as True"),
+    ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}, "linspace.*leading or trailing"),
+    ({"_class_name": "DDIMScheduler", "something_new": 3}, "something_new"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "timestep_spacing": "trailing"}, "ends on noise"),
+    ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule"),
+    ({"_class_name": "DDPMScheduler", "trained_betas": [0.1]}, "trained_betas"),
+    ({"_class_name": "DDPMScheduler", "steps_offset": "x"}, "steps_offset"),
+    ({"_class_name": "DDPMScheduler", "beta_start": 2.0}, "betas"),
+    ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas"),
+    ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "flow_prediction"}, "no flow"),
+    ({"_class_name": "HeunDiscreteScheduler", "clip_sample": True}, "clip_sample"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "order 3"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "algorithm_type"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped"),
+    ({"_class_name": "UniPCMultistepScheduler", "use_exponential_sigmas": True}, "exponential"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
+     "karras"),
+    ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "disable_corrector"),
+    ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "prediction_type"),
+    ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, "unipc"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}, "stochastic_sampling"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True}, "karras"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0}, "above 0"),
+])  # fmt: skip
+def test_what_cannot_be_followed_is_refused(record, said):
+    with pytest.raises(ModelFileError, match=said):
+        diffusers_scheduler.read(record)
+
+
+@pytest.mark.parametrize("config", [
+    SamplerConfig(process=Flow(), prediction="velocity", sampler="euler_ancestral"),
+    SamplerConfig(spacing="respaced"),
+    SamplerConfig(sampler="ddpm", last="first"),
+])  # fmt: skip
+def test_what_diffusers_cannot_be_told_is_not_written(config):
+    with pytest.raises(InputError):
+        diffusers_scheduler.write(config)
