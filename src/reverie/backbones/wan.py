@@ -72,6 +72,11 @@ class Words:
     values: tuple[Tensor, ...]
     bias: Tensor | None = None
 
+    def first(self, count: int) -> Words:
+        """Those of the first so many prompts."""
+        keys, values = (tuple(part[:count] for part in parts) for parts in (self.keys, self.values))
+        return Words(keys, values, None if self.bias is None else self.bias[:count])
+
 
 class RmsNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), times a weight; the mean as one product, ten times as quick as torch's on a CPU."""

@@ -79,47 +79,70 @@ def apply(
     sources, and the result must cover `expected` exactly; otherwise `ModelFileError` lists what is missing, unexpected
     and mis-shaped.
     """
-    rules = [(rule, [(_pattern(source), source) for source in rule.sources]) for rule in table]
-    ignored = matching(ignore, tensors)
-    groups: dict[tuple[int, tuple[tuple[str, str], ...]], None] = {}
-    unexpected: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        claims = [
-            (number, tuple(sorted(found.groupdict().items())))
-            for number, (_, patterns) in enumerate(rules)
-            for pattern, _ in patterns
-            if (found := pattern.fullmatch(name))
-        ]
-        assert len(claims) <= 1, f"{len(claims)} rules claim {name}"
-        if claims:
-            groups[claims[0]] = None
-        elif name not in ignored:
-            unexpected[name] = tensor
-
+    groups, unexpected = grouped(table, tensors, ignore=ignore)
     made: dict[str, Tensor] = {
         rule.targets[0]: rule.value() for rule in table if rule.value is not None and rule.targets
     }
     missing: list[str] = []
-    for number, values in groups:
-        rule = table[number]
-        sources = [_fill(side, dict(values)) for side in rule.sources]
-        targets = [_fill(side, dict(values)) for side in rule.targets]
-        absent = [source for source in sources if source not in tensors]
+    for group in groups:
+        absent = [source for source in group.sources if source not in tensors]
         if absent:
             missing += absent
             continue
-        pieces = _convert(rule, {source: tensors[source] for source in sources})
-        for target, tensor in zip(targets, pieces, strict=True):
-            assert target not in made, f"two rules make {target}"
-            made[target] = tensor
+        pieces = group.convert({source: tensors[source] for source in group.sources})
+        assert not made.keys() & pieces.keys(), f"two rules make {min(made.keys() & pieces.keys())}"
+        made |= pieces
     if missing:
         raise ModelFileError(
             f"{what} lacks {len(missing)} tensors whose companions it has ({', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}); fetch the whole checkpoint."
         )
-    present = expectation({**made, **unexpected})
+    present = expectation({**made, **{name: tensors[name] for name in unexpected}})
     check(present, expectation(made) if expected is None else expected, what=what)
     return made
+
+
+@dataclass(frozen=True)
+class Group:
+    """A rule with names in place of its placeholders: what is read together, and what it becomes."""
+
+    rule: Rule
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The targets from the sources. Raises `ModelFileError`."""
+        pieces = _convert(self.rule, {source: tensors[source] for source in self.sources})
+        return dict(zip(self.targets, pieces, strict=True))
+
+
+def grouped(
+    table: Table, names: Iterable[str], *, ignore: Sequence[str] = ()
+) -> tuple[list[Group], list[str]]:
+    """The names by the rules that claim them, in the names' order; and the names that none claims or ignores."""
+    names = list(names)
+    rules = [(rule, [_pattern(source) for source in rule.sources]) for rule in table]
+    ignored = matching(ignore, names)
+    groups: dict[tuple[int, tuple[tuple[str, str], ...]], Group] = {}
+    unclaimed: list[str] = []
+    for name in names:
+        claims = [
+            (number, tuple(sorted(found.groupdict().items())))
+            for number, (_, patterns) in enumerate(rules)
+            for pattern in patterns
+            if (found := pattern.fullmatch(name))
+        ]
+        assert len(claims) <= 1, f"{len(claims)} rules claim {name}"
+        if claims and claims[0] not in groups:
+            rule, values = table[claims[0][0]], dict(claims[0][1])
+            groups[claims[0]] = Group(
+                rule,
+                tuple(_fill(side, values) for side in rule.sources),
+                tuple(_fill(side, values) for side in rule.targets),
+            )
+        elif not claims and name not in ignored:
+            unclaimed.append(name)
+    return list(groups.values()), unclaimed
 
 
 def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
