@@ -3,6 +3,7 @@
 What is compared at each step is what the network is given: the signal, and the time that it is told.
 """
 
+import functools
 import json
 import math
 
@@ -63,34 +64,51 @@ def ours(config, noise, steps, *, output=network, tokens=None, **options):
     return seen, x, points
 
 
-def compare(scheduler, steps, *, tolerance=1e-4, told=1e-3, eta=None, output=network, mu=None, tokens=None):
-    record = json.loads(scheduler.to_json_string())
-    config = diffusers_scheduler.read(record)
+def compare(scheduler, steps, *, tolerance=1e-5, as_it_is=2e-4, told=1e-3, tokens=None, mu=None, **options):
+    """Their scheduler beside what its file says here: as it is, and with its table of alphas in float64.
+
+    In float32 the table's 1 - alpha^2 is off by up to 2e-4 where it is small; without that the steps agree to 1e-5.
+    """
+    config = diffusers_scheduler.read(json.loads(scheduler.to_json_string()))
     assert diffusers_scheduler.read(json.loads(json.dumps(diffusers_scheduler.write(config)))) == config
+    error(scheduler, config, steps, as_it_is, told, tokens, mu, **options)
+    if isinstance(config.process, Ddpm):
+        scheduler.alphas_cumprod = exact_table(config.process, config.sampler not in ("ddpm", "ddim"))
+        if config.last == "first":
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    error(scheduler, config, steps, tolerance, told, tokens, mu, **options)
+
+
+@functools.cache
+def exact_table(process, finite):
+    at = process.finite if finite else process.at
+    return torch.tensor([at(t).alpha ** 2 for t in range(process.steps)], dtype=torch.float64)
+
+
+def error(scheduler, config, steps, tolerance, told, tokens, mu, *, eta=None, output=network):
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     options = {} if eta is None else {"eta": eta}
-    random = {"generator": torch.Generator().manual_seed(SEED)}
-    takes = scheduler.step.__code__.co_varnames
-    expected, last = theirs(
-        scheduler,
-        noise,
-        steps,
-        output=output,
-        set_options=None if mu is None else {"mu": mu},
-        **options,
-        **(random if "generator" in takes else {}),
-    )
+    if "generator" in scheduler.step.__code__.co_varnames:
+        options["generator"] = torch.Generator().manual_seed(SEED)
+    set_options = None if mu is None else {"mu": mu}
+    expected, last = theirs(scheduler, noise, steps, output=output, set_options=set_options, **options)
+    options.pop("generator", None)
     got, x, points = ours(config, noise, steps, output=output, tokens=tokens, **options)
+    assert x.isfinite().all()
     assert len(got) == len(expected)
-    worst = 0.0
-    for (a, t), (b, their_t) in zip(got, expected, strict=True):
+    for (_, t), (_, their_t) in zip(got, expected, strict=True):
         assert t == pytest.approx(their_t, abs=told)
-        worst = max(worst, ((a - b).abs().max() / b.abs().max()).item())
-    if points[-1].sigma > 0 and config.sampler in ("euler", "heun", "euler_ancestral"):
+    pairs = [(a, b) for (a, _), (b, _) in zip(got, expected, strict=True)]
+    if points[-1].sigma > 0 and config.sampler in ("euler", "heun"):
         last = last * points[-1].alpha  # they end on x / alpha
-    worst = max(worst, ((x - last).abs().max() / last.abs().max()).item())
-    assert worst < tolerance, f"relative error {worst:.1e}"
-    return worst
+    if config.solver == "bh1" and points[-1].sigma == 0:
+        assert (
+            last.isnan().all()
+        )  # their last step divides by infinity: only the steps before can be compared
+    else:
+        pairs.append((x, last))
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+    assert all(each < tolerance for each in errors), f"relative errors {errors}"
 
 
 TABLES = [
@@ -100,11 +118,13 @@ TABLES = [
 ]
 SPACINGS = ["leading", "trailing", "linspace"]
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+# Every pair of table, spacing and prediction once.
+SQUARE = [(TABLES[i], SPACINGS[j], PREDICTIONS[(i + j) % 3]) for i in range(3) for j in range(3)]
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("table", "spacing", "prediction"), [each for each in SQUARE if each[1] != "linspace"]
+)
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim(table, spacing, prediction, eta):
     for clip in (False, True):
@@ -130,9 +150,7 @@ def test_the_ddim_of_diffusers_dit_pipeline(steps):
     compare(diffusers.DDIMScheduler(clip_sample=False, steps_offset=0, set_alpha_to_one=True), steps, eta=0.0)
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("table", "spacing", "prediction"), SQUARE)
 def test_ddpm(table, spacing, prediction):
     for steps, clip in ((10, False), (33, True)):
         scheduler = diffusers.DDPMScheduler(
@@ -160,13 +178,14 @@ def test_ddpm_s_variances(variance, spacing):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete"])
 def test_the_samplers_by_sigma(table, spacing, prediction, name):
-    """Not where the cosine table begins at sigma / alpha = 20,000, in units of which diffusers counts in fp32."""
-    if "beta_schedule" in table and table["beta_schedule"] == "squaredcos_cap_v2" and spacing != "leading":
-        pytest.skip("diffusers loses the digits that are compared")
+    """diffusers counts in x / alpha, which begins at 20,000 on the cosine table, and loses digits of fp32 there."""
+    huge = table == TABLES[2] and spacing != "leading"
+    if huge and name == "HeunDiscrete":
+        pytest.skip("two digits are left of the difference of slopes (in float64 it agrees to 4e-6)")
     scheduler = getattr(diffusers, f"{name}Scheduler")(
         **table, timestep_spacing=spacing, prediction_type=prediction, steps_offset=int(spacing == "leading")
     )
-    compare(scheduler, 12)
+    compare(scheduler, 12, **({"tolerance": 1e-3, "as_it_is": 1e-3} if huge else {}))
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete"])
@@ -184,12 +203,11 @@ def test_other_sigmas(name, spacing, kind):
     {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing", **TABLES[1]},
 ])  # fmt: skip
 def test_euler_s_options(options):
-    compare(diffusers.EulerDiscreteScheduler(**options), 8)
+    """Zero SNR: diffusers begins at x / alpha = 4,096."""
+    compare(diffusers.EulerDiscreteScheduler(**options), 8, tolerance=5e-5)
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("table", "spacing", "prediction"), SQUARE)
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 def test_dpmpp(table, spacing, prediction, algorithm):
     scheduler = diffusers.DPMSolverMultistepScheduler(
@@ -211,9 +229,7 @@ def test_dpmpp_s_options(algorithm, options):
         compare(diffusers.DPMSolverMultistepScheduler(algorithm_type=algorithm, **options), steps)
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("table", "spacing", "prediction"), SQUARE)
 def test_unipc(table, spacing, prediction):
     scheduler = diffusers.UniPCMultistepScheduler(
         **table, timestep_spacing=spacing, prediction_type=prediction
@@ -229,9 +245,7 @@ def test_unipc(table, spacing, prediction):
 ])  # fmt: skip
 def test_unipc_s_options(order, solver, options):
     for steps in (2, 6, 20):
-        compare(
-            diffusers.UniPCMultistepScheduler(solver_order=order, solver_type=solver, **options), steps
-        )
+        compare(diffusers.UniPCMultistepScheduler(solver_order=order, solver_type=solver, **options), steps)
 
 
 @pytest.mark.parametrize("shift", [3.0, 5.0])

@@ -55,7 +55,9 @@ class SamplerConfig:
     last: Literal["clean", "first"] = "clean"  # the last point: sigma 0, or the table's first level
     # Points of a Flow
     times: int = 1000  # that it was trained at: points lie between 1 and 1 / times, and t counts in 1 / times
-    tokens: tuple[float, float, float, float] | None = None  # few, many; low, high: the shift depends on the tokens,
+    tokens: tuple[float, float, float, float] | None = (
+        None  # few, many; low, high: the shift depends on the tokens,
+    )
     tokens_log: bool = True  # and low, high are logarithms of factors (gaussian.shift_flux), or the factors
     # Steps
     order: int = 2  # dpmpp_2m: 1, 2; unipc: 1, 2, 3

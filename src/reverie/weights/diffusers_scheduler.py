@@ -33,7 +33,13 @@ OF_SAMPLER = {"dpmpp_2m_sde": DPMPP} | {sampler: name for name, sampler in rever
 
 _TABLE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
           "timestep_spacing", "steps_offset"}  # fmt: skip
-_CLIPS = {"clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
+_CLIPS = {
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+}
 _SIGMAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 _FLOWS = {"use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type"}
 _ZERO = {"rescale_betas_zero_snr"}
@@ -54,8 +60,9 @@ TAKES = {
                      "time_shift_type", "stochastic_sampling"},
     FLOW_HEUN: {"num_train_timesteps", "shift"},
 }  # fmt: skip
-KNOWN = {"_class_name", "_diffusers_version", "_use_default_values", "skip_prk_steps", "_name_or_path",
-         "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}.union(*TAKES.values())  # fmt: skip
+KNOWN = {"_class_name", "_diffusers_version", "_use_default_values", "_name_or_path", "skip_prk_steps"}.union(
+    *TAKES.values()
+)
 # Of the keys that a class takes: what Reverie can follow (the first is what counts where the key is absent).
 ONLY: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,), "thresholding": (False,), "use_beta_sigmas": (False, None), "sigma_min": (None,),
@@ -118,7 +125,9 @@ def _table(name: str, given: Fields) -> SamplerConfig:
     cut = name in (DPMPP, UNIPC) and values["sigmas"] == "exponential"
     if cut or (name == DPMPP and values["sigmas"] == "karras" and process.betas == "cosine"):
         raise _refused(
-            f"use_{values['sigmas']}_sigmas", True, "diffusers tells this network times cut by rounding errors"
+            f"use_{values['sigmas']}_sigmas",
+            True,
+            "diffusers tells this network times cut by rounding errors",
         )
     clip = given.flag("clip_sample", by_index)
     if clip and heun:
@@ -126,7 +135,9 @@ def _table(name: str, given: Fields) -> SamplerConfig:
     values["clip"] = given.number("clip_sample_range", 1.0) if clip else None
     if name == "DDPMScheduler":
         values["variance"] = given.choice("variance_type", "fixed_small", VARIANCES)
-        ends_at_0 = values["spacing"] == "linspace" or (values["spacing"] == "leading" and not values["offset"])
+        ends_at_0 = values["spacing"] == "linspace" or (
+            values["spacing"] == "leading" and not values["offset"]
+        )
         if values["variance"] != "fixed_small" and not ends_at_0:
             raise _refused(
                 "variance_type",
@@ -144,7 +155,9 @@ def _flow(name: str, given: Fields) -> SamplerConfig:
     if name in (DPMPP, UNIPC):
         if given.choice("prediction_type", "epsilon", PREDICTIONS) != "velocity":
             raise _refused(
-                "prediction_type", given.record.get("prediction_type", "epsilon"), "a flow's is flow_prediction"
+                "prediction_type",
+                given.record.get("prediction_type", "epsilon"),
+                "a flow's is flow_prediction",
             )
         if given.record.get("final_sigmas_type", "zero") != "zero":
             raise _refused("final_sigmas_type", given.record["final_sigmas_type"], "a flow's is zero")
