@@ -155,6 +155,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_pipeline_draws_the_same_pictures(scheduler, guidance, tmp_path, monkeypatch):
+    # Five steps: where the steps do not divide 1,000, their DDIM steps to another index than it takes next.
     theirs = their_pipeline(scheduler(), out_channels=8)
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -166,16 +167,16 @@ def test_a_pipeline_draws_the_same_pictures(scheduler, guidance, tmp_path, monke
 
     classes = [0, 999]
     copies = 2 if guidance > 1 else 1
-    draws = [torch.randn(2 * copies, 4, 8, 8) for _ in range(6)]
+    draws = [torch.randn(2 * copies, 4, 8, 8) for _ in range(5)]
     noise = torch.randn(2, 4, 8, 8)
     # Theirs draws for both branches, and keeps the first.
     for place, give in ((diffusers.schedulers.scheduling_ddpm, iter(draws)), (diffusers.pipelines.dit.pipeline_dit, iter([noise]))):
         monkeypatch.setattr(place, "randn_tensor", lambda *_, give=give, **__: next(give))
     given = iter(draws)
     monkeypatch.setattr("reverie.samplers.diffusion.draw", lambda like, _: next(given)[: len(like)])
-    expected = theirs(classes, guidance_scale=guidance, num_inference_steps=6, output_type="pt").images
+    expected = theirs(classes, guidance_scale=guidance, num_inference_steps=5, output_type="pt").images
     latents = ours.sample(
-        torch.tensor(classes), noise, steps=6, guidance=guidance, sampler=ours.config.sampler
+        torch.tensor(classes), noise, steps=5, guidance=guidance, sampler=ours.config.sampler
     )
     assert near((ours.decode(latents) + 1) / 2, expected)
     assert ours.config.steps == 50
