@@ -51,6 +51,6 @@ def euler_maruyama(
         noise = noise_from(x0, x, now)
         dt, w = now.t - after.t, diffusion(now)
         x = x - dt * (noise - x0 + w / now.sigma * noise)
-        if after.sigma > 0 and w > 0:
+        if after.sigma > 0:
             x = x + math.sqrt(2 * w * dt) * draw(x, generator)
     return x

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor
@@ -33,16 +33,23 @@ def read_alone(
     config: Mapping[str, Any] | None,
     *,
     what: str,
-    system: Literal["dit", "sit"] = "dit",
 ) -> Foreign:
     """From a checkpoint's header: `config`, of the system as plain data, or what the shapes say.
 
-    Names and shapes do not say whether a file is DiT's or SiT's, so the caller does. They say the heads of the
-    published sizes alone. A checkpoint has no autoencoder: the model draws latents until it is given one.
+    Names and shapes do not say whether a file is DiT's or SiT's: the config or the file's own name, `what`, must. They
+    say the heads of the published sizes alone. A checkpoint has no autoencoder: the model draws latents until it is
+    given one (`attach`). As in the authors' code guidance moves three channels.
     """
     if config is not None:
+        system = "sit" if "diffusion" in config else "dit"
         backbone = config["backbone"]
     else:
+        named = [name for name in ("dit", "sit") if name in what.lower()]
+        if len(named) != 1:
+            raise ModelFileError(
+                f"{what} may be DiT's or SiT's, whose names are the same: give config=, or call the file DiT or SiT."
+            )
+        system = named[0]
         try:
             shapes = {name: entry.shape for name, entry in entries.items()}
             width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -67,7 +74,7 @@ def read_alone(
             ) from None
         except (ValueError, IndexError):
             raise ModelFileError(f"{what} has tensors of shapes that no {system.upper()} has; check it.") from None
-    values = {"backbone": backbone} if config is None else dict(config)
+    values = {"backbone": backbone, "guided_channels": 3} if config is None else dict(config)
     grid = backbone["size"] // backbone["patch"]
     table = (*TABLE, Rule(POSITIONS, (), value=partial(_positions, grid, backbone["width"])))
     return Foreign(system=system, values=values, table=table)

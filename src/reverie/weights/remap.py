@@ -65,6 +65,18 @@ def invert(table: Table) -> tuple[Rule, ...]:
     )
 
 
+def within(table: Table, *, source: str = "", target: str = "") -> tuple[Rule, ...]:
+    """The same rules for a part of something larger: what comes before the names of each side."""
+    return tuple(
+        replace(
+            rule,
+            source=tuple(f"{source}{name}" for name in rule.sources),
+            target=tuple(f"{target}{name}" for name in rule.targets),
+        )
+        for rule in table
+    )
+
+
 def apply(
     table: Table,
     tensors: Mapping[str, Tensor],
@@ -168,7 +180,7 @@ def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
         return []
     try:
         if rule.copies:
-            if not all(same(tensor, tensors[0]) for tensor in tensors):
+            if not all(same(tensor, tensors[0]) for tensor in tensors[1:]):
                 raise ModelFileError(
                     f"{names[0]} and {len(names) - 1} others must be copies of one tensor, but differ; Reverie keeps"
                     " one, so these weights cannot be read."
