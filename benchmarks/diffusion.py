@@ -40,7 +40,6 @@ from turns import Action, running, serve, synchronised
 
 import reverie
 from reverie.train.precision import autocast
-from reverie.weights import dit_diffusers, remap, wan_diffusers
 
 SIDES = ("reverie", "diffusers")
 STEPS, GUIDANCE = 20, 4.0
@@ -100,26 +99,11 @@ def their_wan() -> nn.Module:
     )
 
 
-def record(model: Any) -> dict[str, Any]:
-    return json.loads(model.to_json_string()) if hasattr(model, "to_json_string") else dict(model.config)
-
-
-def our_dit(theirs: nn.Module) -> nn.Module:
-    from reverie.backbones.dit import Dit, DitConfig
-
-    foreign = dit_diffusers.read(record(theirs))
-    model = Dit(DitConfig(**foreign.values)).eval()
-    model.load_state_dict(remap.apply(foreign.table, theirs.state_dict()))
-    return model
-
-
-def our_wan(theirs: nn.Module) -> nn.Module:
-    from reverie.backbones.wan import WanDit, WanDitConfig
-
-    values = wan_diffusers.backbone(record(theirs)) | {"patch": (1, 2)}
-    model = WanDit(WanDitConfig(**values)).eval()
-    model.load_state_dict(remap.apply(wan_diffusers.table(values, ours=""), theirs.state_dict()))
-    return model
+def ours(theirs: Any) -> nn.Module:
+    """Our network with their weights, by the way that a user's weights come."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return reverie.load(folder, trainable=True).backbone
 
 
 def given(case: Case) -> dict[str, Tensor]:
@@ -155,10 +139,7 @@ def forward(case: Case, side: str, model: Any, batch: dict[str, Tensor]) -> Tens
 
 def models(case: Case, side: str) -> nn.Module:
     theirs = their_dit() if case.model == "dit-s" else their_wan()
-    model = theirs
-    if side == "reverie":
-        model = our_dit(theirs) if case.model == "dit-s" else our_wan(theirs)
-    return model.to(case.device)
+    return (ours(theirs) if side == "reverie" else theirs).to(case.device)
 
 
 # Whole sampling: a pipeline as diffusers saves it, loaded by either side --------------------------------------------

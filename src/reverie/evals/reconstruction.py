@@ -64,7 +64,9 @@ def ssim(drawn: Tensor, true: Tensor) -> Tensor:
             f"pictures are {true.shape[-2]} x {true.shape[-1]}: SSIM needs {WINDOW} pixels a side or more."
         )
     n = len(true)
-    a, b = (rearrange(_video(x).double() + 1, "n c f h w -> (n f c) 1 h w") for x in (drawn, true))  # black is 0
+    a, b = (
+        rearrange(_video(x).double() + 1, "n c f h w -> (n f c) 1 h w") for x in (drawn, true)
+    )  # black is 0
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     both = _blur(a * b) - mean_a * mean_b
@@ -103,7 +105,9 @@ def measure(
         drawn, latents = reconstruct(true)
         assert drawn.shape == true.shape, (drawn.shape, true.shape)
         if not drawn.isfinite().all():
-            raise InputError(f"signals {done} to {done + len(true) - 1} come back not finite: the codec is broken.")
+            raise InputError(
+                f"signals {done} to {done + len(true) - 1} come back not finite: the codec is broken."
+            )
         drawn = drawn.clamp(-1, 1)
         measures = {"psnr": psnr, "ssim": ssim}
         if true.ndim == 5 and true.shape[2] > 1:
@@ -122,7 +126,11 @@ def measure(
     result: dict[str, Any] = {}
     for name, parts in found.items():
         values = torch.cat(parts)
-        result[name] = {"mean": values.mean().item(), "interval": bootstrap(values), "values": values.tolist()}
+        result[name] = {
+            "mean": values.mean().item(),
+            "interval": bootstrap(values),
+            "values": values.tolist(),
+        }
     if "motion_psnr" in found:
         result["movement"] = moved["drawn"] / moved["true"] if moved["true"] else None
     result["rate"] = rate(numbers / pixels, bits=bits)

@@ -131,13 +131,13 @@ def _rows(kind: str, frames: int, found: dict[str, Any], beside: dict[str, Any])
 
 
 @torch.no_grad()
-def _show(
-    real: Real, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], kind: str, out: Path
-) -> None:
+def _show(real: Real, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], kind: str, out: Path) -> None:
     """The originals above, what came back below: `pictures.png`; of clips some frames, and `clips.webp`, which moves."""
     if kind == "pictures":
         columns = min(8, len(real))
-        parts = [real[at : at + columns] for at in range(0, min(SHOWN, len(real) // columns * columns), columns)]
+        parts = [
+            real[at : at + columns] for at in range(0, min(SHOWN, len(real) // columns * columns), columns)
+        ]
         rows = torch.cat([some for true in parts for some in (true, reconstruct(true)[0])])
         save_png(grid(to_bytes(rows), columns=columns), out / "pictures.png")
         return

@@ -70,7 +70,9 @@ class Weights:
     perceptual: float = 0.1
     kl: float = 1e-5
     adversarial: float = 0.0  # of what pulls at the last layer as hard as all before; 0: no discriminator
-    perceptual_every: int = 1  # at every so many steps, and then so many times as much (2006.06676, appendix B)
+    perceptual_every: int = (
+        1  # at every so many steps, and then so many times as much (2006.06676, appendix B)
+    )
     adversarial_every: int = 1  # the discriminator plays, and the codec against it, at every so many steps
     adversarial_from: int = 0  # the first step of it
 
@@ -335,7 +337,9 @@ class Game:
             drawn = self._drawn(batch)[0]
         pairs = list(zip(self.judge(batch["video"]), self.judge(drawn), strict=True))
         loss = torch.stack([discriminator_hinge(*pair) for pair in pairs]).mean()
-        told = torch.stack([((real > 0).float().mean() + (fake < 0).float().mean()) / 2 for real, fake in pairs])
+        told = torch.stack(
+            [((real > 0).float().mean() + (fake < 0).float().mean()) / 2 for real, fake in pairs]
+        )
         return {"loss": loss, "told": told.mean()}
 
     def _drawn(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -421,7 +425,10 @@ def _sheet(drawn: list[Tensor], held: list[Tensor]) -> Tensor:
             pairs = [(b[:8, :, 0], a[:8, :, 0])]
         else:
             places = torch.linspace(0, b.shape[2] - 1, 8).round().long()
-            pairs = [(true[:, places].transpose(0, 1), back[:, places].transpose(0, 1)) for true, back in zip(b[:2], a[:2], strict=True)]
+            pairs = [
+                (true[:, places].transpose(0, 1), back[:, places].transpose(0, 1))
+                for true, back in zip(b[:2], a[:2], strict=True)
+            ]
         for pair in pairs:
             for row in pair:
                 rows.append(torch.cat([row, row.new_ones(8 - len(row), *row.shape[1:])]))
