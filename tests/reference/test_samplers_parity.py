@@ -14,10 +14,8 @@ from reverie.errors import InputError
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Ddpm, Edm, Flow
 from reverie.samplers import diffusion
-from reverie.samplers.configured import SamplerConfig
 from reverie.samplers.guidance import guided
 from reverie.weights import diffusers_scheduler
-from reverie.weights.files import ModelFileError
 
 pytestmark = pytest.mark.reference
 diffusers = pytest.importorskip("diffusers")
@@ -314,70 +312,3 @@ def test_rescaled_guidance():
     expected = rescale_noise_cfg(without + 7.5 * (with_text - without), with_text, guidance_rescale=0.7)
     got = guided(predict, 7.5, rescale=0.7, spread_of="v")(x, point)
     torch.testing.assert_close(gaussian.from_x0("v", got, x, point), expected, atol=1e-4, rtol=1e-4)
-
-
-# The file ----------------------------------------------------------------------------------------------------------
-
-
-def test_published_files():
-    """As they lie in the folders of the models, with keys left over from other classes."""
-    dit = {
-        "_class_name": "DDIMScheduler", "_diffusers_version": "0.12.0.dev0", "beta_end": 0.02,
-        "beta_schedule": "linear", "beta_start": 0.0001, "clip_sample": False, "num_train_timesteps": 1000,
-        "prediction_type": "epsilon", "set_alpha_to_one": True, "steps_offset": 0, "trained_betas": None,
-    }  # fmt: skip
-    assert diffusers_scheduler.read(dit) == SamplerConfig()
-    stable = {
-        "_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-        "clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1,
-        "use_karras_sigmas": True,
-    }  # fmt: skip
-    assert diffusers_scheduler.read(stable) == SamplerConfig(
-        process=Ddpm(betas="scaled_linear", beta_start=0.00085, beta_end=0.012), offset=1, last="first"
-    )
-    sd3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-    flow = SamplerConfig(process=Flow(shift=3.0), prediction="velocity", sampler="euler")
-    assert diffusers_scheduler.read(sd3) == flow
-
-
-@pytest.mark.parametrize(("record", "said"), [
-    ([], "must be an object"),
-    ({"_class_name": "PNDMScheduler"}, "PNDMScheduler.*known are DDPMScheduler"),
-    ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding as true|thresholding as True"),
-    ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}, "linspace.*leading or trailing"),
-    ({"_class_name": "DDIMScheduler", "something_new": 3}, "something_new"),
-    ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type"),
-    ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "timestep_spacing": "trailing"}, "ends on noise"),
-    ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule"),
-    ({"_class_name": "DDPMScheduler", "trained_betas": [0.1]}, "trained_betas"),
-    ({"_class_name": "DDPMScheduler", "steps_offset": "x"}, "steps_offset"),
-    ({"_class_name": "DDPMScheduler", "beta_start": 2.0}, "betas"),
-    ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas"),
-    ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "flow_prediction"}, "no flow"),
-    ({"_class_name": "HeunDiscreteScheduler", "clip_sample": True}, "clip_sample"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "order 3"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "algorithm_type"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped"),
-    ({"_class_name": "UniPCMultistepScheduler", "use_exponential_sigmas": True}, "exponential"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
-     "karras"),
-    ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "disable_corrector"),
-    ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "prediction_type"),
-    ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, "unipc"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}, "stochastic_sampling"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True}, "karras"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0}, "above 0"),
-])  # fmt: skip
-def test_what_cannot_be_followed_is_refused(record, said):
-    with pytest.raises(ModelFileError, match=said):
-        diffusers_scheduler.read(record)
-
-
-@pytest.mark.parametrize("config", [
-    SamplerConfig(process=Flow(), prediction="velocity", sampler="euler_ancestral"),
-    SamplerConfig(spacing="respaced"),
-    SamplerConfig(sampler="ddpm", last="first"),
-])  # fmt: skip
-def test_what_diffusers_cannot_be_told_is_not_written(config):
-    with pytest.raises(InputError):
-        diffusers_scheduler.write(config)
