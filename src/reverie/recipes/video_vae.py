@@ -217,7 +217,7 @@ def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
         model.load_state_dict(_codec(config.start, "cpu").state_dict())
     model = engine.place(model)
     judge = engine.place(Discriminator(config.discriminator)) if config.weights.adversarial else None
-    game = Game(config, model, judge, engine.home)
+    game = Game(config.weights, model, judge, features=_features(config, engine.home))
     schedule = partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.02)
     players = [
         Player(
@@ -294,6 +294,13 @@ def _refuse(config: VaeRun) -> None:
             raise InputError(f"{name} is {value}: give {least} or more.")
 
 
+def _features(config: VaeRun, place: torch.device) -> Features | None:
+    if not config.weights.perceptual:
+        return None
+    clip = load_clip(config.clip).to(place)
+    return tiled(clip.layers, clip.config.image.size)
+
+
 # ---------------------------------------------------------------- the losses
 
 
@@ -303,12 +310,10 @@ class Game:
     A batch has `video b 3 f h w`, `noise` like its latents, and `step`, which says what counts this time.
     """
 
-    def __init__(self, config: VaeRun, codec: VideoVae, judge: Discriminator | None, place: torch.device):
-        self.weights, self.codec, self.judge = config.weights, codec, judge
-        self.features: Features | None = None
-        if config.weights.perceptual:
-            clip = load_clip(config.clip).to(place)
-            self.features = tiled(clip.layers, clip.config.image.size)
+    def __init__(
+        self, weights: Weights, codec: VideoVae, judge: Discriminator | None, *, features: Features | None
+    ):
+        self.weights, self.codec, self.judge, self.features = weights, codec, judge, features
 
     def codec_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """L1, perceptual, KL, and what the discriminator holds against it, weighed at the decoder's last layer."""
@@ -421,7 +426,10 @@ def _sheet(drawn: list[Tensor], held: list[Tensor]) -> Tensor:
             pairs = [(b[:8, :, 0], a[:8, :, 0])]
         else:
             places = torch.linspace(0, b.shape[2] - 1, 8).round().long()
-            pairs = [(true[:, places].transpose(0, 1), back[:, places].transpose(0, 1)) for true, back in zip(b[:2], a[:2], strict=True)]
+            pairs = [
+                (rearrange(true[:, places], "c f h w -> f c h w"), rearrange(back[:, places], "c f h w -> f c h w"))
+                for true, back in zip(b[:2], a[:2], strict=True)
+            ]
         for pair in pairs:
             for row in pair:
                 rows.append(torch.cat([row, row.new_ones(8 - len(row), *row.shape[1:])]))
