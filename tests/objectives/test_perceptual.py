@@ -70,7 +70,9 @@ def test_following_it_brings_back_the_picture(clip):
     assert loss.item() < 0.3 * first
 
 
-@pytest.mark.parametrize(("box", "tiles"), [((8, 8), 1), ((16, 8), 2), ((20, 17), 9), ((4, 4), 1), ((4, 10), 3)])
+@pytest.mark.parametrize(
+    ("box", "tiles"), [((8, 8), 1), ((16, 8), 2), ((20, 17), 9), ((4, 4), 1), ((4, 10), 3)]
+)
 def test_tiles_cover_a_picture_of_any_size(box, tiles):
     seen = []
 

@@ -123,7 +123,9 @@ def test_latents_are_normal_over_pictures_and_clips(place, trained):
     model = reverie.load(trained / "model")
     index = Index.read(place / "moving")
     raw = [
-        model.encode(Source(index.select(video=kept > 1), config(frames=5), model, frames=kept).evenly(9, most))
+        model.encode(
+            Source(index.select(video=kept > 1), config(frames=5), model, frames=kept).evenly(9, most)
+        )
         for kept, most in ((1, 1), (video_vae.KEPT_FRAMES, 5))
     ]
     mean = torch.stack([some.mean((0, 2, 3, 4)) for some in raw]).mean(0)
@@ -145,7 +147,17 @@ def test_a_run_begins_from_a_folder(place, trained, tmp_path, monkeypatch):
 
 def test_the_measurement_is_what_the_codec_gives(place, trained, tmp_path, capsys):
     codec, out = trained / "model", tmp_path / "out"
-    words = ["eval", "reconstruction", str(place / "moving"), "--codec", str(codec), "--size", "16", "--frames", "5"]
+    words = [
+        "eval",
+        "reconstruction",
+        str(place / "moving"),
+        "--codec",
+        str(codec),
+        "--size",
+        "16",
+        "--frames",
+        "5",
+    ]
     assert main([*words, "--split", "train", "--batch", "2", "--out", str(out)]) == 0
     assert "PSNR" in capsys.readouterr().out
     numbers = json.loads((out / "numbers.json").read_text())["numbers"]

@@ -27,7 +27,13 @@ def start():
     """Runs a function in a child, forked from a server that has imported torch; gives its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch._dynamo", "reverie.train", "reverie.recipes.clip_finetune", "reverie.recipes.sora", "reverie.recipes.video_vae"]
+        [
+            "torch._dynamo",
+            "reverie.train",
+            "reverie.recipes.clip_finetune",
+            "reverie.recipes.sora",
+            "reverie.recipes.video_vae",
+        ]
     )
 
     def begin(function, *given, **named):

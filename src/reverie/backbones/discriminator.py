@@ -19,7 +19,9 @@ from torch import Tensor, nn
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
     width: int = 32  # channels of the first convolution; they double up to four times that
-    depth: int = 3  # halvings of space; a patch that is judged has 8, 18, 38 or 78 pixels a side at 1, 2, 3 or 4
+    depth: int = (
+        3  # halvings of space; a patch that is judged has 8, 18, 38 or 78 pixels a side at 1, 2, 3 or 4
+    )
     clips: bool = True  # whether clips are judged too, beside their frames
 
 
@@ -31,9 +33,7 @@ class Patches(nn.Module):
         widths = [config.width * 2 ** min(i, 2) for i in range(config.depth)]
 
         def conv(a: int, b: int, *, side: int = 4, stride: int = 2) -> nn.Conv3d:
-            return nn.Conv3d(
-                a, b, (time, side, side), stride=(1, stride, stride), padding=(time // 2, 1, 1)
-            )
+            return nn.Conv3d(a, b, (time, side, side), stride=(1, stride, stride), padding=(time // 2, 1, 1))
 
         layers: list[nn.Module] = [conv(3, widths[0]), nn.LeakyReLU(0.2)]
         for before, after in zip(widths[:-1], widths[1:], strict=True):

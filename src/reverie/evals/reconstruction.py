@@ -64,7 +64,9 @@ def ssim(drawn: Tensor, true: Tensor) -> Tensor:
             f"pictures are {true.shape[-2]} x {true.shape[-1]}: SSIM needs {WINDOW} pixels a side or more."
         )
     n = len(true)
-    a, b = (rearrange(_video(x).double() + 1, "n c f h w -> (n f c) 1 h w") for x in (drawn, true))  # black is 0
+    a, b = (
+        rearrange(_video(x).double() + 1, "n c f h w -> (n f c) 1 h w") for x in (drawn, true)
+    )  # black is 0
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     both = _blur(a * b) - mean_a * mean_b
@@ -87,7 +89,8 @@ def _video(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    batches: Iterable[Tensor], reconstruct: Reconstruct, *, bits: int = 16, progress: Callable[[int], None] | None = None
+    batches: Iterable[Tensor], reconstruct: Reconstruct, *, bits: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every signal through `reconstruct`; latents count `bits` for a number.
 
@@ -103,7 +106,9 @@ def measure(
         drawn, latents = reconstruct(true)
         assert drawn.shape == true.shape, (drawn.shape, true.shape)
         if not drawn.isfinite().all():
-            raise InputError(f"signals {done} to {done + len(true) - 1} come back not finite: the codec is broken.")
+            raise InputError(
+                f"signals {done} to {done + len(true) - 1} come back not finite: the codec is broken."
+            )
         drawn = drawn.clamp(-1, 1)
         measures = {"psnr": psnr, "ssim": ssim}
         if true.ndim == 5 and true.shape[2] > 1:
@@ -122,7 +127,11 @@ def measure(
     result: dict[str, Any] = {}
     for name, parts in found.items():
         values = torch.cat(parts)
-        result[name] = {"mean": values.mean().item(), "interval": bootstrap(values), "values": values.tolist()}
+        result[name] = {
+            "mean": values.mean().item(),
+            "interval": bootstrap(values),
+            "values": values.tolist(),
+        }
     if "motion_psnr" in found:
         result["movement"] = moved["drawn"] / moved["true"] if moved["true"] else None
     result["rate"] = rate(numbers / pixels, bits=bits)
@@ -137,7 +146,8 @@ def rate(numbers: float, *, bits: int = 16) -> dict[str, float]:
 def reduced(signals: Tensor, numbers: float) -> Tensor:
     """What is left of signals that are made small until they have `numbers` for a pixel, and enlarged again.
 
-    The yardstick: any codec should keep more in as many numbers. Frames are averaged over areas and enlarged bicubically.
+    The yardstick: any codec should keep more in as many numbers. Frames are averaged over areas, and enlarged
+    bicubically.
     """
     shrink = math.sqrt(numbers / 3)
     frames = rearrange(_video(signals), "n c f h w -> (n f) c h w")

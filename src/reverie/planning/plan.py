@@ -180,7 +180,8 @@ def _sora(name: str, config: SoraConfig, *, batch: int, clips: int, clip_frames:
 
 def _vae_loss(model: VideoVae, items: int, how: How, peers: Peers, *, frames: int, size: int) -> Tensor:
     """With the CLIP that looks at the drawings, and without a discriminator."""
-    seen = Clip(clip.shape(VOCAB, VOCAB - 1)).eval().requires_grad_(False)
+    with on_shapes():
+        seen = Clip(clip.shape(VOCAB, VOCAB - 1)).eval().requires_grad_(False)
     features = tiled(seen.layers, seen.config.image.size)
     game = video_vae.Game(video_vae.Weights(), model, None, features=features)
     noise = _empty(items, *model.latent_shape(frames, (size, size)))

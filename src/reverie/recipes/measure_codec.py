@@ -1,12 +1,13 @@
 """What a codec keeps of pictures and clips that it has not seen, behind `reverie eval reconstruction`.
 
-Latents are rounded to 16 bits before they are decoded, since this is the rate that is told. Beside the codec stands what
-is left of the same signals when they are made small until they have as many numbers.
+Latents are rounded to 16 bits before they are decoded, since this is the rate that is told. Beside the codec stands
+what is left of the same signals when they are made small until they have as many numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def reconstructions(
         real = Real(Index(index.folder, list(part)[:count]), (size, size), length)
         with counting(f"measuring {kind}") as progress:
             found = reconstruction.measure(
-                _batches(real, batch), reconstruct, progress=lambda done, n=len(real), tell=progress: tell(done, n)
+                _batches(real, batch), reconstruct, progress=partial(_tell, progress, len(real))
             )  # fmt: skip
         few = found["rate"]["numbers"]
         beside = reconstruction.measure(
@@ -102,6 +103,10 @@ def _of_video(model: Any) -> bool:
     return not isinstance(model.config.stride, int)
 
 
+def _tell(progress: Callable[[int, int], None], count: int, done: int) -> None:
+    progress(done, count)
+
+
 def _batches(real: Real, batch: int) -> Iterator[Tensor]:
     for at in range(0, len(real), batch):
         yield real[at : at + batch]
@@ -131,13 +136,13 @@ def _rows(kind: str, frames: int, found: dict[str, Any], beside: dict[str, Any])
 
 
 @torch.no_grad()
-def _show(
-    real: Real, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], kind: str, out: Path
-) -> None:
-    """The originals above, what came back below: `pictures.png`; of clips some frames, and `clips.webp`, which moves."""
+def _show(real: Real, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], kind: str, out: Path) -> None:
+    """The originals above, what came back below: `pictures.png`; of clips some frames, and `clips.webp`."""
     if kind == "pictures":
         columns = min(8, len(real))
-        parts = [real[at : at + columns] for at in range(0, min(SHOWN, len(real) // columns * columns), columns)]
+        parts = [
+            real[at : at + columns] for at in range(0, min(SHOWN, len(real) // columns * columns), columns)
+        ]
         rows = torch.cat([some for true in parts for some in (true, reconstruct(true)[0])])
         save_png(grid(to_bytes(rows), columns=columns), out / "pictures.png")
         return

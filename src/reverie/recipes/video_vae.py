@@ -30,7 +30,6 @@ from reverie.data.augment import on_white
 from reverie.data.embeddings import TYPES
 from reverie.data.index import Index
 from reverie.data.latents import Encoder, Latents, encode_folder
-from reverie.data.pixels import Pixels
 from reverie.data.preparing import Pool
 from reverie.data.remote import local
 from reverie.errors import InputError
@@ -70,7 +69,9 @@ class Weights:
     perceptual: float = 0.1
     kl: float = 1e-5
     adversarial: float = 0.0  # of what pulls at the last layer as hard as all before; 0: no discriminator
-    perceptual_every: int = 1  # at every so many steps, and then so many times as much (2006.06676, appendix B)
+    perceptual_every: int = (
+        1  # at every so many steps, and then so many times as much (2006.06676, appendix B)
+    )
     adversarial_every: int = 1  # the discriminator plays, and the codec against it, at every so many steps
     adversarial_from: int = 0  # the first step of it
 
@@ -282,7 +283,7 @@ def _refuse(config: VaeRun) -> None:
         raise InputError(f"size {config.size} cannot be encoded: give a multiple of {space}.")
     if config.batch < 1 or config.clips < 0:
         raise InputError(
-            f"batch is {config.batch} and clips {config.clips}: a step needs a picture or more, and no less than 0 clips."
+            f"batch is {config.batch} and clips {config.clips}: a step needs a picture or more, and 0 clips or more."
         )
     if config.clips and not 2 <= 1 + time <= config.frames <= KEPT_FRAMES:
         raise InputError(
@@ -340,7 +341,9 @@ class Game:
             drawn = self._drawn(batch)[0]
         pairs = list(zip(self.judge(batch["video"]), self.judge(drawn), strict=True))
         loss = torch.stack([discriminator_hinge(*pair) for pair in pairs]).mean()
-        told = torch.stack([((real > 0).float().mean() + (fake < 0).float().mean()) / 2 for real, fake in pairs])
+        told = torch.stack(
+            [((real > 0).float().mean() + (fake < 0).float().mean()) / 2 for real, fake in pairs]
+        )
         return {"loss": loss, "told": told.mean()}
 
     def _drawn(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,7 +360,7 @@ def last_weight(decoder: nn.Module) -> nn.Parameter:
 
 
 class Source:
-    """Batches of pictures (`kept` is 1) or clips. Every draw is keyed by (seed, purpose, epoch, item) or by the step."""
+    """Batches of pictures (`kept` is 1) or clips. Draws are keyed by (seed, purpose, epoch, item) or by the step."""
 
     def __init__(self, index: Index, config: VaeRun, model: VideoVae, *, frames: int):
         self.config, self.model, self.kept = config, model, frames
@@ -427,7 +430,10 @@ def _sheet(drawn: list[Tensor], held: list[Tensor]) -> Tensor:
         else:
             places = torch.linspace(0, b.shape[2] - 1, 8).round().long()
             pairs = [
-                (rearrange(true[:, places], "c f h w -> f c h w"), rearrange(back[:, places], "c f h w -> f c h w"))
+                (
+                    rearrange(true[:, places], "c f h w -> f c h w"),
+                    rearrange(back[:, places], "c f h w -> f c h w"),
+                )
                 for true, back in zip(b[:2], a[:2], strict=True)
             ]
         for pair in pairs:

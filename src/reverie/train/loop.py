@@ -100,7 +100,7 @@ class Player:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step, done or skipped. With several players `losses`, `norms`, `rates` have keys "name/loss";
-    `loss`, `grad_norm` and `lr` are the first player's, who plays always. What a skipped step did not compute is nan."""
+    `loss`, `grad_norm` and `lr` are the first player's, who plays always. What a skipped step left out is nan."""
 
     number: int
     steps: int
@@ -342,9 +342,7 @@ class _Loop:
         playing = [(p, mode) for p, mode in zip(self.players, modes, strict=True) if p.plays(at)]
         losses = {p._key("loss"): math.nan for p, _ in playing}
         norms = {p._key("grad_norm"): math.nan for p, _ in playing}
-        rates = {
-            p._key("lr"): p.schedule(at) * p.optimizer.param_groups[0]["initial_lr"] for p, _ in playing
-        }
+        rates = {p._key("lr"): p.schedule(at) * p.optimizer.param_groups[0]["initial_lr"] for p, _ in playing}
         items, trouble = 0, self.left_out.get(at)
         if trouble is None:
             for player, mode in playing:
