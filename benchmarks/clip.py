@@ -44,6 +44,7 @@ from typing import Any
 import torch
 from peers import torchvision_loads
 from torch import Tensor
+from turns import busy, others
 
 SIDES = ("reverie", "open_clip", "transformers", "onnxruntime")
 MISSING = {
@@ -154,19 +155,6 @@ def sides(dtype: torch.dtype, names: Sequence[str]) -> dict[str, tuple[Any, Any]
 
 
 # The clock ---------------------------------------------------------------------------------------------------------
-
-
-def others(seconds: float, own: float, before: float) -> float:
-    """Cores that other processes used since `before`; NaN where the system does not say."""
-    return max(0.0, (busy() - before - own) / seconds)
-
-
-def busy() -> float:
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return float("nan")
-    counts = [int(word) for word in stat.read_text().split("\n")[0].split()[1:9]]
-    return (sum(counts) - counts[3] - counts[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting
 
 
 def interleave(calls: dict[str, Call], *, seconds: float, wall: bool) -> dict[str, dict[str, float]]:

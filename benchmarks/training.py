@@ -33,25 +33,23 @@ alone, forward and backward. bf16 is autocast; a CPU without bf16 arithmetic is 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from clip import END, VOCAB, arithmetic, busy, others
+from clip import END, VOCAB, arithmetic
 from peers import open_clip, torchvision_loads
 from torch import Tensor, nn
+from turns import Parts, running, serve, synchronised
 
 from reverie import rng
 from reverie.codecs.bpe import Bpe
@@ -160,14 +158,7 @@ def captions() -> Tensor:
 
 # The sides: each a step, and the image tower alone, forward and backward ---------------------------------------------
 
-Parts = dict[str, float]
 Step = Callable[[], Parts]
-
-
-def synchronised(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def reverie(case: Case) -> tuple[Step, Step]:
@@ -388,84 +379,19 @@ def check(case: Case, sides: list[str]) -> dict[str, float]:
 # A process for each side --------------------------------------------------------------------------------------------
 
 
-def held() -> tuple[int, int]:
-    """Bytes that this process holds now, and the most that it held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        text = status.read_text()
-        return tuple(1024 * int(text.partition(key)[2].split()[0]) for key in ("VmRSS:", "VmHWM:"))  # type: ignore[return-value]
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return most, most
-
-
 def worker(side: str, case: Case) -> None:
-    """Says "ready", then for each word of standard input does a `step` or a `tower` and says its times as JSON."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries may print
-    if side == "open_clip":
-        open_clip()
-    elif side == "transformers":
-        torchvision_loads()
-        from transformers import CLIPModel  # noqa: F401
-    torch.manual_seed(0)
-    before = held()[0]
-    with contextlib.redirect_stderr(open(os.devnull, "w")):  # our progress
+    def libraries() -> None:
+        if side == "open_clip":
+            open_clip()
+        elif side == "transformers":
+            torchvision_loads()
+            from transformers import CLIPModel  # noqa: F401
+
+    def make() -> dict[str, Step]:
         step, tower = MAKERS[side](case)
-        step()
-        print("ready", file=answers)
-        for line in sys.stdin:
-            word = line.strip()
-            if word == "memory":
-                most = torch.cuda.max_memory_allocated() if case.device == "cuda" else held()[1] - before
-                print(json.dumps({"mib": round(most / 2**20)}), file=answers)
-                continue
-            whole, own, at = busy(), time.process_time(), synchronised(case.device)
-            parts = {"step": step, "tower": tower}[word]()
-            wall, own = synchronised(case.device) - at, time.process_time() - own
-            load = others(wall, own, whole)
-            print(json.dumps({"wall": wall, "cpu": own, "others": load, **parts}), file=answers)
+        return {"step": step, "tower": tower}
 
-
-class Worker:
-    def __init__(self, side: str, case: Case, threads: int):
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            side,
-            json.dumps(case.__dict__),
-            "--threads",
-            str(threads),
-        ]
-        self.side = side
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def hear(self) -> str:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(
-                f"{self.side} stopped with code {self.process.wait()}; a smaller --batch may fit."
-            )
-        return line.strip()
-
-    def ask(self, word: str) -> dict[str, float]:
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.hear())
-
-
-@contextlib.contextmanager
-def workers(sides: list[str], case: Case, threads: int) -> Iterator[list[Worker]]:
-    found: list[Worker] = []
-    try:
-        for side in sides:
-            found.append(Worker(side, case, threads))
-            assert found[-1].hear() == "ready"  # one after the other: the first step is the largest
-        yield found
-    finally:
-        for one in found:
-            one.process.stdin.close()
-            one.process.wait()
+    serve(libraries, make, device=case.device)
 
 
 # The report -----------------------------------------------------------------------------------------------------------
@@ -494,14 +420,14 @@ def measure(case: Case, sides: list[str], rounds: int) -> list[dict[str, Any]]:
     peaks = []
     # A GPU belongs to one side at a time, since each keeps what memory it once had there.
     for group in [[side] for side in sides] if case.device == "cuda" else [sides]:
-        with workers(group, case, torch.get_num_threads()) as running:
+        with running(__file__, group, json.dumps(case.__dict__), threads=torch.get_num_threads()) as found:
             for _ in range(rounds):
                 peaks.append(peak(case))
-                for one in running:
+                for one in found:
                     for word in words:
-                        taken.setdefault((one.side, word), []).append(one.ask(word))
+                        taken.setdefault((one.name, word), []).append(one.ask(word))
                 print(".", end="", file=sys.stderr, flush=True)
-            memory |= {one.side: one.ask("memory")["mib"] for one in running}
+            memory |= {one.name: one.ask("memory")["mib"] for one in found}
     clock = "cpu" if by_processor(case) else "wall"
     rows = []
     for side in sides:

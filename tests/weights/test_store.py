@@ -28,7 +28,7 @@ from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora, SoraConfig
-from reverie.weights import files, store
+from reverie.weights import files, places, store
 from reverie.weights.files import ModelFileError
 
 CAPTIONS = ["a red rocket", "一枚红色火箭", "a cat on a mat"]
@@ -256,8 +256,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 
 
 def test_shipped_names_resolve_to_their_folder(toy, monkeypatch):
-    monkeypatch.setattr(store, "SHIPPED", toy.parent)
-    assert store.shipped() == ["toy"]
+    monkeypatch.setattr(places, "SHIPPED", toy.parent)
+    assert places.shipped() == ["toy"]
     assert store.load("toy", systems=SYSTEMS).config.width == 4
     with pytest.raises(ModelFileError, match=r"shipped: toy.*config\.json.*model\.safetensors"):
         store.load("toys", systems=SYSTEMS)
@@ -284,16 +284,16 @@ def test_pickles_are_explained(suffix, tmp_path):
 
 def test_an_empty_name_is_not_the_current_folder(toy, monkeypatch):
     monkeypatch.chdir(toy)
-    assert store.find(".") == Path(".")
+    assert places.find(".") == Path(".")
     with pytest.raises(ModelFileError, match="no shipped name"):
-        store.find("")
+        places.find("")
 
 
 def test_a_shipped_name_may_be_a_path_where_nothing_else_has_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert store.find(Path("clip-stickers")) == store.find("clip-stickers")
-    shutil.copytree(store.SHIPPED / "clip-stickers", tmp_path / "clip-stickers")
-    assert store.find(Path("clip-stickers")) == Path("clip-stickers")
+    assert places.find(Path("clip-stickers")) == places.find("clip-stickers")
+    shutil.copytree(places.SHIPPED / "clip-stickers", tmp_path / "clip-stickers")
+    assert places.find(Path("clip-stickers")) == Path("clip-stickers")
 
 
 def test_a_pickle_in_a_folder_says_what_to_make_of_it(tmp_path):
@@ -302,7 +302,7 @@ def test_a_pickle_in_a_folder_says_what_to_make_of_it(tmp_path):
     with pytest.raises(
         ModelFileError, match=r"convert 'pytorch_model\.bin' model\.safetensors` in that folder"
     ):
-        store.find(tmp_path)
+        places.find(tmp_path)
 
 
 def test_a_pointer_of_git_lfs_is_named(toy):
@@ -373,7 +373,7 @@ BAD_CONFIGS = {
     "another top key": (lambda record: record.update(trust_remote_code=True), "must have the keys"),
     "auto_map": (lambda record: record.update(auto_map={"AutoModel": "evil.Model"}), "must have the keys"),
     "no system": (lambda record: record.pop("system"), "must have the keys"),
-    "diffusers": (lambda record: (record.clear(), record.update(_class_name="Evil")), "must have the keys"),
+    "diffusers": (lambda record: (record.clear(), record.update(_class_name="Evil")), "lacks diffusion_pytorch_model"),
     "unknown transformers": (
         lambda record: (record.clear(), record.update(model_type="evil", auto_map={})),
         "gives model_type 'evil'; known are clip, siglip",

@@ -352,7 +352,7 @@ class Decoder(nn.Module):
 
 
 def _parts(x: Tensor, b: int, past: Past | None, *, first: bool = False, pair: int = 1) -> Iterator[Tensor]:
-    """Frames in as many parts as are worth computing apart: of `pair` or a multiple, the first with one more if `first`."""
+    """Frames in as many parts as pay off: multiples of `pair` frames each, one more at first if `first`."""
     if past is None:
         yield x
         return

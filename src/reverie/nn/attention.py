@@ -1,6 +1,7 @@
 """Multi-head attention, over oneself or over a context (Vaswani et al. 2017, section 3.2).
 
-Convention: `mask` is bool, True = may be attended to, broadcastable to `b heads n m`.
+Convention: `mask` is bool, True = may be attended to, broadcastable to `b heads n m`. `attend` alone also takes floats
+in its place, which are added to the scores.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     both lose to fp32 where the processor has no bf16.
     """
     if widens(q):
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         return attend(q.float(), k.float(), v.float(), mask=mask, causal=causal).to(q.dtype)
     by_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024
     if causal and (by_products or mask is not None):  # the fused kernel takes one of the two
@@ -31,7 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     if by_products:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            float_mask = mask.is_floating_point()
+            scores = scores + mask if float_mask else scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 

@@ -14,11 +14,19 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 
-def sinusoidal(t: Tensor, width: int, *, scale: float = 1.0, longest: float = 10_000.0) -> Tensor:
-    """`b -> b width`: cosines then sines of `scale * t` at geometric frequencies (the timestep embedding of DDPM)."""
+def sinusoidal(
+    t: Tensor, width: int, *, scale: float = 1.0, longest: float = 10_000.0, closed: bool = False
+) -> Tensor:
+    """`b -> b width`: cosines then sines of `scale * t` at geometric frequencies (the timestep embedding of DDPM).
+
+    They run from 1 to 1 / longest, which is among them if `closed`, as in diffusers' DiT; else it would be the next.
+    In float32, or in float64 where `t` is.
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
-    angle = rearrange(scale * t.float(), "b -> b 1") * frequencies
+    t = t if t.dtype == torch.float64 else t.float()
+    places = torch.arange(half, device=t.device, dtype=t.dtype)
+    frequencies = torch.exp(-math.log(longest) * places / (half - closed))
+    angle = rearrange(scale * t, "b -> b 1") * frequencies
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -30,20 +38,35 @@ def share(channels: int, axes: int) -> tuple[int, ...]:
     return tuple(2 * (base + (1 if axis >= axes - extra else 0)) for axis in range(axes))
 
 
-def rotary(positions: Tensor, channels: int, *, longest: float = 100.0) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each `n channels`, for `positions n axes`; `longest` sets the slowest wave, in positions."""
-    axes = positions.shape[-1]
+def rotary(
+    positions: Tensor, channels: int | tuple[int, ...], *, longest: float = 100.0
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each `n channels`, for `positions n axes`; `longest` sets the slowest wave, in positions.
+
+    `channels` are a head's, shared out evenly, or each axis's own. In float32, or in float64 where `positions` are.
+    """
+    shares = share(channels, positions.shape[-1]) if isinstance(channels, int) else channels
+    positions = positions if positions.dtype == torch.float64 else positions.float()
     angles = []
-    for axis, size in enumerate(share(channels, axes)):
-        frequencies = longest ** (-torch.arange(0, size, 2, device=positions.device) / max(size, 1))
-        angles.append(positions[:, axis, None].float() * frequencies)
+    for axis, size in enumerate(shares):
+        steps = torch.arange(0, size, 2, device=positions.device, dtype=positions.dtype)
+        angles.append(positions[:, axis, None] * longest ** (-steps / max(size, 1)))
     angle = repeat(torch.cat(angles, dim=-1), "n pairs -> n (pairs two)", two=2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn `b heads n d` by `(cos, sin)`: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn `b heads n d` by `(cos, sin)`: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    As complex numbers on a CPU, where that takes a ninth of the time: one pass over x, in whatever order it lies.
+    """
     cos, sin = (part.to(x.dtype) for part in rotary)
+    quick = x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1
+    if quick and not torch.compiler.is_compiling():
+        turns = torch.complex(cos[..., ::2], sin[..., ::2])
+        pairs = rearrange(x, "b heads n (pairs two) -> b heads n pairs two", two=2)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
+        return rearrange(turned, "b heads n pairs two -> b heads n (pairs two)")
     even, odd = rearrange(x, "b heads n (pairs two) -> two b heads n pairs", two=2)
     return x * cos + rearrange([-odd, even], "two b heads n pairs -> b heads n (pairs two)") * sin
 

@@ -1,1 +1,1 @@
-"""Generation: plain functions `(predict, x, *, steps, ...) -> tensor`; `predict` is what training trained."""
+"""Generation: plain functions `(predict, x, points, ...) -> tensor`; `predict` is what training trained, as x0."""

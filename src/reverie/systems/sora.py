@@ -35,8 +35,18 @@ from reverie.errors import InputError
 from reverie.objectives.denoising import velocity_loss
 from reverie.pictures import to_signal
 from reverie.processes import gaussian
-from reverie.samplers.flow import SAMPLERS
+from reverie.processes.gaussian import Flow, Point
+from reverie.samplers import diffusion, multistep
 from reverie.samplers.guidance import guided
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "euler": diffusion.euler,
+    "heun": diffusion.flow_heun,
+    "dpmpp_2m": multistep.dpmpp_2m,
+    "unipc": multistep.unipc,
+    "euler_ancestral": diffusion.euler_ancestral,
+    "dpmpp_2m_sde": multistep.dpmpp_2m_sde,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,18 +83,20 @@ class Sora(nn.Module):
     @torch.no_grad()
     def read(self, texts: Sequence[str] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Strings or tokens `b n` -> pooled `b d`, context `b m d`, context_mask `b m`."""
-        if not isinstance(texts, Tensor):
-            if self.tokenizer is None:
-                raise InputError(
-                    "this model has no tokenizer: give token ids `b n`, or load it from a folder."
-                )
-            texts = self.tokenizer.encode(list(texts), length=self.config.text.length)
+        texts = self._tokens(texts)
         self.text.check(texts)
         tokens = self.text.trim(texts.to(self.backbone.null_context.device))
         context = self.text(tokens)
         end = self.text.end_position(tokens)
         mask = torch.arange(tokens.shape[1], device=tokens.device) <= rearrange(end, "b -> b 1")
         return self.text.pool(context, tokens), context, mask
+
+    def _tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
+        if isinstance(texts, Tensor):
+            return texts
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer: give token ids `b n`, or load it from a folder.")
+        return self.tokenizer.encode(list(texts), length=self.config.text.length)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -115,7 +127,7 @@ class Sora(nn.Module):
         t = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
         t = rearrange(t, "b -> b 1") * ~known
         wide = rearrange(t, "b f -> b 1 f 1 1")
-        x_t = gaussian.corrupt(latents, noise, wide)
+        x_t = gaussian.corrupt(latents, noise, Flow().at(wide))
         text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
         out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0))
         predicted = self._velocity(out, x_t, wide)
@@ -195,6 +207,9 @@ class Sora(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str = "euler",
+        negative: str | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        rescale: float = 0.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Prompts -> `b 3 f h w` in [-1, 1]. One interface for every task:
@@ -204,12 +219,14 @@ class Sora(nn.Module):
         video to video      `known` whole, `known_mask` all False, `start` < 1: from its corruption to that time
 
         `pace` is the time between frames: 2 shows the same motion in half the frames. Item i has the seed `seed + i`,
-        so a batch equals its items drawn alone. Raises InputError for sizes that are no multiple of the patch, unknown
-        samplers, and an empty list of prompts.
+        so a batch equals its items drawn alone. Guidance leads away from no text, or from the text `negative`, at times
+        within `interval`; a share `rescale` of the contrast that it adds is taken back (samplers/guidance.py). Raises
+        InputError for sizes that are no multiple of the patch, unknown samplers, and an empty list of prompts.
         """
         frames, size, seeds, known_mask = self._check(
             prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace
         )
+        self._check_guided(negative, interval, rescale)
         guidance = self.config.guidance if guidance is None else float(guidance)
         device = self.backbone.null_context.device
         if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
@@ -224,25 +241,33 @@ class Sora(nn.Module):
         if self.codec is not None:
             mask = self.codec.latent_mask(mask)
         wide = rearrange(mask, "b f -> b 1 f 1 1")
-        text = self.read(prompts)
-        none = self.backbone.without_text(*text, torch.ones(len(prompts), dtype=torch.bool, device=device))
-        both = [torch.cat(pair) for pair in zip(text, none, strict=True)]
+        if negative is None:
+            text = self.read(prompts)
+            everywhere = torch.ones(len(prompts), dtype=torch.bool, device=device)
+            none = self.backbone.without_text(*text, everywhere)
+            both = tuple(torch.cat(pair) for pair in zip(text, none, strict=True))
+        else:
+            both = self.read(torch.cat(list(map(self._tokens, (prompts, [negative] * len(prompts))))))
 
-        def predict(x: Tensor, time: float) -> Tensor:
-            """Half of `x` with its text, half without."""
-            given2, wide2, mask2 = (torch.cat([part, part]) for part in (given, wide, mask))
+        def predict(x: Tensor, point: Point) -> Tensor:
+            """x0 of `x`: the prompts with their text, and where they come twice, the second time without."""
+            copies = len(x) // len(prompts)
+            given2, wide2, mask2 = (torch.cat([part] * copies) for part in (given, wide, mask))
             x = torch.where(wide2, given2, x)
-            t = time * (~mask2).float()
-            out = self._velocity(self.backbone(x, t, *both, pace=pace), x, rearrange(t, "b f -> b 1 f 1 1"))
-            return torch.where(wide2, 0, out)
+            t = point.t * (~mask2).float()
+            out = self.backbone(x, t, *(part[: len(x)] for part in both), pace=pace)
+            velocity = self._velocity(out, x, rearrange(t, "b f -> b 1 f 1 1"))
+            return torch.where(wide2, given2, x - point.t * velocity)
 
-        x = gaussian.corrupt(given, noise, torch.tensor(start)) if start < 1 else noise
+        points = Flow(shift=self.config.shift).points(
+            self.config.steps if steps is None else int(steps), start=start
+        )
+        x = gaussian.corrupt(given, noise, points[0]) if start < 1 else noise
         x = SAMPLERS[sampler](
-            guided(predict, guidance),
+            guided(predict, guidance, interval=interval, rescale=rescale),
             torch.where(wide, given, x),
-            steps=self.config.steps if steps is None else int(steps),
-            factor=self.config.shift,
-            start=start,
+            points,
+            generator=[rng.generator(s, "sampling") for s in seeds],
             progress=progress,
         )
         if not x.isfinite().all():
@@ -264,6 +289,17 @@ class Sora(nn.Module):
         if not _whole(frames) or frames < 1 or frames % together:
             raise InputError(f"{frames!r:.60} frames cannot be drawn: give a multiple of {together}.")
         return int(frames)
+
+    @staticmethod
+    def _check_guided(negative: Any, interval: Any, rescale: Any) -> None:
+        if negative is not None and not isinstance(negative, str):
+            raise InputError(f"negative must be one string, but is {negative!r:.60}.")
+        if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_finite, interval)):
+            raise InputError(f"interval must be two times, such as (0.2, 0.8), but is {interval!r:.60}.")
+        if interval[0] > interval[1]:
+            raise InputError(f"interval {tuple(interval)} holds no time: give the lower one first.")
+        if not _finite(rescale) or not 0 <= rescale <= 1:
+            raise InputError(f"rescale {rescale!r:.60} is no share: give a number from 0 to 1.")
 
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace):
         frames = self._check_asked(prompts, frames)

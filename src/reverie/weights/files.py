@@ -14,7 +14,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import pairwise
@@ -123,11 +123,14 @@ def header(path: str | Path) -> dict[str, Entry]:
         return _header(file, path)[0]
 
 
-def headers(paths: Sequence[Path]) -> dict[str, Entry]:
-    """The headers of the files that together hold one model. Raises `ModelFileError`, also for a name in two files."""
+def headers(weights: Mapping[Path, str]) -> dict[str, Entry]:
+    """The headers of the files that together hold one model, with what comes before the names of each.
+
+    Raises `ModelFileError`, also for a name in two files.
+    """
     entries: dict[str, Entry] = {}
-    for path in paths:
-        found = header(path)
+    for path, prefix in weights.items():
+        found = {f"{prefix}{name}": entry for name, entry in header(path).items()}
         if twice := entries.keys() & found.keys():
             raise ModelFileError(
                 f"{path.name} holds {min(twice)} again, which another file holds; fetch them again."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from reverie.weights.files import ModelFileError, shorten
@@ -24,6 +24,9 @@ class Foreign:
     table: tuple[Rule, ...]  # their names -> ours
     ignore: tuple[str, ...] = ()  # of their tensors, those that are no weights
     own_words: bool = False  # the tokenizer is named, so it is not the format's usual one
+    constants: dict[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # of our tensors, what their config gives
 
 
 class Fields:
@@ -89,7 +92,7 @@ class Fields:
             value = self.record.get(key, allowed[0])
             if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
                 raise ModelFileError(
-                    f"{self.where} gives {key} as {shorten(value)}, which no CLIP of Reverie has; it must be"
+                    f"{self.where} gives {key} as {shorten(value)}, which no model of Reverie has; it must be"
                     f" {' or '.join(map(repr, allowed))}."
                 )
 

@@ -2,7 +2,8 @@
 
 A rule says source -> target. Placeholders in braces stand for one dotted segment and must agree on both sides
 (`layers.{i}.fc1.{p}` -> `blocks.{i}.mlp.in.{p}`). Several sources and one target concatenate (three projections into
-a fused one); one source and several targets split evenly. `rearrange` is an einops pattern from source to target
+a fused one); one source and several targets split evenly; `copies` are one tensor under several names, which must be
+equal, and is written under each of them again. `rearrange` is an einops pattern from source to target
 pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in `axes` that either direction needs.
 `invert` swaps the sides, so import and export are one table and a round trip is bit-equal.
 """
@@ -31,6 +32,7 @@ class Rule:
     rearrange: str | None = None
     axes: tuple[tuple[str, int], ...] = ()
     dim: int = 0
+    copies: bool = False
 
     def __post_init__(self) -> None:
         assert min(len(self.sources), len(self.targets)) == 1, (
@@ -119,14 +121,27 @@ def apply(
 
 def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     """Those of the names that fit one of the patterns, which have placeholders as the rules do."""
-    compiled = [_pattern(text) for text in patterns]
-    return {name for name in names if any(pattern.fullmatch(name) for pattern in compiled)}
+    exact = set(patterns)
+    compiled = [_pattern(text) for text in patterns if "{" in text]
+    return {name for name in names if name in exact or any(pattern.fullmatch(name) for pattern in compiled)}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in data type, shape and every value."""
+    return a.dtype == b.dtype and a.shape == b.shape and (a.device.type == "meta" or torch.equal(a, b))
 
 
 def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
     count, names, tensors = len(rule.targets), list(named), list(named.values())
     try:
-        if count > 1:
+        if rule.copies:
+            if not all(same(tensor, tensors[0]) for tensor in tensors):
+                raise ModelFileError(
+                    f"{names[0]} and {len(names) - 1} others must be copies of one tensor, but differ; Reverie keeps"
+                    " one, so these weights cannot be read."
+                )
+            tensors = tensors[:1] * count
+        elif count > 1:
             size = tensors[0].shape[rule.dim]
             if size % count:
                 raise ModelFileError(f"{names[0]} has {size} rows, not a multiple of {count}; check it.")
@@ -135,7 +150,7 @@ def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
             tensors = [
                 rearrange(tensor, rule.rearrange, **dict(rule.axes)).contiguous() for tensor in tensors
             ]
-        if len(rule.sources) == 1:
+        if len(rule.sources) == 1 or rule.copies:
             return tensors
         if len({tensor.dtype for tensor in tensors}) > 1:
             raise ModelFileError(

@@ -16,8 +16,6 @@ import dataclasses
 import inspect
 import json
 import math
-import os
-import re
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -34,27 +32,25 @@ from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import read_tokenizer
 from reverie.errors import InputError
 from reverie.nn.lora import adapted
-from reverie.weights import clip_open_clip, clip_transformers, files, remap
+from reverie.weights import clip_open_clip, clip_transformers, diffusers, files, remap, video_vae_wan
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Foreign
+from reverie.weights.places import CONFIG, DIFFUSERS, MODEL, PIPELINE, TOKENIZER, Place, survey
 
-SHIPPED = Path(__file__).parent / "shipped"
-CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 # What folders of models hold beside weights and config: a new model must not be read with an old one's.
 BESIDE = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
     *clip_transformers.RECORDS[1:],
 )  # fmt: skip
-CONFIG_BYTES, INDEX_BYTES = 2**20, 2**24
 INTEGER = 2**24
-FORMATS = ("reverie", "transformers", "open_clip")
+FORMATS = ("reverie", "transformers", "open_clip", "diffusers")
+# Files under their authors' own names: what knows one, and what reads it.
+ORIGINALS: tuple[tuple[Callable[..., bool], Callable[..., Foreign]], ...] = (
+    (clip_open_clip.is_theirs, clip_open_clip.read_alone),
+    (video_vae_wan.is_original, video_vae_wan.read_alone),
+)
 
 Systems = Mapping[str, Callable[[], type[nn.Module]]]
-
-
-def shipped() -> list[str]:
-    """The names of the weights that came with Reverie."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
 
 
 def save(
@@ -64,7 +60,7 @@ def save(
     name: str,
     version: str,
     dtype: torch.dtype | None = None,
-    format: Literal["reverie", "transformers", "open_clip"] = "reverie",
+    format: Literal["reverie", "transformers", "open_clip", "diffusers"] = "reverie",
 ) -> Path:
     """Write the system called `name` into a folder that `load` reads; returns the folder.
 
@@ -80,8 +76,8 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save into.")
     present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    weights = present & {MODEL, clip_open_clip.MODEL}
-    if not weights and (others := present & {CONFIG, TOKENIZER, clip_open_clip.CONFIG}):
+    models = present & {MODEL, clip_open_clip.MODEL, DIFFUSERS, PIPELINE}
+    if not models and (others := present & {CONFIG, TOKENIZER, clip_open_clip.CONFIG}):
         raise InputError(f"{folder} holds a {min(others)} of something else than a model; give a new folder.")
     if adapters := [layer for layer, _ in adapted(system)]:
         raise InputError(
@@ -90,7 +86,8 @@ def save(
     config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
     tokenizer = getattr(system, "tokenizer", None)
     tensors: Mapping[str, Tensor] = system.state_dict()
-    model, records, table = _layout(format, name, version, config, tokenizer)
+    model, records, table, said = _layout(format, name, version, config, tokenizer, tensors)
+    tensors = {key: value for key, value in tensors.items() if key not in said}
     if table is not None:
         tensors = remap.apply(remap.invert(table), tensors)
     if dtype is not None:
@@ -105,52 +102,60 @@ def save(
         )
 
     folder.mkdir(parents=True, exist_ok=True)
-    if weights:  # a model's folder: no file of the old one may be taken for the new one's
-        for old in (CONFIG, *BESIDE, clip_open_clip.CONFIG, *weights - {model}):
+    if models:  # a model's folder: no file of the old one may be taken for the new one's
+        for old in (PIPELINE, CONFIG, *BESIDE, clip_open_clip.CONFIG, *models - {model}):
             (folder / old).unlink(missing_ok=True)
-    files.write(folder / model, tensors, {"format": "pt"})
+    for prefix in dict.fromkeys(diffusers.component(key, records) for key in tensors):
+        (folder / prefix).mkdir(exist_ok=True)
+        part = {key.removeprefix(f"{prefix}."): value for key, value in tensors.items()
+                if diffusers.component(key, records) == prefix}  # fmt: skip
+        files.write(folder / prefix / model, part, {"format": "pt"})
     if tokenizer is not None:
         # Other libraries must be told what ours reads in the config.
         length = None if format == "reverie" else config["text"]["length"]
         tokenizer.write(folder / TOKENIZER, length=length)
-    configs = (CONFIG, clip_open_clip.CONFIG)
-    for file in sorted(records, key=lambda file: file in configs):
+    last = (CONFIG, clip_open_clip.CONFIG, PIPELINE)
+    for file in sorted(records, key=lambda file: file in last):
+        (folder / file).parent.mkdir(exist_ok=True)
         disk.write(folder / file, json.dumps(records[file], indent=2, allow_nan=False) + "\n")
     return folder
 
 
 def _layout(
-    format: str, name: str, version: str, config: dict[str, Any], tokenizer: Any
-) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None]:
-    """A format's file of weights, its JSON files by name, and its table (None: our own names)."""
+    format: str,
+    name: str,
+    version: str,
+    config: dict[str, Any],
+    tokenizer: Any,
+    tensors: Mapping[str, Tensor],
+) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None, tuple[str, ...]]:
+    """A format's file of weights, its JSON files, its table (None: ours), and the tensors that those files say."""
     if format == "reverie":
-        return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None
+        return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None, ()
+    if format == "diffusers":
+        return DIFFUSERS, *diffusers.write(name, config, tensors)
     if name != "clip":
         raise InputError(f"{format} has no {name!r}; of Reverie's systems it has clip.")
     if format == "transformers":
-        return MODEL, *clip_transformers.write(config)
+        return MODEL, *clip_transformers.write(config), ()
     own = tokenizer is not None and not (isinstance(tokenizer, Bpe) and tokenizer.is_clip())
-    return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own)
+    return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own), ()
 
 
 def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] | None = None) -> nn.Module:
     """The system of a shipped name, a folder or a checkpoint, on the CPU, in its own precision, in eval mode.
 
-    A folder is one that `save` wrote in any format, or that transformers or open_clip wrote. A checkpoint alone is a
-    safetensors file under open_clip's or OpenAI's names; `config`, plain data, says what it is where the file does
-    not. Raises `ModelFileError` (an `InputError`) in one sentence.
+    A folder is one that `save` wrote in any format, or that transformers, open_clip or diffusers wrote
+    (weights/places.py). A checkpoint alone is a safetensors file under its authors' own names; `config`, plain data,
+    says what it is where the file does not. Raises `ModelFileError` (an `InputError`) in one sentence.
     """
-    place = find(name_or_path)
-    if config is not None and place.is_dir():
+    place = survey(name_or_path)
+    if config is not None and place.kind != "original":
         raise ModelFileError(
-            f"{shorten(str(place))} has a config of its own; config= is for a checkpoint file."
+            f"{shorten(str(place.path))} has a config of its own; config= is for a checkpoint file."
         )
-    weights = [place] if place.is_file() else _weights(place)
-    what = (
-        weights[0].name if len(weights) == 1 else f"{weights[0].name} and its {len(weights) - 1} companions"
-    )
-    entries = files.headers(weights)
-    name, values, foreign = _described(place, weights, entries, config)
+    entries = files.headers(place.weights)
+    name, values, foreign = _described(place, entries, config)
     system_class = _choose(systems, name, what="system")()
     made = config_from(_config_class(system_class), values, where=f"the config of {name!r}")
     parts: tuple[Any, ...] = (made,)
@@ -161,108 +166,63 @@ def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] |
         with torch.random.fork_rng(devices=[]), _Within(entries):
             system = system_class(*parts)
     except InputError as error:
-        raise ModelFileError(f"{place.name} describes a {name!r} that cannot be built: {error}") from error
+        raise ModelFileError(
+            f"{place.path.name} describes a {name!r} that cannot be built: {error}"
+        ) from error
     except Exception as error:
         # Values of the right type can still contradict each other in ways that only the constructor notices.
         raise ModelFileError(
-            f"{place.name} describes a {name!r} that cannot be built; correct its config."
+            f"{place.path.name} describes a {name!r} that cannot be built; correct its config."
         ) from error
 
     outline = system.state_dict()
     expected = files.expectation(outline)
     if foreign is None:
-        tensors = files.read(weights[0], expected=expected)
+        tensors = files.read(next(iter(place.weights)), expected=expected)
     else:
         # The table backwards says what their file must hold, so theirs too is checked before it is read.
+        constants = {name: torch.tensor(value) for name, value in foreign.constants.items()}
+        files.check(files.expectation(constants), {name: expected[name] for name in constants}, what=CONFIG)
+        outline = {name: value for name, value in outline.items() if name not in constants}
+        expected = files.expectation(outline)
         theirs = dict(files.expectation(remap.apply(remap.invert(foreign.table), outline)))
         ignored = remap.matching(foreign.ignore, entries)
         theirs |= {key: (entries[key].shape, files.family(entries[key].dtype)) for key in ignored}
-        files.check({key: (e.shape, files.family(e.dtype)) for key, e in entries.items()}, theirs, what=what)
+        files.check(
+            {key: (e.shape, files.family(e.dtype)) for key, e in entries.items()}, theirs, what=place.what
+        )
         # A mask, full of minus infinity, is none of the weights that must be finite.
-        read = (files.read(file, without=ignored) for file in weights)
-        tensors = {key: value for part in read for key, value in part.items()}
-        tensors = remap.apply(foreign.table, tensors, expected=expected, ignore=foreign.ignore)
+        tensors = {}
+        for file, prefix in place.weights.items():
+            own = {key.removeprefix(prefix) for key in ignored if key.startswith(prefix)}
+            tensors |= {f"{prefix}{key}": value for key, value in files.read(file, without=own).items()}
+        tensors = remap.apply(foreign.table, tensors, expected=expected, ignore=foreign.ignore) | constants
     system.load_state_dict(tensors, strict=True)
     return system.eval()
 
 
 def _described(
-    place: Path, weights: list[Path], entries: Mapping[str, files.Entry], config: dict[str, Any] | None
+    place: Place, entries: Mapping[str, files.Entry], config: dict[str, Any] | None
 ) -> tuple[str, Any, Foreign | None]:
     """The system's name, its config as plain data, and, where the files are somebody else's, how they are laid out."""
-    if place.is_file():
-        if not clip_open_clip.is_theirs(entries):
+    if place.kind == "reverie":
+        return *_own(place.records[CONFIG], place.path), None
+    if place.kind == "original":
+        for known, read_alone in ORIGINALS:
+            if known(entries):
+                foreign = read_alone(entries, config, what=place.path.name)
+                break
+        else:
             raise ModelFileError(
-                f"{place.name} alone does not say what it holds; give the folder it lies in, with its {CONFIG}."
+                f"{place.path.name} alone does not say what it holds; give the folder it lies in, with its {CONFIG}."
             )
-        foreign = clip_open_clip.read_alone(entries, config, what=place.name)
-    elif weights[0].name == clip_open_clip.MODEL or not (place / CONFIG).exists():
-        records = {clip_open_clip.CONFIG: _read_json(place / clip_open_clip.CONFIG)}
-        foreign = clip_open_clip.read(records, entries)
+    elif place.kind == "open_clip":
+        foreign = clip_open_clip.read(place.records, entries)
+    elif place.kind == "transformers":
+        foreign = clip_transformers.read(place.records)
     else:
-        record = _read_json(place / CONFIG)
-        if not isinstance(record, dict) or "system" in record or "model_type" not in record:
-            return *_own(record, place), None
-        beside = [file for file in clip_transformers.RECORDS if (place / file).exists()]
-        foreign = clip_transformers.read({file: _read_json(place / file) for file in beside})
+        foreign = diffusers.read(place.records)
     return foreign.system, foreign.values, foreign
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the parts that an index lists."""
-    for name in (MODEL, clip_open_clip.MODEL):
-        if (folder / name).exists():
-            return [folder / name]
-    index = folder / f"{MODEL}.index.json"
-    record = _read_json(index, most=INDEX_BYTES)
-    parts = record.get("weight_map") if isinstance(record, dict) else None
-    names = sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
-    if not names or not all(re.fullmatch(r"[\w-]+(\.[\w-]+)*\.safetensors", name) for name in names):
-        raise ModelFileError(f"{index.name} does not list safetensors files beside it; fetch it again.")
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise ModelFileError(
-            f"{shorten(str(folder))} lacks {absent[0]} and {len(absent) - 1} other parts of its weights; fetch them."
-        )
-    return [folder / name for name in names]
-
-
-def find(name_or_path: str | Path) -> Path:
-    """The folder of a shipped name, a folder that holds a system, or a safetensors file. Raises `ModelFileError`."""
-    own = isinstance(name_or_path, str) or (isinstance(name_or_path, Path) and not name_or_path.exists())
-    if own and str(name_or_path) in shipped():
-        return SHIPPED / str(name_or_path)
-    holds = f"a folder must hold {CONFIG} or {clip_open_clip.CONFIG}, and {MODEL}, its parts or {clip_open_clip.MODEL}"
-    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
-        raise ModelFileError(f"{name_or_path!r:.60} is no folder and no shipped name; {holds}.")
-    path = Path(name_or_path)
-    shown = shorten(str(path))
-    if path.suffix.lower() in files.PICKLES:
-        raise ModelFileError(files.pickle_message(path.name))
-    try:
-        is_file = path.is_file()
-        present = {entry.name for entry in path.iterdir()} if path.is_dir() else None
-    except (OSError, ValueError):  # too long, or with a NUL byte, or forbidden
-        is_file, present = False, None
-    if is_file:
-        if path.suffix.lower() != ".safetensors":
-            raise ModelFileError(f"{shown} is no safetensors file; give one, or a folder: {holds}.")
-        return path
-    if present is None:
-        names = ", ".join(shipped()) or "none"
-        raise ModelFileError(f"{shown} is neither a folder nor a shipped name (shipped: {names}); {holds}.")
-    weights = present & {MODEL, f"{MODEL}.index.json", clip_open_clip.MODEL}
-    if not weights and (old := sorted(n for n in present if Path(n).suffix.lower() in files.PICKLES)):
-        raise ModelFileError(
-            f"{shown} holds its weights in the pickle {shorten(old[0])}, which can run code when it is loaded, so"
-            f" Reverie never loads one; run `reverie convert {shorten(old[0])} {MODEL}` in that folder and load it"
-            " again."
-        )
-    configs = present & {CONFIG, clip_open_clip.CONFIG}
-    absent = [name for name, found in ((CONFIG, configs), (MODEL, weights)) if not found]
-    if absent:
-        raise ModelFileError(f"{shown} lacks {' and '.join(absent)}: {holds}.")
-    return path
 
 
 def config_from(config_class: type, values: Any, *, where: str) -> Any:
@@ -355,27 +315,14 @@ def _config_class(system_class: type) -> type:
     return get_type_hints(system_class.__init__)["config"]  # type: ignore[misc]
 
 
-def _tokenizer(place: Path, values: Any, foreign: Foreign | None) -> Any:
+def _tokenizer(place: Place, values: Any, foreign: Foreign | None) -> Any:
     """The tokenizer that lies beside the weights; CLIP's own where open_clip leaves it out because it is that."""
-    if place.is_dir() and ((place / TOKENIZER).exists() or (place / "vocab.json").exists()):
-        return read_tokenizer(place)
+    path = place.path
+    if path.is_dir() and ((path / TOKENIZER).exists() or (path / "vocab.json").exists()):
+        return read_tokenizer(path)
     text = values["text"] if foreign is not None else {}
-    from_open_clip = place.is_file() or (place / clip_open_clip.CONFIG).exists()
+    from_open_clip = place.kind == "original" or (path / clip_open_clip.CONFIG).exists()
     return Bpe.clip() if from_open_clip and text.get("vocab") == 49_408 and not foreign.own_words else None  # type: ignore[union-attr]
-
-
-def _read_json(path: Path, *, most: int = CONFIG_BYTES) -> Any:
-    _sized(path, most)
-    return files.load_json(path.read_bytes(), what=path.name)
-
-
-def _sized(path: Path, limit: int) -> None:
-    if not path.is_file():
-        raise ModelFileError(f"{path.name} in {shorten(str(path.parent))} is not a regular file; save again.")
-    if path.stat().st_size > limit:
-        raise ModelFileError(
-            f"{path.name} has {path.stat().st_size:,} bytes, more than the limit of {limit:,}."
-        )
 
 
 class _Within(TorchFunctionMode):

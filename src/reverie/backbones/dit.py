@@ -1,0 +1,184 @@
+"""A class-conditional diffusion transformer: "Scalable Diffusion Models with Transformers" (2212.09748).
+
+    x --- patches + places ---[ block ]--- ... ---[ block ]--- norm --- patches back --- prediction (and variance)
+                                  |                   |          |
+    t, class --- vector ----------+-------------------+----------+   shift, scale and gate of each half (adaLN-zero)
+
+SiT (2401.08740) is the same network. `t` is in the unit of the process that it was trained with. Places are sines and
+cosines, computed for the size that is asked for: between the edges of the grid of the training, whatever the size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reverie.errors import InputError
+from reverie.nn.attention import SelfAttention
+from reverie.nn.linear import Linear, PatchLinear
+from reverie.nn.mlp import Mlp
+from reverie.nn.positions import sinusoidal
+
+WAVES = 256  # of the time's embedding
+TABLE_BYTES = 64 * 2**20  # of modulations that are held for coming steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DitConfig:
+    channels: int = 4
+    size: int = 32  # the side in training, of latents or pixels; any other may be asked for
+    patch: int = 2
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    ratio: float = 4.0
+    classes: int = 1000  # the null class, "any", comes after them
+    learned_sigma: bool = True  # as many channels again come out, for the variance
+    # The slowest wave of the time's embedding is 1e-4 in diffusers, and one step faster in the authors' code.
+    waves: Literal["original", "diffusers"] = "original"
+    mlp_eps: float = 1e-6  # of the norm before the MLP, which diffusers lets differ
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise InputError(
+                f"width {self.width} must be a multiple of 4 and of the {self.heads} heads; choose another."
+            )
+        if self.size % self.patch:
+            raise InputError(f"size {self.size} is no multiple of the patch, {self.patch}; choose another.")
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """norm(x) (1 + scale) + shift for `b n d` and `b 1 d`; one item's in a single pass."""
+    if len(x) == 1:
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+class DitBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by a vector (adaLN-zero); a new block is the identity."""
+
+    def __init__(self, width: int, heads: int, *, ratio: float = 4.0, mlp_eps: float = 1e-6):
+        super().__init__()
+        self.mlp_eps = mlp_eps
+        self.attention = SelfAttention(width, heads)
+        self.mlp = Mlp(width, int(width * ratio), activation="gelu_tanh")
+        self.modulation = Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, vector: Tensor, *, modulation: Tensor | None = None) -> Tensor:
+        """`x b n d`; `vector b d`, or what it makes, computed before: `modulation b (6 d)`."""
+        made = self.modulation(vector) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(made, "b (six d) -> six b 1 d", six=6)
+        x = torch.addcmul(x, gate1, self.attention(modulated(x, shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2, eps=self.mlp_eps)))
+
+
+class Dit(nn.Module):
+    """`x b c h w`, `t b`, `classes b` -> `b c h w`, with a learned variance `b 2c h w`."""
+
+    def __init__(self, config: DitConfig):
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.embed = PatchLinear(config.channels, width, config.patch, bias=True)
+        self.time = nn.Sequential(Linear(WAVES, width), nn.SiLU(), Linear(width, width))
+        self.classes = nn.Embedding(config.classes + 1, width)
+        self.blocks = nn.ModuleList(
+            DitBlock(width, config.heads, ratio=config.ratio, mlp_eps=config.mlp_eps)
+            for _ in range(config.depth)
+        )
+        self.modulation = Linear(width, 2 * width)
+        self.out = Linear(width, config.patch**2 * config.channels * (2 if config.learned_sigma else 1))
+        self._draw()
+
+    def _draw(self) -> None:
+        """The paper's initialisation: Xavier, with modulations and output at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.embed.weight.flatten(1))
+        assert self.embed.bias is not None
+        nn.init.zeros_(self.embed.bias)
+        for embedding in (self.classes, self.time[0], self.time[2]):
+            nn.init.normal_(embedding.weight, std=0.02)
+        for zero in (self.out, self.modulation, *(block.modulation for block in self.blocks)):
+            nn.init.zeros_(zero.weight)
+
+    @property
+    def null(self) -> int:
+        """The class "any", which guidance and dropped labels ask for."""
+        return self.config.classes
+
+    def forward(
+        self, x: Tensor, t: Tensor, classes: Tensor, *, modulations: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """`modulations` are those of `Modulations.at`, instead of `t` and `classes`."""
+        patch = self.config.patch
+        assert not (x.shape[-2] % patch or x.shape[-1] % patch), f"{tuple(x.shape)} holds parts of patches"
+        h, w = x.shape[-2] // patch, x.shape[-1] // patch
+        tokens = rearrange(self.embed(x), "b d h w -> b (h w) d") + self.places(h, w).to(x)
+        vector = self.vector(t, classes).to(x.dtype) if modulations is None else tokens
+        *each, last = [None] * (len(self.blocks) + 1) if modulations is None else modulations
+        for block, one in zip(self.blocks, each, strict=True):
+            tokens = block(tokens, vector, modulation=one)
+        shift, scale = rearrange(
+            self.modulation(vector) if last is None else last, "b (two d) -> two b 1 d", two=2
+        )
+        return rearrange(
+            self.out(modulated(tokens, shift, scale)),
+            "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=h, ph=patch, pw=patch,
+        )  # fmt: skip
+
+    def vector(self, t: Tensor, classes: Tensor) -> Tensor:
+        """What modulates the blocks: times `b` and classes `b` -> `b d`."""
+        clock = sinusoidal(t, WAVES, closed=self.config.waves == "diffusers")
+        return F.silu(self.time(clock.to(self.classes.weight.dtype)) + self.classes(classes))
+
+    def places(self, h: int, w: int) -> Tensor:
+        """`(h w) d`: a column's sines and cosines, then a row's, in units of the grid of the training."""
+        grid, quarter = self.config.size // self.config.patch, self.config.width // 4
+        device = self.classes.weight.device
+        waves = 1e4 ** -(torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
+
+        def line(count: int) -> Tensor:
+            angle = torch.arange(count, device=device)[:, None] * (grid / count) * waves
+            return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+        columns, rows = line(w)[None].expand(h, -1, -1), line(h)[:, None].expand(-1, w, -1)
+        return rearrange(torch.cat([columns, rows], dim=-1), "h w d -> (h w) d").float()
+
+
+class Modulations:
+    """All that time and class do in a network, for the times of a whole sampling run and the classes of its batch.
+
+    The products of many steps are made together and each class's once: `at(t)` gives what `Dit.forward` takes.
+    """
+
+    def __init__(self, network: Dit, times: Sequence[float], classes: Tensor):
+        self.network, self.times = network, list(dict.fromkeys(times))
+        self.classes, self.which = classes.unique(return_inverse=True)
+        config = network.config
+        numbers = (6 * config.depth + 2) * config.width * len(self.classes)
+        self.together = max(1, TABLE_BYTES // (numbers * network.classes.weight.element_size()))
+        self.first, self.tables = 0, list[Tensor]()
+
+    @torch.no_grad()
+    def at(self, t: float) -> list[Tensor]:
+        """One modulation for each block and the last, `b (k d)`."""
+        number = self.times.index(t)
+        if not self.tables or not self.first <= number < self.first + self.together:
+            self.first = number
+            times = torch.tensor(self.times[number : number + self.together], device=self.classes.device)
+            pairs = times.repeat_interleave(len(self.classes)), self.classes.repeat(len(times))
+            vector = self.network.vector(*pairs)
+            self.tables = [
+                rearrange(made(vector), "(s k) d -> s k d", k=len(self.classes))
+                for made in (*(block.modulation for block in self.network.blocks), self.network.modulation)
+            ]
+        return [table[number - self.first][self.which] for table in self.tables]

@@ -1,0 +1,77 @@
+"""Folders of diffusers: what reads and writes a component or a pipeline, by the class that its JSON file names.
+
+The names of a pipeline's tensors begin with their component's folder: `transformer.`, `vae.`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from reverie.errors import InputError
+from reverie.weights import video_vae_wan
+from reverie.weights.files import ModelFileError, shorten
+from reverie.weights.layout import Foreign
+from reverie.weights.places import CONFIG, PIPELINE
+from reverie.weights.remap import Rule
+
+Records = Mapping[str, Any]  # JSON files by path
+Written = tuple[dict[str, Any], tuple[Rule, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """system: its name in the catalogue. write: from our config, and our tensors where their config holds some."""
+
+    system: str
+    read: Callable[[Records], Foreign]
+    write: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Written]
+    constants: tuple[str, ...] = ()  # of our tensors, those that are numbers of their config
+
+
+def _video_vae(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Written:
+    constants = {name: tensors[name].tolist() for name in video_vae_wan.CONSTANTS}
+    record, table = video_vae_wan.write(config, constants)
+    return {CONFIG: record}, table
+
+
+KNOWN = {
+    "AutoencoderKLWan": Known(
+        system="video-vae",
+        read=lambda records: video_vae_wan.read(records[CONFIG]),
+        write=_video_vae,
+        constants=video_vae_wan.CONSTANTS,
+    ),
+}
+
+
+def read(records: Records) -> Foreign:
+    """From the JSON files of a component's or a pipeline's folder. ModelFileError: of a class that is not known."""
+    file = PIPELINE if PIPELINE in records else CONFIG
+    name = records[file]["_class_name"]
+    if not isinstance(name, str) or name not in KNOWN:
+        raise ModelFileError(f"{file} names diffusers' {shorten(name)}; Reverie reads {', '.join(KNOWN)}.")
+    return KNOWN[name].read(records)
+
+
+def write(
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], tuple[Rule, ...], tuple[str, ...]]:
+    """The JSON files by path and our table for a system of this name, and which of its tensors the files hold instead.
+
+    InputError: diffusers has no such model.
+    """
+    for known in KNOWN.values():
+        if known.system == name:
+            return *known.write(config, tensors), known.constants
+    systems = dict.fromkeys(known.system for known in KNOWN.values())
+    raise InputError(f"diffusers has no {name!r}; of Reverie's systems it has {', '.join(systems)}.")
+
+
+def component(name: str, records: Records) -> str:
+    """The folder of a tensor: its component of a pipeline, or none."""
+    first = name.split(".")[0]
+    return first if f"{first}/{CONFIG}" in records else ""
