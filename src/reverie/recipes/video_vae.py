@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import reverie
 from reverie import rng
 from reverie.backbones.discriminator import Discriminator, DiscriminatorConfig
+from reverie.codecs.by_frame import ByFrame
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.augment import on_white
 from reverie.data.embeddings import TYPES
@@ -44,6 +45,7 @@ from reverie.recipes.parts import (
     digest,
     keep,
     load_clip,
+    load_codec,
     my_share,
     name_bad,
     open_index,
@@ -52,7 +54,7 @@ from reverie.recipes.parts import (
 )
 from reverie.recipes.search import everywhere, key_of, media_of, searched, seen, the_same
 from reverie.train.ema import Ema
-from reverie.train.engine import ENGINE, Engine, home
+from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
@@ -203,7 +205,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape(stride: str, *, channels: int, width: int, start: str = "") -> VideoVaeConfig:
     """A small codec of that stride, or the shape of the codec in the folder `start`. InputError: there is none."""
     if start:
-        return _codec(start, "cpu").config
+        return _begun(start).config
     if stride not in SHAPES:
         raise InputError(f"stride is {stride!r}: choose one of {', '.join(SHAPES)}.")
     return VideoVaeConfig(channels=channels, widths=(width, 2 * width, 4 * width), **SHAPES[stride])
@@ -215,7 +217,7 @@ def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = VideoVae(config.model)
     if config.start:
-        model.load_state_dict(_codec(config.start, "cpu").state_dict())
+        model.load_state_dict(_begun(config.start).state_dict())
     model = engine.place(model)
     judge = engine.place(Discriminator(config.discriminator)) if config.weights.adversarial else None
     game = Game(config.weights, model, judge, features=_features(config, engine.home))
@@ -455,12 +457,12 @@ def encode(
 ) -> Latents:
     """Encode every picture and clip of a folder that is not marked, and keep the latents there.
 
-    InputError: no autoencoder of video there, or a size or number of frames that it cannot encode.
+    InputError: no autoencoder there, or a size or number of frames that it cannot encode.
     """
     if dtype not in TYPES:
         raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(TYPES)}.")
-    model = _codec(codec, "cpu" if pool is not None else device)
-    time, space = model.config.stride
+    model = load_codec(codec, device="cpu" if pool is not None else device)
+    time, space = model.stride
     if size < space or size % space:
         raise InputError(f"size {size} cannot be encoded: give a multiple of {space}.")
     if frames < 1 or frames != model.whole(frames):
@@ -495,27 +497,33 @@ def encoder(
     codec: str, folder: str, key: str, size: tuple[int, int], frames: int, dtype: str, device: str | None
 ) -> Encoder:
     """A worker's own codec, which must be what `key` says. InputError: it is another, or the folder is not there."""
-    return _encoder(the_same(_codec(codec, device), codec, key), media_of(seen(folder)), size, frames, dtype)
+    return _encoder(
+        the_same(load_codec(codec, device=device), codec, key), media_of(seen(folder)), size, frames, dtype
+    )
 
 
 def _encoder(
-    model: VideoVae, media: Callable[[str], Path | Part], size: tuple[int, int], frames: int, dtype: str
+    model: VideoVae | ByFrame,
+    media: Callable[[str], Path | Part],
+    size: tuple[int, int],
+    frames: int,
+    dtype: str,
 ) -> Encoder:
-    place = model.mean.device
+    place = next(model.parameters()).device
     return Encoder(
-        media=media, encode=lambda video: model.encode(video.to(place)), stride=model.config.stride[0],
+        media=media, encode=lambda video: model.encode(video.to(place)), stride=model.stride[0],
         size=size, frames=frames, dtype=dtype,
     )  # fmt: skip
 
 
-def _codec(folder: str | Path, device: str | None) -> VideoVae:
-    model = reverie.load(folder)
+def _begun(folder: str) -> VideoVae:
+    """The codec to go on from. InputError: it is none of videos."""
+    model = load_codec(folder, device="cpu")
     if not isinstance(model, VideoVae):
         raise InputError(
-            f"{folder} is a {type(model).__name__}: give the folder of a video autoencoder, such as "
-            "`reverie train video-vae-stickers` makes."
+            f"{folder} is a codec of pictures: give the folder of a video autoencoder to start from."
         )
-    return model.to(home(device))
+    return model
 
 
 def _normalise(model: VideoVae, kinds: list[Tensor]) -> None:
