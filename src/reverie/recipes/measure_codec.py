@@ -58,18 +58,18 @@ def reconstructions(
     }  # fmt: skip
     rows: list[Row] = []
     for kind, length in (("pictures", 1), ("clips", frames)):
-        part = index.select(video=kind == "clips") if length > 1 or kind == "pictures" else []
-        if not len(part):
+        part = [item for item in index.select(video=kind == "clips") if length > 1 or kind == "pictures"][
+            :count
+        ]
+        if not part:
             continue
-        real = Real(Index(index.folder, list(part)[:count]), (size, size), length)
+        real = Real(Index(index.folder, part), (size, size), length)
         with counting(f"measuring {kind}") as progress:
             found = reconstruction.measure(
                 _batches(real, batch), reconstruct, progress=partial(_tell, progress, len(real))
-            )  # fmt: skip
+            )
         few = found["rate"]["numbers"]
-        beside = reconstruction.measure(
-            _batches(real, batch), lambda x, few=few: (reconstruction.reduced(x, few), x)
-        )
+        beside = reconstruction.measure(_batches(real, batch), partial(_small, few))
         numbers[kind] = {"codec": found, "reduced": beside}
         rows += _rows(kind, length, found, beside)
         _show(real, reconstruct, kind, out)
@@ -82,6 +82,10 @@ def reconstructions(
     )
     columns = ("", "codec", "as many numbers, made small", "for comparison")
     return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
+
+
+def _small(numbers: float, signals: Tensor) -> tuple[Tensor, Tensor]:
+    return reconstruction.reduced(signals, numbers), signals
 
 
 def _tell(progress: Callable[[int, int], None], count: int, done: int) -> None:

@@ -12,7 +12,7 @@ G): it learns to tell frames and motions that were drawn from real ones. docs/co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,11 @@ def shape(stride: str, *, channels: int, width: int, start: str = "") -> VideoVa
 def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> VideoVae:
     """Train, measure held-out pictures and clips and draw them on the way, save the averaged weights to `out/model`."""
     _refuse(config)
+    if config.weights.adversarial and engine.shard:
+        raise InputError(
+            "shard and adversarial do not go together: the discriminator is weighed at the decoder's last weight, which "
+            "would lie in parts. Leave --shard out: every process then holds the model."
+        )
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = VideoVae(config.model)
     if config.start:
@@ -318,7 +323,7 @@ class Game:
     ):
         self.weights, self.codec, self.judge, self.features = weights, codec, judge, features
 
-    def codec_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def codec_loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """L1, perceptual, KL, and what the discriminator holds against it, weighed at the decoder's last layer."""
         weights, step, video = self.weights, batch["step"], batch["video"]
         drawn, mean, log_variance = self._drawn(batch)
@@ -336,7 +341,7 @@ class Game:
             loss = loss + weights.adversarial * found["adaptive"] * found["fooled"]
         return {"loss": loss} | {name: value.detach() for name, value in found.items()}
 
-    def judge_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def judge_loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The hinge between the videos and what the codec draws of them by now; `told` is how often it is right."""
         assert self.judge is not None
         with torch.no_grad():
@@ -348,7 +353,7 @@ class Game:
         )
         return {"loss": loss, "told": told.mean()}
 
-    def _drawn(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _drawn(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_variance = self.codec.posterior(batch["video"])
         return self.codec.draw(mean + batch["noise"] * (0.5 * log_variance).exp()), mean, log_variance
 
