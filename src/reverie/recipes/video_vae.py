@@ -216,8 +216,8 @@ def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
     _refuse(config)
     if config.weights.adversarial and engine.shard:
         raise InputError(
-            "shard and adversarial do not go together: the discriminator is weighed at the decoder's last weight, which "
-            "would lie in parts. Leave --shard out: every process then holds the model."
+            "shard and adversarial do not go together: the discriminator is weighed at the decoder's last weight, "
+            "which would lie in parts. Leave --shard out: every process then holds the model."
         )
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = VideoVae(config.model)
