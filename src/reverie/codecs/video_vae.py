@@ -68,35 +68,67 @@ WAN = VideoVaeConfig(widths=(96, 192, 384, 384), temporal=(False, True, True), b
 class Conv(nn.Module):
     """A convolution over `time` frames, the present one and those before, and `side` x `side` pixels of each.
 
-    It begins as one of pictures: only the present frame counts.
+    It begins as one of pictures: only the present frame counts. With `pairs`, frames after the first come in twos, and
+    a two costs four convolutions of pictures instead of six: Winograd's F(2, 3) (1509.09308), along time.
     """
 
-    def __init__(self, width: int, out: int, *, time: int = 3, side: int = 3):
+    def __init__(self, width: int, out: int, *, time: int = 3, side: int = 3, pairs: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(time, out, side, side, width))  # the present frame last
         self.bias = nn.Parameter(torch.empty(out))
+        self.pairs = pairs
         bound = 1 / math.sqrt(side * side * width)
         nn.init.uniform_(self.weight[-1], -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def tap(self, x: Tensor, back: int, **options) -> Tensor:
         """What the frames `x` give to the frames that come `back` frames later."""
-        weight = rearrange(self.weight[-1 - back], "o p q c -> o c p q")
-        options.setdefault("padding", self.weight.shape[2] // 2)
-        return F.conv2d(x, weight, None if back else self.bias, **options)
+        return _convolve(x, self.weight[-1 - back], None if back else self.bias, **options)
 
     def forward(self, x: Tensor, b: int, past: Past | None = None) -> Tensor:
         before = past.get(self, []) if past is not None else []
         reach = len(self.weight) - 1
-        y = self.tap(x, 0)
-        for back in range(1, reach + 1):
-            for j in range(max(back - len(before), 0), min(back, len(x) // b)):  # frames before this chunk
-                y[j * b : (j + 1) * b].add_(self.tap(before[j - back], back))
-            if len(x) > back * b:
-                y[back * b :].add_(self.tap(x[: -back * b], back))
+        # Smaller frames gain less than the sums of weights cost.
+        if self.pairs and len(x) > b and b * x.shape[2] * x.shape[3] >= 256:
+            y = self._paired([*before, *x.split(b)], len(before))
+        else:
+            y = self.tap(x, 0)
+            for back in range(1, reach + 1):
+                for j in range(max(back - len(before), 0), min(back, len(x) // b)):  # frames before this chunk
+                    y[j * b : (j + 1) * b].add_(self.tap(before[j - back], back))
+                if len(x) > back * b:
+                    y[back * b :].add_(self.tap(x[: -back * b], back))
         if past is not None and reach:
             past[self] = [*before, *_last(x, b, reach)][-reach:]
         return y
+
+    def _paired(self, frames: list[Tensor], at: int) -> Tensor:
+        """`frames[at:]` convolved, those before them in view."""
+        found = []
+        if at == 0:
+            found.append(self.tap(frames[0], 0))
+            at = 1
+        assert (len(frames) - at) % 2 == 0, "a frame has no second one"
+        first, _, third = self.weight
+        even = (first + third) / 2
+        total, odd = even + self.weight[1] / 2, even - self.weight[1] / 2
+        for i in range(at, len(frames), 2):
+            two, three, four = frames[i - 1 : i + 2]
+            one = frames[i - 2] if i > 1 else None
+            both = _convolve(two + three, total, self.bias)
+            other = _convolve(three - two, odd)
+            later = both - other
+            later.sub_(_convolve(two - four, third))
+            earlier = both.add_(other)
+            del both, other
+            earlier.add_(_convolve(-three if one is None else one - three, first))
+            found += [earlier, later]
+        return torch.cat(found)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+    options.setdefault("padding", weight.shape[1] // 2)
+    return F.conv2d(x, rearrange(weight, "o p q c -> o c p q"), bias, **options)
 
 
 class Norm(nn.Module):
@@ -119,12 +151,12 @@ class Norm(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self, width: int, out: int):
+    def __init__(self, width: int, out: int, *, pairs: bool = False):
         super().__init__()
         self.norm1 = Norm(width)
-        self.conv1 = Conv(width, out)
+        self.conv1 = Conv(width, out, pairs=pairs)
         self.norm2 = Norm(out)
-        self.conv2 = Conv(out, out)
+        self.conv2 = Conv(out, out, pairs=pairs)
         nn.init.zeros_(self.conv2.weight)  # a block begins as its shortcut
         nn.init.zeros_(self.conv2.bias)
         self.shortcut = Conv(width, out, time=1, side=1) if width != out else None
@@ -255,17 +287,36 @@ def _last(x: Tensor, b: int, count: int) -> list[Tensor]:
 
 
 class Stage(nn.Module):
-    """Residual blocks, then half or twice the size, if there is another stage."""
+    """Residual blocks, then half or twice the size, if there is another stage.
 
-    def __init__(self, width: int, out: int, *, blocks: int, change: Down | Up | None):
+    `pairs`: a latent frame after the first stands for an even number of frames here.
+    """
+
+    def __init__(self, width: int, out: int, *, blocks: int, change: Down | Up | None, pairs: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(Residual(width if i == 0 else out, out) for i in range(blocks))
+        self.blocks = nn.ModuleList(
+            Residual(width if i == 0 else out, out, pairs=pairs) for i in range(blocks)
+        )
         self.change = change
+        self.pairs = pairs
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
         for block in self.blocks:
             x = block(x, b, past)
         return x if self.change is None else self.change(x, b, past)
+
+    def parts(self, x: Tensor, b: int, past: Past | None) -> list[Tensor]:
+        """The frames in as many parts as pay off, two frames or a multiple each and the first apart where they pair."""
+        if past is None:
+            return [x]
+        positions = b * x.shape[2] * x.shape[3] * (4 if isinstance(self.change, Up) else 1)
+        most = max(TOGETHER // positions, 1) * b
+        if not self.pairs:
+            return list(x.split(most))
+        most = max(most // b // 2, 1) * 2 * b
+        first = [] if self.blocks[0].conv1 in past else [x[:b]]
+        rest = x[b:] if first else x
+        return [*first, *(rest.split(most) if len(rest) else [])]
 
 
 class Middle(nn.Module):
@@ -285,11 +336,12 @@ class Encoder(nn.Module):
     def __init__(self, config: VideoVaeConfig):
         super().__init__()
         widths = (config.widths[0], *config.widths)
-        self.stem = Conv(3 * config.patch**2, widths[0])
+        self.stem = Conv(3 * config.patch**2, widths[0], pairs=any(config.temporal))
         self.stages = nn.ModuleList(
             Stage(
                 width, out, blocks=config.blocks,
                 change=Down(out, time=config.temporal[i]) if i < len(config.temporal) else None,
+                pairs=any(config.temporal[i:]),
             )
             for i, (width, out) in enumerate(pairwise(widths))
         )  # fmt: skip
@@ -303,13 +355,13 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
         for i, stage in enumerate(self.stages):
-            change = stage.change
-            first = change is not None and change.time is not None and (past is None or change not in past)
-            pair = 1 if change is None or change.time is None else 2
-            parts = []
-            for part in _parts(x, b, past, first=first, pair=pair):
-                parts.append(stage(self.stem(part, b, past) if i == 0 else part, b, past))
-            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts = stage.parts(x, b, past)
+            del x
+            done = []
+            while parts:
+                part = parts.pop(0)
+                done.append(stage(self.stem(part, b, past) if i == 0 else part, b, past))
+            x = done[0] if len(done) == 1 else torch.cat(done)
         x = self.middle(x, b, past)
         return self.out(self.head(self.norm(x), b, past), b)
 
@@ -329,11 +381,12 @@ class Decoder(nn.Module):
             Stage(
                 width, out, blocks=config.blocks + 1,
                 change=Up(out, time=temporal[i]) if i < len(temporal) else None,
+                pairs=any(temporal[:i]),
             )
             for i, (width, out) in enumerate(zip(widths, outs, strict=True))
         )  # fmt: skip
         self.norm = Norm(outs[-1])
-        self.head = Conv(outs[-1], 3 * config.patch**2)
+        self.head = Conv(outs[-1], 3 * config.patch**2, pairs=any(temporal))
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Iterator[Tensor]:
         x = self.stem(self.enter(x, b), b, past)
@@ -341,7 +394,7 @@ class Decoder(nn.Module):
 
     def _grown(self, x: Tensor, b: int, past: Past | None, i: int) -> Iterator[Tensor]:
         """Depth first: what a few frames grow into is finished before the next ones begin."""
-        parts = list(_parts(x, b, past))
+        parts = self.stages[i].parts(x, b, past)
         del x
         while parts:
             y = self.stages[i](parts.pop(0), b, past)
@@ -349,19 +402,6 @@ class Decoder(nn.Module):
                 yield from self._grown(y, b, past, i + 1)
             else:
                 yield self.head(self.norm(y, own=True), b, past)
-
-
-def _parts(x: Tensor, b: int, past: Past | None, *, first: bool = False, pair: int = 1) -> Iterator[Tensor]:
-    """Frames in as many parts as pay off: multiples of `pair` frames each, one more at first if `first`."""
-    if past is None:
-        yield x
-        return
-    most = max(TOGETHER // (x.shape[2] * x.shape[3] * b * pair), 1) * pair
-    at = 0
-    while at < len(x):
-        end = at + (most + (first and at == 0)) * b
-        yield x[at:end]
-        at = end
 
 
 # ---------------------------------------------------------------- the whole
