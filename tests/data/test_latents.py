@@ -205,5 +205,5 @@ def test_what_cannot_be_encoded_is_refused(asked, words, folder, codec):
 
 
 def test_another_system_is_no_codec(folder):
-    with pytest.raises(InputError, match="is a Clip: give the folder of a video autoencoder"):
+    with pytest.raises(InputError, match="is a Clip: give the folder of an autoencoder"):
         video_vae.encode(folder, codec="clip-stickers", size=SIZE)

@@ -72,8 +72,8 @@ def test_ssim_is_scikit_images():
     true = noise(1, 3, 32, 40)
     drawn = (true + 0.3 * noise(1, 3, 32, 40, seed=1)).clamp(-1, 1)
     expected = metrics.structural_similarity(
-        (drawn[0].numpy() + 1) / 2, (true[0].numpy() + 1) / 2, data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5,
-        use_sample_covariance=False,
+        *((x[0].numpy() + 1) / 2 for x in (drawn, true)), data_range=1, channel_axis=0, gaussian_weights=True,
+        sigma=1.5, use_sample_covariance=False,
     )  # fmt: skip
     assert ssim(drawn, true).item() == pytest.approx(expected, abs=1e-10)
     other = metrics.peak_signal_noise_ratio(true[0].numpy(), drawn[0].numpy(), data_range=2)

@@ -1,4 +1,5 @@
-"""Recipes go on bit for bit after a kill: CLIP with what it drops or its adapters, Sora with clips."""
+"""Recipes go on bit for bit after a kill: CLIP with what it drops or its adapters, Sora with clips, the video
+autoencoder with its discriminator."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ def start():
     """Runs a function in a child, forked from a server that has imported torch; gives its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch._dynamo", "reverie.train", "reverie.recipes.clip_finetune", "reverie.recipes.sora"]
+        [
+            "torch._dynamo",
+            "reverie.train",
+            "reverie.recipes.clip_finetune",
+            "reverie.recipes.sora",
+            "reverie.recipes.video_vae",
+        ]
     )
 
     def begin(function, *given, **named):
@@ -73,6 +80,7 @@ KILLS = {
     "drop": [("after rename", 2), ("optimizer.safetensors", 3)],
     "lora": [("after rename", 2), ("optimizer.safetensors", 3)],
     "sora": [("backward", 5), ("manifest", 3), ("backward", 7)],
+    "vae": [("backward", 7), ("discriminator-optimizer.safetensors", 5)],
 }
 
 
@@ -91,7 +99,7 @@ def test_a_killed_run_goes_on_bit_for_bit(start, place, alone, tmp_path, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["drop", "sora"])
+@pytest.mark.parametrize("way", ["drop", "sora", "vae"])
 def test_killed_often(start, place, alone, tmp_path, way):
     """Twenty-five times: in a step, between its batches, at any sub-step of a save."""
     print("seed", seed := random.randrange(10**9))

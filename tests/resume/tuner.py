@@ -1,4 +1,4 @@
-"""Small runs of the recipes, CLIP's and Sora's; the tests kill them in a child process."""
+"""Small runs of the recipes, CLIP's, Sora's and the video autoencoder's; the tests kill them in a child process."""
 
 from __future__ import annotations
 
@@ -47,14 +47,18 @@ def prepare(place: Path) -> None:
 
 
 def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None, **engine) -> None:
-    """`way`: "drop", "chunk", "lora" or "sora"; `kill`: the sub-step of a save to die at, or "backward",
+    """`way`: "drop", "chunk", "lora", "sora" or "vae"; `kill`: the sub-step of a save to die at, or "backward",
     and the how manieth.
 
-    Sora's steps have two batches, so an odd backward pass is in the middle of one.
+    Steps of Sora and of the autoencoder have two batches, so an odd backward pass is in the middle of one. The
+    autoencoder's discriminator plays at every other step from the third on.
     """
     import torch
 
-    from reverie.recipes import sora
+    from reverie.backbones.discriminator import DiscriminatorConfig
+    from reverie.codecs.video_vae import VideoVaeConfig
+    from reverie.data.index import Index
+    from reverie.recipes import sora, video_vae
     from reverie.recipes.clip import tiny
     from reverie.recipes.clip_finetune import finetune
     from reverie.train import Run, checkpoint
@@ -95,6 +99,16 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
             )  # one picture is drawn at every step
             begun = str(place / "start")
             sora.tiny(place / "moving", out, clip=begun, steps=STEPS, batch=2, clips=2, size=16, engine=how)
+        elif way == "vae":
+            config = video_vae.VaeRun(
+                model=VideoVaeConfig(channels=4, widths=(8, 8), temporal=(True,)),
+                weights=video_vae.Weights(
+                    adversarial=0.5, adversarial_from=2, adversarial_every=2, perceptual_every=2
+                ),
+                discriminator=DiscriminatorConfig(width=8, depth=2),
+                clip=str(place / "start"), steps=STEPS, batch=2, clips=1, frames=5, size=16, lr=1e-2,
+            )  # fmt: skip
+            video_vae.fit(config, Index.read(place / "moving"), out, engine=how)
         elif way == "chunk":
             tiny(place / "data", out, chunk=2, **shared)
         elif way == "drop":

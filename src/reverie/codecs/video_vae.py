@@ -160,6 +160,8 @@ class Residual(nn.Module):
         self.conv1 = Conv(width, out, pairs=pairs)
         self.norm2 = Norm(out)
         self.conv2 = Conv(out, out, pairs=pairs)
+        nn.init.zeros_(self.conv2.weight)  # a block begins as its shortcut
+        nn.init.zeros_(self.conv2.bias)
         self.shortcut = Conv(width, out, time=1, side=1) if width != out else None
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
@@ -350,6 +352,9 @@ class Encoder(nn.Module):
         self.norm = Norm(widths[-1])
         self.head = Conv(widths[-1], 2 * config.channels)
         self.out = Conv(2 * config.channels, 2 * config.channels, time=1, side=1)
+        with torch.no_grad():  # latents begin with little noise: the decoder learns to draw before it learns to guess
+            self.out.weight[..., config.channels :, :, :, :].mul_(0.1)
+            self.out.bias[config.channels :] = -6
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
         for i, stage in enumerate(self.stages):

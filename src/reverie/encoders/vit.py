@@ -129,7 +129,7 @@ class Vit(nn.Module):
         return self.norm_post(x[:, :seen])
 
     def layers(self, image: Tensor) -> list[Tensor]:
-        """What each convolution of a conv stem and each block make of it, `b n d`, without class token and registers."""
+        """What each convolution of a conv stem and each block make of it, `b n d`, without class and registers."""
         found: list[Tensor] = []
         x = image
         for layer in self.stem if isinstance(self.stem, nn.Sequential) else ():

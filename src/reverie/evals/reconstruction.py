@@ -89,7 +89,8 @@ def _video(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    batches: Iterable[Tensor], reconstruct: Reconstruct, *, bits: int = 16, progress: Callable[[int], None] | None = None
+    batches: Iterable[Tensor], reconstruct: Reconstruct, *, bits: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every signal through `reconstruct`; latents count `bits` for a number.
 
@@ -145,7 +146,8 @@ def rate(numbers: float, *, bits: int = 16) -> dict[str, float]:
 def reduced(signals: Tensor, numbers: float) -> Tensor:
     """What is left of signals that are made small until they have `numbers` for a pixel, and enlarged again.
 
-    The yardstick: any codec should keep more in as many numbers. Frames are averaged over areas and enlarged bicubically.
+    The yardstick: any codec should keep more in as many numbers. Frames are averaged over areas, and enlarged
+    bicubically.
     """
     shrink = math.sqrt(numbers / 3)
     frames = rearrange(_video(signals), "n c f h w -> (n f) c h w")

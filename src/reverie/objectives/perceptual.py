@@ -1,7 +1,8 @@
-"""A perceptual loss: how far two pictures lie apart in what a network sees of them (LPIPS, Zhang et al. 2018, 1801.03924).
+"""A perceptual loss: how far two pictures lie apart in what a network sees of them (LPIPS, Zhang et al., 1801.03924).
 
-Section 3: the features of several layers, made unit vectors at every position, compared there by their squared distance,
-averaged over the positions. Layers count equally, where LPIPS learns a weight for each channel from people's judgement.
+Section 3: the features of several layers, made unit vectors at every position, compared there by their squared
+distance, averaged over the positions. Layers count equally, where LPIPS learns a weight for each channel from what
+people judge.
 
 `features` is any callable, pictures `b 3 h w` in [-1, 1] -> the layers, each `b n d`, one vector per position: such as
 `Clip.layers` of a trained CLIP. It is called once for the drawn pictures and once for the true ones. The gradient

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
+from reverie.codecs.video_vae import VideoVae
 from reverie.data.dropping import check_share
 from reverie.encoders.text import Text
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import Peers
+from reverie.objectives.perceptual import tiled
 from reverie.planning import roofline
 from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
@@ -178,10 +179,13 @@ def _sora(name: str, config: SoraConfig, *, batch: int, clips: int, clip_frames:
 
 
 def _vae_loss(model: VideoVae, items: int, how: How, peers: Peers, *, frames: int, size: int) -> Tensor:
-    video = _empty(items, 3, frames, size, size)
-    return model.loss({"video": video, "noise": _empty(items, *model.latent_shape(frames, (size, size)))})[
-        "loss"
-    ]
+    """With the CLIP that looks at the drawings, and without a discriminator."""
+    with on_shapes():
+        seen = Clip(clip.shape(VOCAB, VOCAB - 1)).eval().requires_grad_(False)
+    features = tiled(seen.layers, seen.config.image.size)
+    game = video_vae.Game(video_vae.Weights(), model, None, features=features)
+    noise = _empty(items, *model.latent_shape(frames, (size, size)))
+    return game.codec_loss({"video": _empty(items, 3, frames, size, size), "noise": noise, "step": 0})["loss"]
 
 
 def _judge_loss(model: Classifier, items: int, how: How, peers: Peers) -> Tensor:
@@ -220,6 +224,7 @@ _RECIPES: dict[str, Callable[..., Any]] = {
     "sora-world": sora.world,
     "sora-dit": sora.dit,
     "video-vae-stickers": video_vae.stickers,
+    "video-vae-world": video_vae.world,
     "judge-stickers": judge.stickers,
 }
 
@@ -269,25 +274,25 @@ def subject(
         judged = ClassifierConfig(names=labels, size=size or own["size"])
         part = Part(what="pairs", batch=batch, pixels=2 * judged.size**2, loss=_judge_loss)
         return Subject(name=name, build=lambda: Classifier(judged), parts=(part,), steps=steps)
-    stride = VideoVaeConfig().stride[1]
+    codec = video_vae.shape(own["stride"], channels=own["channels"], width=own["width"])
+    stride = codec.stride[1]
     if size is not None and size % stride:
         raise InputError(
             f"size is {size}: give a multiple of {stride}, such as {max(size // stride, 1) * stride}."
         )
-    size = size or video_vae.VaeRun(model=VideoVaeConfig(), steps=1, batch=1, clips=1).size
-    frames = video_vae.VaeRun(model=VideoVaeConfig(), steps=1, batch=1, clips=1).clip_frames
+    size, frames = size or own["size"], own["frames"]  # the most that a step has
     parts = [
         Part(what="pictures", batch=batch, pixels=size**2, loss=partial(_vae_loss, frames=1, size=size)),
         Part(
             what="clips",
             batch=own["clips"] if clips is None else clips,
-            pixels=CLIP_FRAMES * size**2,
+            pixels=video_vae.KEPT_FRAMES * size**2,
             loss=partial(_vae_loss, frames=frames, size=size),
         ),
     ]
     return Subject(
         name=name,
-        build=lambda: VideoVae(VideoVaeConfig()),
+        build=lambda: VideoVae(codec),
         parts=tuple(part for part in parts if part.batch),
         steps=steps,
     )

@@ -1,12 +1,13 @@
 """What a codec keeps of pictures and clips that it has not seen, behind `reverie eval reconstruction`.
 
-Latents are rounded to 16 bits before they are decoded, since this is the rate that is told. Beside the codec stands what
-is left of the same signals when they are made small until they have as many numbers.
+Latents are rounded to 16 bits before they are decoded, since this is the rate that is told. Beside the codec stands
+what is left of the same signals when they are made small until they have as many numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-import reverie
 from reverie.data.index import Index
 from reverie.errors import InputError
 from reverie.evals import reconstruction
@@ -22,7 +22,7 @@ from reverie.pictures import grid, save_clip, save_png, to_bytes
 from reverie.progress import counting
 from reverie.recipes.measure_generators import Real
 from reverie.recipes.measured import Measured, Row, fits
-from reverie.recipes.parts import home, open_index
+from reverie.recipes.parts import home, load_codec, open_index
 from reverie.train import memory
 
 SHOWN = 16  # pictures of a sheet
@@ -34,12 +34,11 @@ def reconstructions(
     source: str = "", count: int = 500, batch: int = 8, device: str | None = None,
 ) -> Measured:  # fmt: skip
     """PSNR, SSIM and rate of at most `count` pictures, and of as many clips of `frames` (1: pictures alone)."""
-    out, model = fits(out), _codec(codec, device)
-    video = _of_video(model)
-    time, space = model.config.stride if video else (1, model.config.stride)
+    out, model = fits(out), load_codec(codec, device=device)
+    (time, space), place = model.stride, home(device)
     if size < space or size % space:
         raise InputError(f"size {size} cannot be encoded: give a multiple of {space}.")
-    if frames < 1 or (frames - 1) % time:
+    if frames < 1 or frames != model.whole(frames):
         raise InputError(f"{frames} frames cannot be encoded: give 1 and some times {time}.")
     for name, value in (("count", count), ("batch", batch)):
         if value < 1:
@@ -47,59 +46,50 @@ def reconstructions(
     index = open_index(data).select(split=split, sources=(source,) if source else None)
 
     def reconstruct(signals: Tensor) -> tuple[Tensor, Tensor]:
-        x = signals.to(home(device))
-        x = x[:, :, None] if video and signals.ndim == 4 else x
-        if not video and signals.ndim == 5:  # a codec of pictures has each frame by itself
-            x = rearrange(x, "n c f h w -> (n f) c h w")
-        latents = model.encode(x).half().float()
-        drawn = model.decode(latents).float().cpu()
-        if not video and signals.ndim == 5:
-            drawn = rearrange(drawn, "(n f) c h w -> n c f h w", n=len(signals))
-        return drawn.reshape(signals.shape), latents
+        """Pictures are videos of one frame."""
+        latents = (
+            model.encode((signals[:, :, None] if signals.ndim == 4 else signals).to(place)).half().float()
+        )
+        return model.decode(latents).float().cpu().reshape(signals.shape), latents
 
     numbers: dict[str, Any] = {
-        "codec": str(codec), "stride": [time, space], "channels": model.config.channels, "size": size,
+        "codec": str(codec), "stride": [time, space], "channels": model.channels, "size": size,
         "frames": frames, "split": split, "source": source,
     }  # fmt: skip
     rows: list[Row] = []
     for kind, length in (("pictures", 1), ("clips", frames)):
-        part = index.select(video=kind == "clips") if length > 1 or kind == "pictures" else []
-        if not len(part):
+        part = [item for item in index.select(video=kind == "clips") if length > 1 or kind == "pictures"][
+            :count
+        ]
+        if not part:
             continue
-        real = Real(Index(index.folder, list(part)[:count]), (size, size), length)
+        real = Real(Index(index.folder, part), (size, size), length)
         with counting(f"measuring {kind}") as progress:
             found = reconstruction.measure(
-                _batches(real, batch), reconstruct, progress=lambda done, n=len(real), tell=progress: tell(done, n)
-            )  # fmt: skip
+                _batches(real, batch), reconstruct, progress=partial(_tell, progress, len(real))
+            )
         few = found["rate"]["numbers"]
-        beside = reconstruction.measure(
-            _batches(real, batch), lambda x, few=few: (reconstruction.reduced(x, few), x)
-        )
+        beside = reconstruction.measure(_batches(real, batch), partial(_small, few))
         numbers[kind] = {"codec": found, "reduced": beside}
         rows += _rows(kind, length, found, beside)
         _show(real, reconstruct, kind, out)
     if not rows:
         raise InputError(f"{data} has nothing in {split!r}" + (f" by {source!r}." if source else "."))
-    most = memory.peak(home(device))
+    most = memory.peak(place)
     numbers["peak_memory_bytes"] = most or None
-    title = f"{codec}: {'x'.join(map(str, (time, space, space)))}, {model.config.channels} channels, at {size} pixels"
+    title = (
+        f"{codec}: {'x'.join(map(str, (time, space, space)))}, {model.channels} channels, at {size} pixels"
+    )
     columns = ("", "codec", "as many numbers, made small", "for comparison")
     return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
 
 
-def _codec(name_or_folder: str | Path, device: str | None) -> Any:
-    """InputError: it does not encode and decode signals."""
-    model = reverie.load(name_or_folder)
-    if not all(hasattr(model, name) for name in ("encode", "decode", "posterior")):
-        raise InputError(
-            f"{name_or_folder} is a {type(model).__name__}: give the folder of an autoencoder, such as `reverie train "
-            "video-vae-stickers` makes."
-        )
-    return model.to(home(device))
+def _small(numbers: float, signals: Tensor) -> tuple[Tensor, Tensor]:
+    return reconstruction.reduced(signals, numbers), signals
 
 
-def _of_video(model: Any) -> bool:
-    return not isinstance(model.config.stride, int)
+def _tell(progress: Callable[[int, int], None], count: int, done: int) -> None:
+    progress(done, count)
 
 
 def _batches(real: Real, batch: int) -> Iterator[Tensor]:
@@ -132,7 +122,7 @@ def _rows(kind: str, frames: int, found: dict[str, Any], beside: dict[str, Any])
 
 @torch.no_grad()
 def _show(real: Real, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], kind: str, out: Path) -> None:
-    """The originals above, what came back below: `pictures.png`; of clips some frames, and `clips.webp`, which moves."""
+    """The originals above, what came back below: `pictures.png`; of clips some frames, and `clips.webp`."""
     if kind == "pictures":
         columns = min(8, len(real))
         parts = [

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 import reverie
+from reverie.codecs.by_frame import ByFrame
+from reverie.codecs.vae import Vae
+from reverie.codecs.video_vae import VideoVae
 from reverie.data.embeddings import media_below
 from reverie.data.importers import import_folder
 from reverie.data.index import FILE, Index
@@ -151,6 +154,19 @@ def load_clip(name_or_folder: str, *, trainable: bool = False) -> Clip:
             f"{name_or_folder} is no CLIP with a tokenizer: give one that reverie.save wrote, or clip-stickers."
         )
     return clip
+
+
+def load_codec(name_or_folder: str | Path, *, device: str | None = None) -> VideoVae | ByFrame:
+    """A codec of videos, a codec of pictures frame by frame, on `home(device)`. InputError: it is neither, or none."""
+    model = reverie.load(name_or_folder)
+    if isinstance(model, Vae):
+        model = ByFrame(model)
+    if not isinstance(model, VideoVae | ByFrame):
+        raise InputError(
+            f"{name_or_folder} is a {type(model).__name__}: give the folder of an autoencoder, such as `reverie train "
+            "video-vae-stickers` makes."
+        )
+    return model.to(home(device)).eval()
 
 
 @contextlib.contextmanager

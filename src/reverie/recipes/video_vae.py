@@ -12,7 +12,7 @@ G): it learns to tell frames and motions that were drawn from real ones. docs/co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from torch.nn import functional as F
 import reverie
 from reverie import rng
 from reverie.backbones.discriminator import Discriminator, DiscriminatorConfig
+from reverie.codecs.by_frame import ByFrame
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.augment import on_white
 from reverie.data.embeddings import TYPES
 from reverie.data.index import Index
 from reverie.data.latents import Encoder, Latents, encode_folder
-from reverie.data.pixels import Pixels
 from reverie.data.preparing import Pool
 from reverie.data.remote import local
 from reverie.errors import InputError
@@ -45,6 +45,7 @@ from reverie.recipes.parts import (
     digest,
     keep,
     load_clip,
+    load_codec,
     my_share,
     name_bad,
     open_index,
@@ -53,7 +54,7 @@ from reverie.recipes.parts import (
 )
 from reverie.recipes.search import everywhere, key_of, media_of, searched, seen, the_same
 from reverie.train.ema import Ema
-from reverie.train.engine import ENGINE, Engine, home
+from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
@@ -204,7 +205,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape(stride: str, *, channels: int, width: int, start: str = "") -> VideoVaeConfig:
     """A small codec of that stride, or the shape of the codec in the folder `start`. InputError: there is none."""
     if start:
-        return _codec(start, "cpu").config
+        return _begun(start).config
     if stride not in SHAPES:
         raise InputError(f"stride is {stride!r}: choose one of {', '.join(SHAPES)}.")
     return VideoVaeConfig(channels=channels, widths=(width, 2 * width, 4 * width), **SHAPES[stride])
@@ -213,13 +214,18 @@ def shape(stride: str, *, channels: int, width: int, start: str = "") -> VideoVa
 def fit(config: VaeRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> VideoVae:
     """Train, measure held-out pictures and clips and draw them on the way, save the averaged weights to `out/model`."""
     _refuse(config)
+    if config.weights.adversarial and engine.shard:
+        raise InputError(
+            "shard and adversarial do not go together: the discriminator is weighed at the decoder's last weight, "
+            "which would lie in parts. Leave --shard out: every process then holds the model."
+        )
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = VideoVae(config.model)
     if config.start:
-        model.load_state_dict(_codec(config.start, "cpu").state_dict())
+        model.load_state_dict(_begun(config.start).state_dict())
     model = engine.place(model)
     judge = engine.place(Discriminator(config.discriminator)) if config.weights.adversarial else None
-    game = Game(config, model, judge, engine.home)
+    game = Game(config.weights, model, judge, features=_features(config, engine.home))
     schedule = partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.02)
     players = [
         Player(
@@ -284,7 +290,7 @@ def _refuse(config: VaeRun) -> None:
         raise InputError(f"size {config.size} cannot be encoded: give a multiple of {space}.")
     if config.batch < 1 or config.clips < 0:
         raise InputError(
-            f"batch is {config.batch} and clips {config.clips}: a step needs a picture or more, and no less than 0 clips."
+            f"batch is {config.batch} and clips {config.clips}: a step needs a picture or more, and 0 clips or more."
         )
     if config.clips and not 2 <= 1 + time <= config.frames <= KEPT_FRAMES:
         raise InputError(
@@ -296,6 +302,13 @@ def _refuse(config: VaeRun) -> None:
             raise InputError(f"{name} is {value}: give {least} or more.")
 
 
+def _features(config: VaeRun, place: torch.device) -> Features | None:
+    if not config.weights.perceptual:
+        return None
+    clip = load_clip(config.clip).to(place)
+    return tiled(clip.layers, clip.config.image.size)
+
+
 # ---------------------------------------------------------------- the losses
 
 
@@ -305,14 +318,12 @@ class Game:
     A batch has `video b 3 f h w`, `noise` like its latents, and `step`, which says what counts this time.
     """
 
-    def __init__(self, config: VaeRun, codec: VideoVae, judge: Discriminator | None, place: torch.device):
-        self.weights, self.codec, self.judge = config.weights, codec, judge
-        self.features: Features | None = None
-        if config.weights.perceptual:
-            clip = load_clip(config.clip).to(place)
-            self.features = tiled(clip.layers, clip.config.image.size)
+    def __init__(
+        self, weights: Weights, codec: VideoVae, judge: Discriminator | None, *, features: Features | None
+    ):
+        self.weights, self.codec, self.judge, self.features = weights, codec, judge, features
 
-    def codec_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def codec_loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """L1, perceptual, KL, and what the discriminator holds against it, weighed at the decoder's last layer."""
         weights, step, video = self.weights, batch["step"], batch["video"]
         drawn, mean, log_variance = self._drawn(batch)
@@ -330,7 +341,7 @@ class Game:
             loss = loss + weights.adversarial * found["adaptive"] * found["fooled"]
         return {"loss": loss} | {name: value.detach() for name, value in found.items()}
 
-    def judge_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def judge_loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The hinge between the videos and what the codec draws of them by now; `told` is how often it is right."""
         assert self.judge is not None
         with torch.no_grad():
@@ -342,7 +353,7 @@ class Game:
         )
         return {"loss": loss, "told": told.mean()}
 
-    def _drawn(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _drawn(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_variance = self.codec.posterior(batch["video"])
         return self.codec.draw(mean + batch["noise"] * (0.5 * log_variance).exp()), mean, log_variance
 
@@ -356,7 +367,7 @@ def last_weight(decoder: nn.Module) -> nn.Parameter:
 
 
 class Source:
-    """Batches of pictures (`kept` is 1) or clips. Every draw is keyed by (seed, purpose, epoch, item) or by the step."""
+    """Batches of pictures (`kept` is 1) or clips. Draws are keyed by (seed, purpose, epoch, item) or by the step."""
 
     def __init__(self, index: Index, config: VaeRun, model: VideoVae, *, frames: int):
         self.config, self.model, self.kept = config, model, frames
@@ -426,7 +437,10 @@ def _sheet(drawn: list[Tensor], held: list[Tensor]) -> Tensor:
         else:
             places = torch.linspace(0, b.shape[2] - 1, 8).round().long()
             pairs = [
-                (true[:, places].transpose(0, 1), back[:, places].transpose(0, 1))
+                (
+                    rearrange(true[:, places], "c f h w -> f c h w"),
+                    rearrange(back[:, places], "c f h w -> f c h w"),
+                )
                 for true, back in zip(b[:2], a[:2], strict=True)
             ]
         for pair in pairs:
@@ -448,12 +462,12 @@ def encode(
 ) -> Latents:
     """Encode every picture and clip of a folder that is not marked, and keep the latents there.
 
-    InputError: no autoencoder of video there, or a size or number of frames that it cannot encode.
+    InputError: no autoencoder there, or a size or number of frames that it cannot encode.
     """
     if dtype not in TYPES:
         raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(TYPES)}.")
-    model = _codec(codec, "cpu" if pool is not None else device)
-    time, space = model.config.stride
+    model = load_codec(codec, device="cpu" if pool is not None else device)
+    time, space = model.stride
     if size < space or size % space:
         raise InputError(f"size {size} cannot be encoded: give a multiple of {space}.")
     if frames < 1 or frames != model.whole(frames):
@@ -488,27 +502,33 @@ def encoder(
     codec: str, folder: str, key: str, size: tuple[int, int], frames: int, dtype: str, device: str | None
 ) -> Encoder:
     """A worker's own codec, which must be what `key` says. InputError: it is another, or the folder is not there."""
-    return _encoder(the_same(_codec(codec, device), codec, key), media_of(seen(folder)), size, frames, dtype)
+    return _encoder(
+        the_same(load_codec(codec, device=device), codec, key), media_of(seen(folder)), size, frames, dtype
+    )
 
 
 def _encoder(
-    model: VideoVae, media: Callable[[str], Path | Part], size: tuple[int, int], frames: int, dtype: str
+    model: VideoVae | ByFrame,
+    media: Callable[[str], Path | Part],
+    size: tuple[int, int],
+    frames: int,
+    dtype: str,
 ) -> Encoder:
-    place = model.mean.device
+    place = next(model.parameters()).device
     return Encoder(
-        media=media, encode=lambda video: model.encode(video.to(place)), stride=model.config.stride[0],
+        media=media, encode=lambda video: model.encode(video.to(place)), stride=model.stride[0],
         size=size, frames=frames, dtype=dtype,
     )  # fmt: skip
 
 
-def _codec(folder: str | Path, device: str | None) -> VideoVae:
-    model = reverie.load(folder)
+def _begun(folder: str) -> VideoVae:
+    """The codec to go on from. InputError: it is none of videos."""
+    model = load_codec(folder, device="cpu")
     if not isinstance(model, VideoVae):
         raise InputError(
-            f"{folder} is a {type(model).__name__}: give the folder of a video autoencoder, such as "
-            "`reverie train video-vae-stickers` makes."
+            f"{folder} is a codec of pictures: give the folder of a video autoencoder to start from."
         )
-    return model.to(home(device))
+    return model
 
 
 def _normalise(model: VideoVae, kinds: list[Tensor]) -> None:

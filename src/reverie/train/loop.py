@@ -100,7 +100,7 @@ class Player:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step, done or skipped. With several players `losses`, `norms`, `rates` have keys "name/loss";
-    `loss`, `grad_norm` and `lr` are the first player's, who plays always. What a skipped step did not compute is nan."""
+    `loss`, `grad_norm` and `lr` are the first player's, who plays always. What a skipped step left out is nan."""
 
     number: int
     steps: int
