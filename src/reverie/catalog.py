@@ -28,6 +28,12 @@ def _sora() -> type[nn.Module]:
     return Sora
 
 
+def _wan() -> type[nn.Module]:
+    from reverie.systems.wan import Wan
+
+    return Wan
+
+
 def _video_vae() -> type[nn.Module]:
     from reverie.codecs.video_vae import VideoVae
 
@@ -43,6 +49,7 @@ def _classifier() -> type[nn.Module]:
 SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "clip": _clip,
     "sora": _sora,
+    "wan": _wan,
     "video-vae": _video_vae,
     "classifier": _classifier,
 }
