@@ -28,6 +28,12 @@ def _sora() -> type[nn.Module]:
     return Sora
 
 
+def _wan() -> type[nn.Module]:
+    from reverie.systems.wan import Wan
+
+    return Wan
+
+
 def _video_vae() -> type[nn.Module]:
     from reverie.codecs.video_vae import VideoVae
 
@@ -64,6 +70,7 @@ SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "dit": _dit,
     "sit": _sit,
     "vae": _vae,
+    "wan": _wan,
     "video-vae": _video_vae,
     "classifier": _classifier,
 }

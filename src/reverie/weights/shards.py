@@ -7,7 +7,9 @@ written, so it was never taken.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import ctypes
+import platform
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -74,19 +76,33 @@ def fill(
         else:
             place.data = tensor.to(wanted)
 
+    give_back = _give_back()
     with files.Shards(weights) as shards:
         names = [name for name in shards.entries if name not in set(ignored)]
         if table is None:
             for name in names:
                 put(name, shards.read(name))
+                give_back()
         else:
             groups, unclaimed = remap.grouped(table, names)
             assert not unclaimed, f"{unclaimed[:5]} passed the check and no rule claims them"
             for group in groups:
-                for name, tensor in group.convert(
-                    {name: shards.read(name) for name in group.sources}
-                ).items():
-                    put(name, tensor)
+                _put_all(put, group.convert({name: shards.read(name) for name in group.sources}))
+                give_back()
         for name, tensor in (given or {}).items():
             put(name, tensor)
     assert not todo, f"{sorted(todo)[:5]} were not filled"
+
+
+def _put_all(put: Callable[[str, Tensor], None], tensors: Mapping[str, Tensor]) -> None:
+    """In a function, so that no name holds a tensor beyond it."""
+    for name, tensor in tensors.items():
+        put(name, tensor)
+
+
+def _give_back() -> Callable[[], object]:
+    """What gives freed memory back to the system: glibc keeps blocks of these sizes, and none fits what comes next."""
+    if platform.libc_ver()[0] != "glibc":
+        return lambda: None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.malloc_trim(0)
