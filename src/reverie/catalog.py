@@ -86,6 +86,8 @@ RECIPES: dict[str, str] = {
     "sora-stickers": "reverie.recipes.sora:stickers",
     "sora-world": "reverie.recipes.sora:world",
     "sora-dit": "reverie.recipes.sora:dit",
+    "dit-world": "reverie.recipes.dit:world",
+    "dit-imagenet": "reverie.recipes.dit:imagenet",
     "video-vae-stickers": "reverie.recipes.video_vae:stickers",
     "video-vae-world": "reverie.recipes.video_vae:world",
     "judge-stickers": "reverie.recipes.judge:stickers",
