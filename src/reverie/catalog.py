@@ -102,12 +102,24 @@ def recipe(name: str) -> Callable[..., Any]:
     return getattr(import_module(module), function)
 
 
-def load(name_or_path: str | Path, *, config: Any = None, trainable: bool = False) -> Any:
+def load(
+    name_or_path: str | Path,
+    *,
+    config: Any = None,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+    quantise: Literal["int8"] | None = None,
+) -> Any:
     """The system of a shipped name ("clip-stickers"), a folder or a checkpoint file, on the CPU, in eval mode.
 
-    A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`) or open_clip. A checkpoint
-    is a .safetensors file with open_clip's or OpenAI's names; `config` says which model it is where the file does not:
-    a name of `reverie.systems.clip_models.MODELS`, such as "ViT-B-32", or a `ClipConfig`.
+    A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`), of open_clip, or of diffusers
+    (`DiTPipeline`, `WanPipeline`, their transformers and autoencoders). A checkpoint is a .safetensors file with its
+    authors' own names (open_clip, OpenAI, DiT, SiT, Wan, latent diffusion); `config` says which model it is where the file
+    does not: a name such as "ViT-B-32" (`systems.clip_models.MODELS`), or a system's config.
+
+    Weights come tensor by tensor, so they may be larger than the memory that is left beside the model. `dtype`
+    (torch.bfloat16) keeps those of linear layers narrower, `quantise="int8"` those of repeated blocks in eight bits,
+    for sampling alone (docs/systems/wan.md).
 
     It is loaded to be used: no parameter takes gradients, so that `clip.embed_text([...]).numpy()` works and no graph
     is kept. `trainable=True` is for training on: parameters take gradients as they did when the system was trained
@@ -117,7 +129,9 @@ def load(name_or_path: str | Path, *, config: Any = None, trainable: bool = Fals
     """
     from reverie.weights import store
 
-    system = store.load(name_or_path, systems=SYSTEMS, config=_plain(config))
+    if quantise and trainable:
+        raise InputError("weights in eight bits cannot be trained: leave quantise or trainable out.")
+    system = store.load(name_or_path, systems=SYSTEMS, config=_plain(config), dtype=dtype, quantise=quantise)
     return system if trainable else system.requires_grad_(False)
 
 
@@ -150,12 +164,13 @@ def save(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    format: Literal["reverie", "transformers", "open_clip"] = "reverie",
+    format: Literal["reverie", "transformers", "open_clip", "diffusers"] = "reverie",
 ) -> Path:
     """Write a system into a folder that `load` reads: config.json, model.safetensors, tokenizer.json where it has one.
 
     `dtype` is what floats are stored in (torch.float16 halves the size; `load` restores the system's own precision).
-    `format="transformers"` or `"open_clip"` writes a folder for that library instead, where it has the same system.
+    `format="transformers"`, `"open_clip"` or `"diffusers"` writes a folder for that library instead, where it has the
+    same system.
     """
     from reverie import __version__
     from reverie.weights import store

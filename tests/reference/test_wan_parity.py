@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import reverie
 from reverie.backbones.wan import SHAPES, WanDit, WanDitConfig
 from reverie.codecs.video_vae import WAN
 from reverie.encoders.umt5 import Umt5
-from reverie.systems.wan import Wan, WanConfig
+from reverie.systems.wan import WanConfig
 from reverie.weights import files, remap, wan_diffusers
 from reverie.weights.store import config_from
 
@@ -232,20 +233,10 @@ SCHEDULERS = {
 }
 
 
-def our_pipeline(theirs, words, folder):
-    """By the JSON files that it saves."""
+def our_pipeline(theirs, folder):
+    """From the folder that it saves, words included."""
     theirs.save_pretrained(folder)
-    records = {
-        str(file.relative_to(folder)): json.loads(file.read_text())
-        for file in (*folder.glob("*.json"), *folder.glob("*/*config.json"))
-    }
-    foreign = wan_diffusers.read_pipeline(records)
-    values = json.loads(json.dumps(foreign.values))
-    ours = Wan(config_from(WanConfig, values, where="model_index.json")).eval()
-    found = remap.apply(foreign.table, pipeline_tensors(theirs))
-    ours.load_state_dict(found | {name: torch.tensor(value) for name, value in foreign.constants.items()})
-    ours.reader = Umt5(words)
-    return ours
+    return reverie.load(folder)
 
 
 def pipeline_tensors(pipeline):
@@ -259,7 +250,7 @@ def pipeline_tensors(pipeline):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_pipeline_gives_the_same_latents_and_frames(name, frames, words, tmp_path):
     theirs = their_pipeline(words, SCHEDULERS[name]())
-    ours = our_pipeline(theirs, words, tmp_path)
+    ours = our_pipeline(theirs, tmp_path)
     prompts, negative, (h, w) = ["the cat", "a dog, sleeping"], "ugly", (32, 48)
     noise = torch.randn(2, 16, 1 + frames // 4, h // 8, w // 8, generator=torch.Generator().manual_seed(5))
     both = {"height": h, "width": w, "num_frames": frames, "num_inference_steps": 6, "guidance_scale": 5.0,
@@ -285,29 +276,27 @@ def test_a_pipeline_gives_the_same_latents_and_frames(name, frames, words, tmp_p
 
 
 def test_a_pipeline_goes_back_bit_equal_and_runs_there(words, tmp_path):
-    theirs = their_pipeline(words, SCHEDULERS["unipc, shift 5"]())
-    ours = our_pipeline(theirs, words, tmp_path / "theirs")
-    constants = {name: ours.state_dict()[name].tolist() for name in wan_diffusers.CONSTANTS}
-    records, table = wan_diffusers.write_pipeline(asdict(ours.config), constants, words=True)
-    tensors = {name: value for name, value in ours.state_dict().items() if name not in constants}
-    back, wanted = remap.apply(remap.invert(table), tensors), pipeline_tensors(theirs)
+    theirs, folder = their_pipeline(words, SCHEDULERS["unipc, shift 5"]()), tmp_path / "back"
+    ours = our_pipeline(theirs, tmp_path / "theirs")
+    reverie.save(ours, folder, format="diffusers")
+    back = {
+        f"{part}.{key}": value
+        for part in ("transformer", "vae")
+        for key, value in load_file(folder / part / "diffusion_pytorch_model.safetensors").items()
+    }
+    wanted = pipeline_tensors(theirs)
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[key], wanted[key]) for key in wanted)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["text_encoder"] == ["transformers", "UMT5EncoderModel"]
+    assert torch.equal(reverie.load(folder).read(["the cat"]), ours.read(["the cat"]))
 
-    folder = tmp_path / "back"
-    for path, record in records.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(record))
-    for part in ("transformer", "vae"):
-        own = {
-            key.removeprefix(f"{part}."): value for key, value in back.items() if key.startswith(f"{part}.")
-        }
-        files.write(folder / part / "diffusion_pytorch_model.safetensors", own, {"format": "pt"})
     # Piece by piece: their whole loader needs accelerate for this transformer.
-    transformer = diffusers.WanTransformer3DModel.from_config(records["transformer/config.json"])
+    config = diffusers.WanTransformer3DModel.load_config(folder / "transformer")
+    transformer = diffusers.WanTransformer3DModel.from_config(config)
     transformer.load_state_dict(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
     again = diffusers.WanPipeline(
-        **their_words(words),
+        **their_words(folder),
         vae=diffusers.AutoencoderKLWan.from_pretrained(folder, subfolder="vae"),
         scheduler=diffusers.UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler"),
         transformer=transformer.eval(),

@@ -12,7 +12,9 @@ that the features are the same and the time is not.)
 from __future__ import annotations
 
 import html
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from torch import Tensor
 from reverie.errors import InputError
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+# Of a pipeline's index, where they lie beside it.
+ENTRIES = {
+    ENCODER: ["transformers", "UMT5EncoderModel"],
+    TOKENIZER: ["transformers", "T5TokenizerFast"],
+}
 
 
 def clean(prompt: str) -> str:
@@ -56,6 +63,12 @@ class Umt5:
                 " model too, or give features in place of prompts."
             )
         self._parts: tuple[Any, Any] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Its two folders beside another model, as links to the same files where the disk has them."""
+        for name in (ENCODER, TOKENIZER):
+            if (folder / name).resolve() != (self.folder / name).resolve():
+                shutil.copytree(self.folder / name, folder / name, copy_function=_linked, dirs_exist_ok=True)
 
     def release(self) -> None:
         """Free the encoder's memory, until prompts are read again."""
@@ -105,3 +118,11 @@ class Umt5:
                 ) from error
             self._parts = tokenizer, encoder.requires_grad_(False).eval().to(self.device)
         return self._parts
+
+
+def _linked(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)

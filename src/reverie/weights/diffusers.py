@@ -5,6 +5,7 @@ The names of a pipeline's tensors begin with their component's folder: `transfor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from reverie.errors import InputError
-from reverie.weights import dit_diffusers, vae_diffusers, video_vae_wan
+from reverie.weights import dit_diffusers, vae_diffusers, video_vae_wan, wan_diffusers
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Foreign
 from reverie.weights.places import CONFIG, PIPELINE
@@ -43,13 +44,32 @@ def _vae(config: Mapping[str, Any], _: Mapping[str, Tensor]) -> Written:
     return {CONFIG: record}, table
 
 
+def _wan(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Written:
+    if config["codec"] is None:
+        record, table = wan_diffusers.write(config["backbone"])
+        return {CONFIG: record}, table
+    constants = {name: tensors[name].tolist() for name in wan_diffusers.CONSTANTS}
+    return wan_diffusers.write_pipeline(config, constants)
+
+
+WAN = Known(
+    system="wan",
+    read=lambda records, _: wan_diffusers.read(records[CONFIG]),
+    write=_wan,
+    constants=wan_diffusers.CONSTANTS,
+)
 DIT = Known(system="dit", read=dit_diffusers.read, write=lambda config, _: dit_diffusers.write(config))
 KNOWN = {
     vae_diffusers.CLASS: Known(
         system="vae", read=lambda records, names: vae_diffusers.read(records[CONFIG], names), write=_vae
     ),
     **dict.fromkeys((*dit_diffusers.CLASSES, dit_diffusers.PIPELINE_CLASS), DIT),
-    "AutoencoderKLWan": Known(
+    wan_diffusers.PIPELINE: dataclasses.replace(
+        WAN, read=lambda records, _: wan_diffusers.read_pipeline(records)
+    ),
+    wan_diffusers.CLASS: WAN,
+    wan_diffusers.ORIGINAL: WAN,
+    video_vae_wan.CLASS: Known(
         system="video-vae",
         read=lambda records, _: video_vae_wan.read(records[CONFIG]),
         write=_video_vae,

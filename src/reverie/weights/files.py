@@ -47,6 +47,7 @@ DTYPES = {
 
 Family = Literal["float", "integer", "bool"]
 Expected = Mapping[str, tuple[tuple[int, ...], Family]]
+Entries = Mapping[str, "Entry"]
 
 
 class ModelFileError(InputError):

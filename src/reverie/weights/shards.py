@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ QUANTISED = ("int8",)
 @torch.no_grad()
 def fill(
     system: nn.Module,
-    weights: Mapping[Path, str],
+    shards: files.Shards,
     *,
     table: remap.Table | None = None,
     ignored: Collection[str] = (),
@@ -35,7 +34,7 @@ def fill(
     dtype: torch.dtype | None = None,
     quantise: str | None = None,
 ) -> None:
-    """Fill a system from the files of `weights`, each with what comes before its names; their names -> ours by `table`.
+    """Fill a system from the files that are open; their names -> ours by `table`.
 
     `ignored` are names in the files that are no weights, `given` are tensors of ours that no file holds. `dtype`
     (torch.bfloat16, torch.float16) is what the weights of linear layers are kept in, `quantise` ("int8") what those of
@@ -77,20 +76,19 @@ def fill(
             place.data = tensor.to(wanted)
 
     give_back = _give_back()
-    with files.Shards(weights) as shards:
-        names = [name for name in shards.entries if name not in set(ignored)]
-        if table is None:
-            for name in names:
-                put(name, shards.read(name))
-                give_back()
-        else:
-            groups, unclaimed = remap.grouped(table, names)
-            assert not unclaimed, f"{unclaimed[:5]} passed the check and no rule claims them"
-            for group in groups:
-                _put_all(put, group.convert({name: shards.read(name) for name in group.sources}))
-                give_back()
-        for name, tensor in (given or {}).items():
-            put(name, tensor)
+    names = [name for name in shards.entries if name not in ignored]
+    if table is None:
+        for name in names:
+            put(name, shards.read(name))
+            give_back()
+    else:
+        groups, unclaimed = remap.grouped(table, names)
+        assert not unclaimed, f"{unclaimed[:5]} passed the check and no rule claims them"
+        for group in groups:
+            _put_all(put, group.convert({name: shards.read(name) for name in group.sources}))
+            give_back()
+    for name, tensor in (given or {}).items():
+        put(name, tensor)
     assert not todo, f"{sorted(todo)[:5]} were not filled"
 
 

@@ -30,8 +30,10 @@ from torch.overrides import TorchFunctionMode
 from reverie import disk
 from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import read_tokenizer
+from reverie.encoders import umt5
 from reverie.errors import InputError
 from reverie.nn.lora import adapted
+from reverie.nn.quantised import Int8Linear
 from reverie.weights import (
     clip_open_clip,
     clip_transformers,
@@ -39,6 +41,7 @@ from reverie.weights import (
     dit_original,
     files,
     remap,
+    shards,
     vae_diffusers,
     video_vae_wan,
 )
@@ -95,7 +98,10 @@ def save(
             f"{adapters[0]} and {len(adapters) - 1} other layers have adapters: merge_lora(system) first."
         )
     config = dataclasses.asdict(system.config)  # type: ignore[call-overload]  # a module may hold anything
+    if any(isinstance(module, Int8Linear) for module in system.modules()):
+        raise InputError("a model in eight bits is for sampling: load it without quantise to save it.")
     tokenizer = getattr(system, "tokenizer", None)
+    reader = getattr(system, "reader", None)
     tensors: Mapping[str, Tensor] = system.state_dict()
     model, records, table, said = _layout(format, name, version, config, tokenizer, tensors)
     tensors = {key: value for key, value in tensors.items() if key not in said}
@@ -125,6 +131,10 @@ def save(
         # Other libraries must be told what ours reads in the config.
         length = None if format == "reverie" else config["text"]["length"]
         tokenizer.write(folder / TOKENIZER, length=length)
+    if reader is not None:
+        reader.write(folder)
+        if PIPELINE in records:
+            records[PIPELINE] |= umt5.ENTRIES
     last = (CONFIG, clip_open_clip.CONFIG, PIPELINE)
     for file in sorted(records, key=lambda file: file in last):
         (folder / file).parent.mkdir(exist_ok=True)
@@ -153,29 +163,50 @@ def _layout(
     return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own), ()
 
 
-def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] | None = None) -> nn.Module:
-    """The system of a shipped name, a folder or a checkpoint, on the CPU, in its own precision, in eval mode.
+def load(
+    name_or_path: str | Path,
+    *,
+    systems: Systems,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    quantise: str | None = None,
+) -> nn.Module:
+    """The system of a shipped name, a folder or a checkpoint, on the CPU, in eval mode.
 
     A folder is one that `save` wrote in any format, or that transformers, open_clip or diffusers wrote
     (weights/places.py). A checkpoint alone is a safetensors file under its authors' own names; `config`, plain data,
-    says what it is where the file does not. Raises `ModelFileError` (an `InputError`) in one sentence.
+    says what it is where the file does not. The weights are in the system's own precision, or as `dtype` and `quantise`
+    say (weights/shards.py), and come tensor by tensor. Raises `ModelFileError` (an `InputError`) in one sentence.
     """
     place = survey(name_or_path)
     if config is not None and place.kind != "original":
         raise ModelFileError(
             f"{shorten(str(place.path))} has a config of its own; config= is for a checkpoint file."
         )
-    entries = files.headers(place.weights)
-    name, values, foreign = _described(place, entries, config)
-    system_class = _choose(systems, name, what="system")()
-    made = config_from(_config_class(system_class), values, where=f"the config of {name!r}")
-    parts: tuple[Any, ...] = (made,)
-    if "tokenizer" in inspect.signature(system_class).parameters:
-        parts = (made, _tokenizer(place, values, foreign))
+    with files.Shards(place.weights) as weights:
+        name, values, foreign = _described(place, weights.entries, config)
+        system_class = _choose(systems, name, what="system")()
+        made = config_from(_config_class(system_class), values, where=f"the config of {name!r}")
+        parts: tuple[Any, ...] = (made,)
+        if "tokenizer" in inspect.signature(system_class).parameters:
+            parts = (made, _tokenizer(place, values, foreign))
+        system = _built(system_class, parts, name, place, weights.entries)
+        table, constants, ignored = _agreed(system, foreign, weights.entries, place)
+        shards.fill(
+            system, weights, table=table, ignored=ignored, given=constants, dtype=dtype, quantise=quantise
+        )
+    if hasattr(system, "reader") and umt5.lies_in(place.path):
+        system.reader = umt5.Umt5(place.path, dtype=dtype)  # type: ignore[assignment]
+    return system.eval()
 
+
+def _built(
+    system_class: type[nn.Module], parts: tuple[Any, ...], name: str, place: Place, entries: files.Entries
+) -> nn.Module:
+    """The system, undrawn, within what its files hold."""
     try:
         with torch.random.fork_rng(devices=[]), _Within(entries):
-            system = system_class(*parts)
+            return system_class(*parts)
     except InputError as error:
         raise ModelFileError(
             f"{place.path.name} describes a {name!r} that cannot be built: {error}"
@@ -186,30 +217,26 @@ def load(name_or_path: str | Path, *, systems: Systems, config: dict[str, Any] |
             f"{place.path.name} describes a {name!r} that cannot be built; correct its config."
         ) from error
 
+
+def _agreed(
+    system: nn.Module, foreign: Foreign | None, entries: files.Entries, place: Place
+) -> tuple[remap.Table | None, dict[str, Tensor], set[str]]:
+    """Once all names and shapes fit: the table, the tensors that a config gives, and those that are no weights."""
     outline = system.state_dict()
-    expected = files.expectation(outline)
+    found = {key: (entry.shape, files.family(entry.dtype)) for key, entry in entries.items()}
     if foreign is None:
-        tensors = files.read(next(iter(place.weights)), expected=expected)
-    else:
-        # The table backwards says what their file must hold, so theirs too is checked before it is read.
-        constants = {name: torch.tensor(value) for name, value in foreign.constants.items()}
-        files.check(files.expectation(constants), {name: expected[name] for name in constants}, what=CONFIG)
-        outline = {name: value for name, value in outline.items() if name not in constants}
-        expected = files.expectation(outline)
-        theirs = dict(files.expectation(remap.apply(remap.invert(foreign.table), outline)))
-        ignored = remap.matching(foreign.ignore, entries)
-        theirs |= {key: (entries[key].shape, files.family(entries[key].dtype)) for key in ignored}
-        files.check(
-            {key: (e.shape, files.family(e.dtype)) for key, e in entries.items()}, theirs, what=place.what
-        )
-        # A mask, full of minus infinity, is none of the weights that must be finite.
-        tensors = {}
-        for file, prefix in place.weights.items():
-            own = {key.removeprefix(prefix) for key in ignored if key.startswith(prefix)}
-            tensors |= {f"{prefix}{key}": value for key, value in files.read(file, without=own).items()}
-        tensors = remap.apply(foreign.table, tensors, expected=expected, ignore=foreign.ignore) | constants
-    system.load_state_dict(tensors, strict=True)
-    return system.eval()
+        files.check(found, files.expectation(outline), what=place.what)
+        return None, {}, set()
+    constants = {name: torch.tensor(value) for name, value in foreign.constants.items()}
+    files.check(
+        files.expectation(constants), files.expectation({n: outline[n] for n in constants}), what=CONFIG
+    )
+    # The table backwards says what their file must hold, so theirs too is checked before it is read.
+    rest = {name: value for name, value in outline.items() if name not in constants}
+    theirs = dict(files.expectation(remap.apply(remap.invert(foreign.table), rest)))
+    ignored = remap.matching(foreign.ignore, entries)
+    files.check(found, theirs | {key: found[key] for key in ignored}, what=place.what)
+    return foreign.table, constants, ignored
 
 
 def _described(

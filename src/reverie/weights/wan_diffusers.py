@@ -203,11 +203,11 @@ def read_pipeline(records: Mapping[str, Any]) -> Foreign:
 
 
 def write_pipeline(
-    config: Mapping[str, Any], constants: Mapping[str, Sequence[float]], *, words: bool = False
+    config: Mapping[str, Any], constants: Mapping[str, Sequence[float]]
 ) -> tuple[dict[str, Any], tuple[Rule, ...]]:
     """A pipeline's JSON files by path and the table, for a system of our config; `constants` by the names of CONSTANTS.
 
-    `words`: whether the text encoder and the tokenizer lie beside it; without them diffusers must be given features.
+    Without text encoder and tokenizer: diffusers must be given features unless they are added.
     """
     transformer, rules = write(config["backbone"], theirs="transformer.")
     vae, vae_rules = video_vae_wan.write(
@@ -224,8 +224,8 @@ def write_pipeline(
         "_class_name": PIPELINE,
         "_diffusers_version": transformer["_diffusers_version"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "UMT5EncoderModel"] if words else [None, None],
-        "tokenizer": ["transformers", "T5TokenizerFast"] if words else [None, None],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
         "transformer": ["diffusers", CLASS],
         "vae": ["diffusers", video_vae_wan.CLASS],
     }
