@@ -23,6 +23,8 @@ SHIPPED = Path(__file__).parent / "weights" / "shipped"
 SUMS = "SHA256SUMS"
 MEMORY = 2 * 2**30
 DISK = 2 * 2**30
+LARGE = "wan2.1-t2v-1.3b"
+SPARE = 2**30  # beside the weights: a picture's or a short clip's activations
 IMPORTS = {"pillow": "PIL", "resvg-py": "resvg_py", "faiss-cpu": "faiss"}
 
 
@@ -44,6 +46,7 @@ def examine() -> Iterator[Finding]:
     yield from installed()
     yield from accelerators()
     yield from shipped()
+    yield from large()
 
 
 def machine() -> Iterator[Finding]:
@@ -181,6 +184,53 @@ def shipped(folder: Path = SHIPPED) -> Iterator[Finding]:
             yield Finding(state="ok", what=f"shipped weights: {system}, {size / 2**20:.1f} MiB, hashes right")
     for text in bad:
         yield Finding(state="!!", what=f"shipped weights: {text}", remedy=remedy)
+
+
+def large() -> Iterator[Finding]:
+    """What memory the large public model needs, counted on its shapes, and whether this machine has it."""
+    try:
+        import torch
+
+        from reverie.encoders.umt5 import sizes
+        from reverie.nn.quantised import repeated
+        from reverie.systems.wan import MODELS, Wan
+
+        with torch.device("meta"):
+            wan = Wan(MODELS[LARGE])
+    except Exception:  # the import itself has been reported by `installed`
+        return
+    weights = sum(tensor.numel() for tensor in wan.state_dict().values())
+    layers = sum(module.weight.numel() for module in wan.modules() if isinstance(module, torch.nn.Linear))
+    blocks = sum(module.weight.numel() for module in repeated(wan).values())
+    words = sizes()
+    needs = {
+        "fp32": (4 * weights, 4 * sum(words)),
+        "bf16": (4 * weights - 2 * layers, 2 * sum(words)),
+        "int8": (4 * weights - 2 * layers - blocks, words[0] + 2 * words[1]),
+    }
+    _, free = _memory()
+    fits = [name for name, (model, _) in needs.items() if free is not None and model + SPARE <= free]
+    reads = [name for name, (_, encoder) in needs.items() if free is not None and encoder + SPARE <= free]
+    listed = ", ".join(
+        f"{name} {_gib(model)} and {_gib(encoder)}" for name, (model, encoder) in needs.items()
+    )
+    what = f"{LARGE}, weights in memory (model, text encoder, one after the other): {listed}"
+    if free is None:
+        yield Finding(state="ok", what=what)
+        return
+    said = f"; free now for: model {_some(fits)}, text encoder {_some(reads)}"
+    remedy = ""
+    if not fits:
+        remedy = "close other programs, or use a machine with more memory"
+    elif not reads:
+        remedy = (
+            "the text encoder does not fit: compute the features elsewhere and give them in place of prompts"
+        )
+    yield Finding(state="--" if remedy else "ok", what=what + said, remedy=remedy)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _check(need: Need, absent: Literal["!!", "--"]) -> Finding:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import reverie
 from reverie.backbones.wan import SHAPES, WanDit, WanDitConfig
 from reverie.codecs.video_vae import WAN
-from reverie.encoders.umt5 import Umt5
+from reverie.encoders.umt5 import Umt5, sizes
+from reverie.nn.quantised import Int8Linear
 from reverie.systems.wan import WanConfig
 from reverie.weights import files, remap, wan_diffusers
 from reverie.weights.store import config_from
@@ -192,6 +193,45 @@ def test_words_are_read_as_their_pipeline_reads_them(words):
     short = Umt5(words, length=7).read(PROMPTS)
     theirs_of, _ = theirs.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=7)
     assert distance(short, theirs_of) < 1e-5
+
+
+def test_the_encoder_in_less_memory(words):
+    whole = Umt5(words).read(PROMPTS)
+    bf16 = Umt5(words, dtype=torch.bfloat16).read(PROMPTS)
+    int8 = Umt5(words, quantise="int8")
+    assert bf16.dtype == torch.float32
+    assert 0 < distance(bf16, whole) < 0.03
+    assert 0 < distance(int8.read(PROMPTS), whole) < 0.03
+    layers = [name for name, m in int8._loaded()[1].named_modules() if isinstance(m, Int8Linear)]
+    assert len(layers) == 2 * 7
+    int8.release()
+    assert int8._parts is None
+
+
+def test_the_encoders_size_is_counted():
+    transformers = pytest.importorskip("transformers")
+    for shape in (
+        {},
+        {"vocab": 50, "width": 48, "inner": 24, "hidden": 64, "depth": 2, "heads": 3, "buckets": 32},
+    ):
+        full = {
+            "vocab": 256_384,
+            "width": 4096,
+            "inner": 4096,
+            "hidden": 10_240,
+            "depth": 24,
+            "heads": 64,
+        } | shape
+        with torch.device("meta"):
+            encoder = transformers.UMT5EncoderModel(
+                transformers.UMT5Config(
+                    vocab_size=full["vocab"], d_model=full["width"], d_kv=full["inner"] // full["heads"],
+                    d_ff=full["hidden"], num_layers=full["depth"], num_heads=full["heads"],
+                    feed_forward_proj="gated-gelu",
+                )
+            )  # fmt: skip
+        linear = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, torch.nn.Linear))
+        assert sizes(**shape) == (linear, sum(p.numel() for p in encoder.parameters()) - linear)
 
 
 def their_words(folder):

@@ -16,6 +16,11 @@ from reverie.weights import files, remap, shards, wan_diffusers
 SMALL = WanDitConfig(channels=2, width=24, hidden=40, depth=2, heads=2, context_width=12, clock=8)
 
 
+def filled(system, weights, **options):
+    with files.Shards(weights) as opened:
+        shards.fill(system, opened, **options)
+
+
 def drawn(config):
     torch.manual_seed(0)
     system = WanDit(config).eval()
@@ -53,7 +58,7 @@ def test_filled_is_loaded(own, parts, tmp_path):
     theirs = drawn(SMALL)
     weights, table = written(theirs, tmp_path, parts=parts, own=own, prefix="" if own else "transformer.")
     ours = WanDit(SMALL).eval()
-    shards.fill(ours, weights, table=table)
+    filled(ours, weights, table=table)
     wanted = theirs.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in ours.state_dict().items())
     assert torch.equal(outputs(ours), outputs(theirs))
@@ -64,7 +69,7 @@ def test_linear_layers_narrow_and_the_rest_stays(stored, tmp_path):
     theirs = drawn(SMALL)
     weights, table = written(theirs.to(stored), tmp_path, parts=2)
     ours = WanDit(SMALL).eval()
-    shards.fill(ours, weights, table=table, dtype=torch.bfloat16)
+    filled(ours, weights, table=table, dtype=torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in ours.state_dict().items()}
     narrow = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
     assert narrow == {
@@ -83,7 +88,7 @@ def test_eight_bits_are_those_of_each_layer(tmp_path):
     theirs = drawn(SMALL)
     weights, table = written(theirs, tmp_path, parts=3)
     ours = WanDit(SMALL).eval()
-    shards.fill(ours, weights, table=table, dtype=torch.bfloat16, quantise="int8")
+    filled(ours, weights, table=table, dtype=torch.bfloat16, quantise="int8")
     layers = {name: module for name, module in ours.named_modules() if isinstance(module, Int8Linear)}
     assert len(layers) == SMALL.depth * 7
     for name, layer in layers.items():
@@ -104,16 +109,16 @@ def test_given_tensors_and_what_is_refused(tmp_path):
     table = tensors.pop("table")
     files.write(path, tensors | {"mask": torch.full((2, 2), float("-inf"))})
     ours = WanDit(SMALL)
-    shards.fill(ours, weights, ignored={"mask"}, given={"table": table + 1})
+    filled(ours, weights, ignored={"mask"}, given={"table": table + 1})
     assert torch.equal(ours.table, table + 1)
     with pytest.raises(InputError, match="int4"):
-        shards.fill(ours, weights, quantise="int4")
+        filled(ours, weights, quantise="int4")
     with pytest.raises(InputError, match="float64"):
-        shards.fill(ours, weights, dtype=torch.float64)
+        filled(ours, weights, dtype=torch.float64)
     tensors["embed.bias"][0] = float("nan")
     files.write(path, tensors | {"table": table})
     with pytest.raises(files.ModelFileError, match="NaN"):
-        shards.fill(ours, weights)
+        filled(ours, weights)
 
 
 CHILD = """
@@ -121,7 +126,7 @@ import json, sys
 from pathlib import Path
 import torch
 from reverie.backbones.wan import WanDit, WanDitConfig
-from reverie.weights import shards, wan_diffusers
+from reverie.weights import files, shards, wan_diffusers
 
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
@@ -133,7 +138,8 @@ system = WanDit(config)
 before = peak()
 weights = dict.fromkeys(map(Path, paths), "")
 table = wan_diffusers.table(vars(config), ours="")
-shards.fill(system, weights, table=table, dtype=getattr(torch, dtype), quantise=quantise)
+with files.Shards(weights) as opened:
+    shards.fill(system, opened, table=table, dtype=getattr(torch, dtype), quantise=quantise)
 print(json.dumps([before, peak()]))
 """
 

@@ -2,7 +2,8 @@
 
 Public weights keep both beside the video transformer, in the folders `text_encoder` and `tokenizer`. They are read
 from there alone, from safetensors, without any code of the folder's, and only when the first prompt is read: the
-encoder of Wan 2.1 has four times as many weights as its 1.3B transformer. It needs the extra `interop`.
+encoder of Wan 2.1 has four times as many weights as its 1.3B transformer. They are read tensor by tensor, so that no
+more memory is taken than they need in the precision asked for. It needs the extra `interop`.
 
 Prompts are mended and unescaped, every run of spaces becomes one, and at most `length` tokens are read. Features are
 zero beyond each prompt's end. (diffusers fills prompts up to 512 tokens first, which the encoder does not look at, so
@@ -17,13 +18,16 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ftfy
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from reverie.errors import InputError
+from reverie.nn.linear import Linear
+from reverie.nn.quantised import Int8Linear, repeated, replace, to_int8
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 # Of a pipeline's index, where they lie beside it.
@@ -31,6 +35,7 @@ ENTRIES = {
     ENCODER: ["transformers", "UMT5EncoderModel"],
     TOKENIZER: ["transformers", "T5TokenizerFast"],
 }
+EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor under two names
 
 
 def clean(prompt: str) -> str:
@@ -44,6 +49,15 @@ def lies_in(folder: Path) -> bool:
     return (folder / ENCODER / "config.json").is_file() and (folder / TOKENIZER).is_dir()
 
 
+def sizes(
+    *, vocab: int = 256_384, width: int = 4096, inner: int = 4096, hidden: int = 10_240, depth: int = 24,
+    heads: int = 64, buckets: int = 32,
+) -> tuple[int, int]:  # fmt: skip
+    """(weights of the blocks' linear layers, all other weights) of an encoder; the defaults are UMT5-XXL's, Wan's."""
+    linear = depth * (4 * width * inner + 3 * width * hidden)
+    return linear, vocab * width + depth * (buckets * heads + 2 * width) + width
+
+
 class Umt5:
     """`read(prompts) -> b length d`. No module: its weights are no part of the system's that it reads for."""
 
@@ -53,10 +67,15 @@ class Umt5:
         *,
         length: int = 512,
         dtype: torch.dtype | None = None,
+        quantise: Literal["int8"] | None = None,
         device: torch.device | str = "cpu",
     ):
-        """`dtype`: of the encoder's weights (None: as they are stored); features are float32 whatever it is."""
-        self.folder, self.length, self.dtype, self.device = Path(folder), length, dtype, torch.device(device)
+        """`dtype`: of the encoder's weights (None: as they are stored).
+
+        `quantise="int8"`: the blocks' linear layers in eight bits. Features are float32 in any case.
+        """
+        self.folder, self.length, self.device = Path(folder), length, torch.device(device)
+        self.dtype, self.quantise = dtype, quantise
         if not lies_in(self.folder):
             raise InputError(
                 f"{str(folder)!r:.80} does not hold {ENCODER}/config.json and {TOKENIZER}/: fetch these folders of the"
@@ -94,7 +113,7 @@ class Umt5:
     def _loaded(self) -> tuple[Any, Any]:
         if self._parts is None:
             try:
-                from transformers import AutoTokenizer, UMT5EncoderModel
+                from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
             except ImportError as error:
                 raise InputError(
                     "reading prompts for this model needs transformers: run `pip install 'reverie[interop]'`, or give"
@@ -104,20 +123,47 @@ class Umt5:
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.folder / TOKENIZER, local_files_only=True, trust_remote_code=False
                 )
-                encoder = UMT5EncoderModel.from_pretrained(
-                    self.folder / ENCODER,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    dtype="auto" if self.dtype is None else self.dtype,
-                )
-            except (OSError, ValueError, KeyError) as error:
+                config = UMT5Config.from_pretrained(self.folder / ENCODER, local_files_only=True)
+                with torch.device("meta"):
+                    encoder = UMT5EncoderModel(config)
+                self._fill(encoder)
+            except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
                 raise InputError(
-                    f"transformers cannot read {ENCODER}/ or {TOKENIZER}/ in {str(self.folder)!r:.80}"
+                    f"{ENCODER}/ or {TOKENIZER}/ in {str(self.folder)!r:.80} cannot be read"
                     f" ({str(error).splitlines()[0]:.200}); fetch them again, with safetensors."
                 ) from error
             self._parts = tokenizer, encoder.requires_grad_(False).eval().to(self.device)
         return self._parts
+
+    def _fill(self, encoder: Any) -> None:
+        """Weights into an encoder that was built on shapes alone."""
+        for name, layer in list(encoder.named_modules()):
+            if type(layer) is nn.Linear:  # ours, which is quick in bf16 where the processor has none
+                with torch.device("meta"):
+                    own = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                replace(encoder, name, own)
+        small = repeated(encoder) if self.quantise == "int8" else {}
+        missing = {name for name, _ in encoder.named_parameters()}
+        for file in sorted((self.folder / ENCODER).glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
+                    tensor = tensors.get_tensor(name)
+                    name = EMBEDDING[0] if name in EMBEDDING else name
+                    layer, _, leaf = name.rpartition(".")
+                    wanted = encoder.get_parameter(name)
+                    if wanted.shape != tensor.shape or not tensor.isfinite().all():
+                        raise ValueError(
+                            f"{name} is {tuple(tensor.shape)}, not {tuple(wanted.shape)}, or not finite"
+                        )
+                    missing.discard(name)
+                    if layer in small:
+                        replace(encoder, layer, Int8Linear(*to_int8(tensor), None))
+                    else:
+                        made = tensor.to(self.dtype or tensor.dtype, copy=True)
+                        setattr(encoder.get_submodule(layer), leaf, nn.Parameter(made, requires_grad=False))
+        encoder.encoder.embed_tokens.weight = encoder.get_parameter(EMBEDDING[0])
+        if missing - set(EMBEDDING[1:]):
+            raise ValueError(f"{min(missing)} is missing")
 
 
 def _linked(source: str, target: str) -> None:

@@ -196,7 +196,7 @@ def load(
             system, weights, table=table, ignored=ignored, given=constants, dtype=dtype, quantise=quantise
         )
     if hasattr(system, "reader") and umt5.lies_in(place.path):
-        system.reader = umt5.Umt5(place.path, dtype=dtype)  # type: ignore[assignment]
+        system.reader = umt5.Umt5(place.path, dtype=dtype, quantise=quantise)  # type: ignore[assignment]
     return system.eval()
 
 
