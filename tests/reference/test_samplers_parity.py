@@ -80,7 +80,7 @@ def compare(scheduler, steps, *, tolerance=1e-5, as_it_is=2e-4, told=1e-3, token
 @functools.cache
 def exact_table(process, finite):
     at = process.finite if finite else process.at
-    return torch.tensor([at(t).alpha ** 2 for t in range(process.steps)], dtype=torch.float64)
+    return torch.tensor([at(float(t)).alpha ** 2 for t in range(process.steps)], dtype=torch.float64)
 
 
 def error(scheduler, config, steps, tolerance, told, tokens, mu, *, eta=None, output=network):

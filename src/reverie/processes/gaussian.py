@@ -126,19 +126,19 @@ def shift(t: Any, factor: float) -> Any:
     return factor * t / (1 + (factor - 1) * t)
 
 
-def shift_sd3(tokens: float, *, trained: float) -> float:
+def shift_sd3(tokens: int, *, trained: int) -> float:
     """The factor sqrt(m / n) for m tokens where n were `trained` on (SD3, section 5.3.2)."""
     return math.sqrt(tokens / trained)
 
 
 def shift_flux(
-    tokens: float, *, few: float = 256, many: float = 4096, low: float = 0.5, high: float = 1.15
+    tokens: int, *, few: float = 256.0, many: float = 4096.0, low: float = 0.5, high: float = 1.15
 ) -> float:
     """FLUX's factor e^mu, mu linear from `low` at `few` tokens to `high` at `many`: t -> e^mu / (e^mu + 1 / t - 1)."""
     return math.exp(low + (high - low) * (tokens - few) / (many - few))
 
 
-def shift_open_sora(tokens: float, *, frames: int = 1) -> float:
+def shift_open_sora(tokens: int, *, frames: int = 1) -> float:
     """Open-Sora 2.0's factor: 1 to 3 over 256 to 4,096 tokens of a frame, times the root of the latent frames."""
     return (1 + 2 * (tokens - 256) / (4096 - 256)) * math.sqrt(frames)
 

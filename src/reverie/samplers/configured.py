@@ -78,7 +78,7 @@ class SamplerConfig:
                 f"unipc cannot end on the table's first level where {self.sigmas} sigmas do already."
             )
 
-    def points(self, steps: int, *, tokens: float | None = None) -> tuple[Point, ...]:
+    def points(self, steps: int, *, tokens: int | None = None) -> tuple[Point, ...]:
         """`steps + 1` points. `tokens` of the signal are needed where the shift depends on them."""
         if isinstance(self.process, Flow):
             return self._flow(steps, self._shift(tokens))
@@ -118,7 +118,7 @@ class SamplerConfig:
         line = process.indices(steps, spacing=self.spacing, offset=self.offset, beyond=beyond, whole=whole)
         if self.sigmas == "table":
             return [process.at(t) if self.sampler in BY_INDEX else process.finite(t) for t in line]
-        ends = (line[-1], line[0]) if self.sampler in BY_SIGMA else (0, process.steps - 1)
+        ends = (line[-1], line[0]) if self.sampler in BY_SIGMA else (0.0, process.steps - 1.0)
         low, high = (point.sigma / point.alpha for point in map(process.finite, ends))
         spaced = gaussian.karras if self.sigmas == "karras" else gaussian.exponential
         found = [process.of_ratio(ratio) for ratio in spaced(steps, low=low, high=high)]
@@ -147,7 +147,7 @@ class SamplerConfig:
         held = sigmas.float().tolist()  # diffusers holds them so, and near 1 it decides alpha
         return (*(Point(t, 1 - sigma, sigma) for t, sigma in zip(told.tolist(), held, strict=True)), CLEAN)
 
-    def _shift(self, tokens: float | None) -> float:
+    def _shift(self, tokens: int | None) -> float:
         assert isinstance(self.process, Flow)
         if self.tokens is None:
             return self.process.shift
