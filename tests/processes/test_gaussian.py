@@ -225,6 +225,8 @@ def test_what_cannot_be_spaced_is_said():
     for bad in (lambda: Ddpm().points(0), lambda: Flow().points(0), lambda: Edm().points(0)):
         with pytest.raises(InputError, match="0 steps"):
             bad()
+    with pytest.raises(InputError, match="shift of 0"):
+        Flow(shift=0.0)
     with pytest.raises(InputError, match="betas"):
         Ddpm(beta_start=0.5, beta_end=0.1)
 

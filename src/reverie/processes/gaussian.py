@@ -111,6 +111,10 @@ class Flow:
     kind: Literal["flow"] = "flow"
     shift: float = 1.0  # of the times of `points`, towards noise
 
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise InputError(f"a shift of {self.shift:g} moves no times: it must be above 0, and 1 is none.")
+
     def at(self, t: Any) -> Point:
         """The point at time(s) `t`."""
         return Point(t, 1 - t, t)
@@ -168,10 +172,10 @@ class Ddpm:
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
+        if self.steps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(
-                f"{self.steps} steps with betas from {self.beta_start:g} to {self.beta_end:g} make no process: give 1"
-                " step or more, and betas that grow between 0 and 1."
+                f"{self.steps} steps with betas from {self.beta_start:g} to {self.beta_end:g} make no process: give 2"
+                " steps or more, and betas that grow between 0 and 1."
             )
 
     def at(self, t: Any) -> Point:

@@ -24,9 +24,7 @@ from reverie.processes.gaussian import CLEAN, Ddpm, Flow, Point, Prediction, Spa
 from reverie.samplers import diffusion, multistep
 from reverie.samplers.diffusion import Generators, Predict, Progress, Variance
 
-Name = Literal[
-    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"
-]  # fmt: skip
+Name = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "ddpm": diffusion.ddpm,
     "ddim": diffusion.ddim,
@@ -55,10 +53,10 @@ class SamplerConfig:
     last: Literal["clean", "first"] = "clean"  # the last point: sigma 0, or the table's first level
     # Points of a Flow
     times: int = 1000  # that it was trained at: points lie between 1 and 1 / times, and t counts in 1 / times
-    tokens: tuple[float, float, float, float] | None = (
-        None  # few, many; low, high: the shift depends on the tokens,
+    tokens: tuple[float, float, float, float] | None = None  # the shift by few, many tokens: low, high;
+    tokens_log: bool = (
+        True  # these are logarithms of factors (gaussian.shift_flux), or the factors themselves
     )
-    tokens_log: bool = True  # and low, high are logarithms of factors (gaussian.shift_flux), or the factors
     # Steps
     order: int = 2  # dpmpp_2m: 1, 2; unipc: 1, 2, 3
     solver: Literal["midpoint", "heun", "bh1", "bh2"] = "midpoint"
