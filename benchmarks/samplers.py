@@ -1,7 +1,7 @@
 """How near each sampler comes to the exact solution, by evaluations of the network: `python benchmarks/samplers.py`.
 
 The exact one is Heun's method in 200 steps from the same noise. Prints, for each sampler and number of evaluations, the
-root mean square of the difference of pixels in [-1, 1]. Samplers that draw noise have no such solution and are left out.
+root mean square of the difference of pixels in [-1, 1]. Samplers that draw noise have no such solution: left out.
 """
 
 from __future__ import annotations
@@ -12,12 +12,23 @@ import torch
 
 import reverie
 
-PROMPTS = ["a red rocket", "a smiling cat", "a slice of pizza", "a blue car", "a green leaf", "a heart", "a dog", "snow"]
+PROMPTS = [
+    "a red rocket",
+    "a smiling cat",
+    "a slice of pizza",
+    "a blue car",
+    "a green leaf",
+    "a heart",
+    "a dog",
+    "snow",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", default="sora-stickers", help="a shipped name, or a folder that a run wrote")
+    parser.add_argument(
+        "--model", default="sora-stickers", help="a shipped name, or a folder that a run wrote"
+    )
     parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 12, 24, 48])
     parser.add_argument("--guidance", type=float, help="the model's own if not given")
     asked = parser.parse_args()

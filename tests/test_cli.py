@@ -583,6 +583,10 @@ def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):
         "guidance": None,
     }
     assert painter.asked[0] == asked
+    finer = ["--sampler", "unipc", "--negative", "a car", "--interval", 0.2, 0.8, "--rescale", 0.5]
+    assert reverie("sample", "a red rocket", *flags, *finer) == 0
+    extra = {"sampler": "unipc", "negative": "a car", "interval": (0.2, 0.8), "rescale": 0.5}
+    assert painter.asked[-1] == asked | extra
 
 
 def test_sample_writes_clips_from_a_first_frame(painter, clip_folder, tmp_path):

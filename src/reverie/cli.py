@@ -684,10 +684,10 @@ def sample(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
-    sampler: str = "euler",
+    sampler: str | None = None,
     negative: str | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
-    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+    rescale: float | None = None,
     first_frame: Path | None = None,
     best_of: int = 1,
     judge: str = "clip-stickers",
@@ -705,7 +705,7 @@ def sample(
         seed: The same seed draws the same.
         steps: Sampling steps; the model's own number if not given.
         guidance: How strictly to follow the prompt; the model's own if not given.
-        sampler: euler, heun, dpmpp_2m, unipc, euler_ancestral or dpmpp_2m_sde.
+        sampler: Such as euler, heun, dpmpp_2m or unipc; the model's own if not given.
         negative: What not to draw: guidance leads away from these words.
         interval: The times that guidance acts at, from 0 (data) to 1 (noise).
         rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
@@ -736,10 +736,9 @@ def sample(
     sora = capable(model, "generate_image", device=device)
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     size = size or sora.config.size
-    asked: dict[str, Any] = {
-        "size": size, "seed": seed, "steps": steps, "guidance": guidance, "sampler": sampler, "negative": negative,
-        "interval": interval, "rescale": rescale,
-    }  # fmt: skip
+    asked: dict[str, Any] = {"size": size, "seed": seed, "steps": steps, "guidance": guidance}
+    finer = {"sampler": sampler, "negative": negative, "interval": interval, "rescale": rescale}
+    asked |= {key: value for key, value in finer.items() if value is not None}
     if first_frame is not None:
         asked["first_frame"] = torch.from_numpy(to_signal(first_frame, size=size)).repeat(best_of, 1, 1, 1)
     out.mkdir(parents=True, exist_ok=True)

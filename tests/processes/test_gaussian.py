@@ -213,8 +213,8 @@ def test_an_index_is_found_again_by_its_ratio(process):
     assert process.of_ratio(1e-9).t == 0
     assert process.of_ratio(1e9).t == process.steps - 1
     assert 500 < process.of_ratio(between.sigma / between.alpha).t < 501
-    assert process.finite(999).alpha > 0
-    assert process.finite(400)[1:] == pytest.approx(process.at(400)[1:])
+    assert process.finite(999.0).alpha > 0
+    assert process.finite(400.0)[1:] == pytest.approx(process.at(400)[1:])
 
 
 def test_what_cannot_be_spaced_is_said():
@@ -225,6 +225,8 @@ def test_what_cannot_be_spaced_is_said():
     for bad in (lambda: Ddpm().points(0), lambda: Flow().points(0), lambda: Edm().points(0)):
         with pytest.raises(InputError, match="0 steps"):
             bad()
+    with pytest.raises(InputError, match="shift of 0"):
+        Flow(shift=0.0)
     with pytest.raises(InputError, match="betas"):
         Ddpm(beta_start=0.5, beta_end=0.1)
 
@@ -233,12 +235,12 @@ def test_what_cannot_be_spaced_is_said():
 
 
 def test_karras_sigmas():
-    line = gaussian.karras(18, low=0.002, high=80)
+    line = gaussian.karras(18, low=0.002, high=80.0)
     assert (line[0], line[-1]) == (pytest.approx(80), pytest.approx(0.002))
     roots = [sigma ** (1 / 7) for sigma in line]
     steps = [b - a for a, b in zip(roots, roots[1:], strict=False)]
     assert steps == pytest.approx([steps[0]] * 17)
-    logs = [math.log(sigma) for sigma in gaussian.exponential(5, low=0.1, high=10)]
+    logs = [math.log(sigma) for sigma in gaussian.exponential(5, low=0.1, high=10.0)]
     assert logs == pytest.approx([math.log(10), math.log(10) / 2, 0, -math.log(10) / 2, -math.log(10)])
 
 

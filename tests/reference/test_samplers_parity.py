@@ -14,7 +14,6 @@ from reverie.errors import InputError
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Ddpm, Edm, Flow
 from reverie.samplers import diffusion
-from reverie.samplers.guidance import guided
 from reverie.weights import diffusers_scheduler
 
 pytestmark = pytest.mark.reference
@@ -80,7 +79,7 @@ def compare(scheduler, steps, *, tolerance=1e-5, as_it_is=2e-4, told=1e-3, token
 @functools.cache
 def exact_table(process, finite):
     at = process.finite if finite else process.at
-    return torch.tensor([at(t).alpha ** 2 for t in range(process.steps)], dtype=torch.float64)
+    return torch.tensor([at(float(t)).alpha ** 2 for t in range(process.steps)], dtype=torch.float64)
 
 
 def error(scheduler, config, steps, tolerance, told, tokens, mu, *, eta=None, output=network):
@@ -242,7 +241,7 @@ def test_unipc(table, spacing, prediction):
     {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
 ])  # fmt: skip
 def test_unipc_s_options(order, solver, options):
-    for steps in (2, 6, 20):
+    for steps in (6, 20):
         compare(diffusers.UniPCMultistepScheduler(solver_order=order, solver_type=solver, **options), steps)
 
 
@@ -297,18 +296,3 @@ def test_edm():
         assert t == pytest.approx(their_t, abs=1e-5)
         assert ((a - b).abs().max() / b.abs().max()).item() < 2e-5
     assert ((out - x).abs().max() / x.abs().max()).item() < 2e-5
-
-
-def test_rescaled_guidance():
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    point = Ddpm().at(600)
-    with_text, without = network(x, 600.0), network(x, 100.0)
-
-    def predict(both, point):
-        return gaussian.to_x0("v", torch.cat([with_text, without]), both, point)
-
-    expected = rescale_noise_cfg(without + 7.5 * (with_text - without), with_text, guidance_rescale=0.7)
-    got = guided(predict, 7.5, rescale=0.7, spread_of="v")(x, point)
-    torch.testing.assert_close(gaussian.from_x0("v", got, x, point), expected, atol=1e-4, rtol=1e-4)

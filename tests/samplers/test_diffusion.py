@@ -69,14 +69,14 @@ def error(sampler, points, **options):
 
 def test_the_posterior_mean_is_right():
     """The formula above against regression on drawn pairs."""
-    x0 = M + S * torch.randn(400_000, generator=generator(1), dtype=torch.float64)
-    noise = torch.randn(400_000, generator=generator(2), dtype=torch.float64)
+    x0 = M + S * torch.randn(100_000, generator=generator(1), dtype=torch.float64)
+    noise = torch.randn(100_000, generator=generator(2), dtype=torch.float64)
     for point in (Flow().at(0.2), Flow().at(0.9), Ddpm().at(300), Edm().at(2.0)):
         x_t = gaussian.corrupt(x0, noise, point)
         slope = (((x_t - x_t.mean()) * (x0 - x0.mean())).mean() / x_t.var()).item()
         ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
         torch.testing.assert_close(
-            posterior(ends, point), x0.mean() + slope * (ends - x_t.mean()), atol=0.02, rtol=0
+            posterior(ends, point), x0.mean() + slope * (ends - x_t.mean()), atol=0.03, rtol=0
         )
 
 

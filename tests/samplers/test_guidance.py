@@ -77,8 +77,8 @@ def test_outside_the_interval_it_is_the_conditional_prediction_and_costs_no_more
         assert limited(X, Flow().at(t)).equal(expected)
         assert asked == [2 if inside else 1]
     point = Point(0, 0.6, 0.8)  # of any process: the share of noise is 0.8 / 1.4
-    assert guided(predict, 5.0, interval=(0.58, 1))(X, point).equal(conditional(X, 0))
-    assert not guided(predict, 5.0, interval=(0.57, 1))(X, point).equal(conditional(X, 0))
+    assert guided(predict, 5.0, interval=(0.58, 1.0))(X, point).equal(conditional(X, 0))
+    assert not guided(predict, 5.0, interval=(0.57, 1.0))(X, point).equal(conditional(X, 0))
 
 
 @pytest.mark.parametrize("prediction", ["x0", "noise", "v", "velocity"])

@@ -111,6 +111,10 @@ class Flow:
     kind: Literal["flow"] = "flow"
     shift: float = 1.0  # of the times of `points`, towards noise
 
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise InputError(f"a shift of {self.shift:g} moves no times: it must be above 0, and 1 is none.")
+
     def at(self, t: Any) -> Point:
         """The point at time(s) `t`."""
         return Point(t, 1 - t, t)
@@ -126,19 +130,19 @@ def shift(t: Any, factor: float) -> Any:
     return factor * t / (1 + (factor - 1) * t)
 
 
-def shift_sd3(tokens: float, *, trained: float) -> float:
+def shift_sd3(tokens: int, *, trained: int) -> float:
     """The factor sqrt(m / n) for m tokens where n were `trained` on (SD3, section 5.3.2)."""
     return math.sqrt(tokens / trained)
 
 
 def shift_flux(
-    tokens: float, *, few: float = 256, many: float = 4096, low: float = 0.5, high: float = 1.15
+    tokens: int, *, few: float = 256.0, many: float = 4096.0, low: float = 0.5, high: float = 1.15
 ) -> float:
     """FLUX's factor e^mu, mu linear from `low` at `few` tokens to `high` at `many`: t -> e^mu / (e^mu + 1 / t - 1)."""
     return math.exp(low + (high - low) * (tokens - few) / (many - few))
 
 
-def shift_open_sora(tokens: float, *, frames: int = 1) -> float:
+def shift_open_sora(tokens: int, *, frames: int = 1) -> float:
     """Open-Sora 2.0's factor: 1 to 3 over 256 to 4,096 tokens of a frame, times the root of the latent frames."""
     return (1 + 2 * (tokens - 256) / (4096 - 256)) * math.sqrt(frames)
 
@@ -168,10 +172,10 @@ class Ddpm:
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
+        if self.steps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(
-                f"{self.steps} steps with betas from {self.beta_start:g} to {self.beta_end:g} make no process: give 1"
-                " step or more, and betas that grow between 0 and 1."
+                f"{self.steps} steps with betas from {self.beta_start:g} to {self.beta_end:g} make no process: give 2"
+                " steps or more, and betas that grow between 0 and 1."
             )
 
     def at(self, t: Any) -> Point:

@@ -24,9 +24,7 @@ from reverie.processes.gaussian import CLEAN, Ddpm, Flow, Point, Prediction, Spa
 from reverie.samplers import diffusion, multistep
 from reverie.samplers.diffusion import Generators, Predict, Progress, Variance
 
-Name = Literal[
-    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"
-]  # fmt: skip
+Name = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "ddpm": diffusion.ddpm,
     "ddim": diffusion.ddim,
@@ -55,10 +53,10 @@ class SamplerConfig:
     last: Literal["clean", "first"] = "clean"  # the last point: sigma 0, or the table's first level
     # Points of a Flow
     times: int = 1000  # that it was trained at: points lie between 1 and 1 / times, and t counts in 1 / times
-    tokens: tuple[float, float, float, float] | None = (
-        None  # few, many; low, high: the shift depends on the tokens,
+    tokens: tuple[float, float, float, float] | None = None  # the shift by few, many tokens: low, high;
+    tokens_log: bool = (
+        True  # these are logarithms of factors (gaussian.shift_flux), or the factors themselves
     )
-    tokens_log: bool = True  # and low, high are logarithms of factors (gaussian.shift_flux), or the factors
     # Steps
     order: int = 2  # dpmpp_2m: 1, 2; unipc: 1, 2, 3
     solver: Literal["midpoint", "heun", "bh1", "bh2"] = "midpoint"
@@ -78,7 +76,7 @@ class SamplerConfig:
                 f"unipc cannot end on the table's first level where {self.sigmas} sigmas do already."
             )
 
-    def points(self, steps: int, *, tokens: float | None = None) -> tuple[Point, ...]:
+    def points(self, steps: int, *, tokens: int | None = None) -> tuple[Point, ...]:
         """`steps + 1` points. `tokens` of the signal are needed where the shift depends on them."""
         if isinstance(self.process, Flow):
             return self._flow(steps, self._shift(tokens))
@@ -118,7 +116,7 @@ class SamplerConfig:
         line = process.indices(steps, spacing=self.spacing, offset=self.offset, beyond=beyond, whole=whole)
         if self.sigmas == "table":
             return [process.at(t) if self.sampler in BY_INDEX else process.finite(t) for t in line]
-        ends = (line[-1], line[0]) if self.sampler in BY_SIGMA else (0, process.steps - 1)
+        ends = (line[-1], line[0]) if self.sampler in BY_SIGMA else (0.0, process.steps - 1.0)
         low, high = (point.sigma / point.alpha for point in map(process.finite, ends))
         spaced = gaussian.karras if self.sigmas == "karras" else gaussian.exponential
         found = [process.of_ratio(ratio) for ratio in spaced(steps, low=low, high=high)]
@@ -147,7 +145,7 @@ class SamplerConfig:
         held = sigmas.float().tolist()  # diffusers holds them so, and near 1 it decides alpha
         return (*(Point(t, 1 - sigma, sigma) for t, sigma in zip(told.tolist(), held, strict=True)), CLEAN)
 
-    def _shift(self, tokens: float | None) -> float:
+    def _shift(self, tokens: int | None) -> float:
         assert isinstance(self.process, Flow)
         if self.tokens is None:
             return self.process.shift

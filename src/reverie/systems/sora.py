@@ -263,7 +263,8 @@ class Sora(nn.Module):
             self.config.steps if steps is None else int(steps), start=start
         )
         x = gaussian.corrupt(given, noise, points[0]) if start < 1 else noise
-        led = guided(predict, guidance, interval=interval, rescale=rescale)
+        low, high = map(float, interval)
+        led = guided(predict, guidance, interval=(low, high), rescale=float(rescale))
         x = SAMPLERS[sampler](
             lambda x, point: torch.where(wide, given, led(x, point)),  # what is known is not rescaled
             torch.where(wide, given, x),

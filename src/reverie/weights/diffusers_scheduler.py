@@ -168,8 +168,6 @@ def _flow(name: str, given: Fields) -> SamplerConfig:
         raise _refused("use_dynamic_shifting", True, f"only {FLOW} says how")
     kind = given.choice("time_shift_type", "exponential", {"exponential": "log", "linear": "factor"})
     factor = given.number("flow_shift" if name in (DPMPP, UNIPC) else "shift", 1.0)
-    if factor <= 0:
-        raise _refused("shift", factor, "it must be above 0")
     tokens = tuple(
         given.number(key, default)
         for key, default in (
