@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -114,19 +114,43 @@ class Conv(nn.Module):
         assert (len(frames) - at) % 2 == 0, "a frame has no second one"
         first, _, third = self.weight
         even = (first + third) / 2
-        total, odd = even + self.weight[1] / 2, even - self.weight[1] / 2
+        weights = first, even + self.weight[1] / 2, even - self.weight[1] / 2, third
         for i in range(at, len(frames), 2):
-            two, three, four = frames[i - 1 : i + 2]
-            one = frames[i - 2] if i > 1 else None
-            both = _convolve(two + three, total, self.bias)
-            other = _convolve(three - two, odd)
-            later = both - other
-            later.sub_(_convolve(two - four, third))
-            earlier = both.add_(other)
-            del both, other
-            earlier.add_(_convolve(-three if one is None else one - three, first))
-            found += [earlier, later]
-        return torch.cat(found)
+            one = frames[i - 2] if i > 1 else torch.zeros_like(frames[0])
+            found.append(self._two([one, *frames[i - 1 : i + 2]], weights))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _two(self, frames: list[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """The two last of four frames convolved."""
+        b, _, h, w = frames[0].shape
+        if torch.is_grad_enabled():
+            return torch.cat(self._band(frames, weights, 0, h))
+        y = rearrange(frames[0].new_empty(2 * b, h, w, len(self.bias)), "n h w c -> n c h w")
+        rows = max(TOGETHER // 4 // (b * w), 1)  # a band at a time: sums and products stay small
+        for top in range(0, h, rows):
+            bottom = min(top + rows, h)
+            y[:b, :, top:bottom], y[b:, :, top:bottom] = self._band(frames, weights, top, bottom)
+        return y
+
+    def _band(
+        self, frames: list[Tensor], weights: Sequence[Tensor], top: int, bottom: int
+    ) -> tuple[Tensor, Tensor]:
+        """`_two` in some rows."""
+        reach, height = self.weight.shape[2] // 2, frames[0].shape[2]
+        above, below = max(top - reach, 0), min(bottom + reach, height)
+        beyond = 0, 0, above - (top - reach), bottom + reach - below  # rows of nothing
+        one, two, three, four = (frame[:, :, above:below] for frame in frames)
+
+        def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return _convolve(F.pad(x, beyond) if any(beyond) else x, weight, bias, padding=(0, reach))
+
+        both = convolved(two + three, weights[1], self.bias)
+        other = convolved(three - two, weights[2])
+        later = both - other
+        earlier = both.add_(other)
+        later.sub_(convolved(two - four, weights[3]))
+        earlier.add_(convolved(one - three, weights[0]))
+        return earlier, later
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options) -> Tensor:
@@ -304,22 +328,29 @@ class Stage(nn.Module):
         self.pairs = pairs
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
+        x = self.refined([x], b, past)
+        return x if self.change is None else self.change(x, b, past)
+
+    def refined(self, held: list[Tensor], b: int, past: Past | None) -> Tensor:
+        """The blocks alone; what is held is let go as soon as it is used."""
+        x = held.pop()
         for block in self.blocks:
             x = block(x, b, past)
-        return x if self.change is None else self.change(x, b, past)
+        return x
 
     def parts(self, x: Tensor, b: int, past: Past | None) -> list[Tensor]:
         """The frames in as many parts as pay off, two frames or a multiple each and the first apart where they pair."""
         if past is None:
             return [x]
-        positions = b * x.shape[2] * x.shape[3] * (4 if isinstance(self.change, Up) else 1)
-        most = max(TOGETHER // positions, 1) * b
-        if not self.pairs:
-            return list(x.split(most))
-        most = max(most // b // 2, 1) * 2 * b
-        first = [] if self.blocks[0].conv1 in past else [x[:b]]
-        rest = x[b:] if first else x
-        return [*first, *(rest.split(most) if len(rest) else [])]
+        first = self.pairs and self.blocks[0].conv1 not in past
+        rest = _parts(x[b:] if first else x, b, 2 if self.pairs else 1)
+        return [x[:b], *rest] if first else rest
+
+
+def _parts(x: Tensor, b: int, unit: int, *, growth: int = 1) -> list[Tensor]:
+    """`unit` frames or a multiple each: more only as long as together they, or what they grow into, are small."""
+    most = TOGETHER // (growth * b * x.shape[2] * x.shape[3])
+    return list(x.split(max(most // unit, 1) * unit * b)) if len(x) else []
 
 
 class Middle(nn.Module):
@@ -394,20 +425,24 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Iterator[Tensor]:
         x = self.stem(self.enter(x, b), b, past)
-        yield from self._grown(self.middle(x, b, past), b, past, 0)
+        yield from self._grown([self.middle(x, b, past)], b, past, 0)
 
-    def _grown(self, x: Tensor, b: int, past: Past | None, i: int) -> Iterator[Tensor]:
+    def _grown(self, held: list[Tensor], b: int, past: Past | None, i: int) -> Iterator[Tensor]:
         """Depth first: what a few frames grow into is finished before the next ones begin."""
         stage = self.stages[i]
         assert isinstance(stage, Stage)
-        parts = stage.parts(x, b, past)
-        del x
+        parts = stage.parts(held.pop(), b, past)
         while parts:
-            y = stage(parts.pop(0), b, past)
-            if i + 1 < len(self.stages):
-                yield from self._grown(y, b, past, i + 1)
-            else:
-                yield self.head(self.norm(y, own=True), b, past)
+            x = stage.refined([parts.pop(0)], b, past)
+            if stage.change is None:
+                yield self.head(self.norm(x, own=True), b, past)
+                continue
+            time = stage.change.time is not None  # whose frames become two each
+            unit = 2 if stage.pairs and not time else 1
+            few = [x] if past is None else _parts(x, b, unit, growth=8 if time else 4)
+            del x
+            while few:
+                yield from self._grown([stage.change(few.pop(0), b, past)], b, past, i + 1)
 
 
 # ---------------------------------------------------------------- the whole
