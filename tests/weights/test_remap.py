@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie.weights.files import ModelFileError, expectation
-from reverie.weights.remap import Rule, apply, invert, matching
+from reverie.weights.remap import Rule, apply, invert, matching, within
 
 TABLE = (
     Rule("embed.{p}", "stem.{p}"),
@@ -135,3 +135,36 @@ def test_a_wrong_table_is_our_own_fault():
         apply((Rule("a.{i}", "b.{i}"), Rule("a.x", "c.x")), {"a.x": torch.ones(1)})
     with pytest.raises(AssertionError, match="two rules make"):
         apply((Rule("a", "c"), Rule("b", "c")), {"a": torch.ones(1), "b": torch.ones(1)})
+
+
+def test_copies_of_one_tensor_are_kept_once_and_written_each():
+    table = [Rule(tuple(f"block.{i}.shared.weight" for i in range(3)), "shared.weight", copies=True)]
+    tensor = torch.randn(2, 3)
+    theirs = {f"block.{i}.shared.weight": tensor.clone() for i in range(3)}
+    ours = apply(table, theirs)
+    assert torch.equal(ours["shared.weight"], tensor)
+    back = apply(invert(table), ours)
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(value, tensor) for value in back.values())
+    theirs["block.2.shared.weight"][0, 0] += 1e-3
+    with pytest.raises(ModelFileError, match="copies of one tensor"):
+        apply(table, theirs)
+
+
+def test_a_tensor_that_follows_from_the_config_is_compared_and_made_again():
+    table = [Rule("weight", "kept"), Rule("places", (), value=lambda: torch.arange(3.0))]
+    theirs = {"weight": torch.randn(2), "places": torch.arange(3.0)}
+    ours = apply(table, theirs)
+    assert ours.keys() == {"kept"}
+    back = apply(invert(table), ours)
+    assert back.keys() == theirs.keys()
+    assert torch.equal(back["places"], theirs["places"])
+    for wrong in (torch.arange(4.0), torch.ones(3)):
+        with pytest.raises(ModelFileError, match="places does not hold"):
+            apply(table, theirs | {"places": wrong})
+
+
+def test_rules_within_something_larger():
+    table = within([Rule("a.{p}", ("b.{p}", "c.{p}"))], source="part.", target="ours.")
+    ours = apply(table, {"part.a.weight": torch.arange(4.0)})
+    assert ours.keys() == {"ours.b.weight", "ours.c.weight"}
