@@ -1,6 +1,6 @@
 """Our video autoencoder beside diffusers' AutoencoderKLWan at equal weights: time and peak memory, in one run.
 
-    python benchmarks/autoencoders.py [--model wan] [--work decode-picture decode-clip] [--threads 1] [--rounds 5] [--json]
+    python benchmarks/autoencoders.py [--model wan] [--work decode-picture decode-clip] [--threads 1] [--json]
 
 wan     Wan 2.1's shape: 96 channels wide, 126.9 M parameters
 small   the same, 32 channels wide
@@ -117,7 +117,9 @@ def worker(side: str, case: Case) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries may print
     run = call(side, case)
-    torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # libraries load at the first
+    torch.nn.functional.conv2d(
+        torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3)
+    )  # libraries load at the first
     before, peak = held()
     print(json.dumps({"peak": peak, "before": before}), file=answers)
     for _ in sys.stdin:
@@ -125,19 +127,32 @@ def worker(side: str, case: Case) -> None:
         run()
         wall, own = time.perf_counter() - at, time.process_time() - own
         mib = (held()[1] - before) / 2**20
-        print(json.dumps({"wall": wall, "cpu": own, "others": others(wall, own, whole), "mib": mib}), file=answers)
+        print(
+            json.dumps({"wall": wall, "cpu": own, "others": others(wall, own, whole), "mib": mib}),
+            file=answers,
+        )
 
 
 class Worker:
     def __init__(self, side: str, case: Case, threads: int):
-        command = [sys.executable, __file__, "--worker", side, json.dumps(asdict(case)), "--threads", str(threads)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            side,
+            json.dumps(asdict(case)),
+            "--threads",
+            str(threads),
+        ]
         self.side = side
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def hear(self) -> dict[str, float]:
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            raise SystemExit(f"{self.side} stopped with code {self.process.wait()}; a smaller --size may fit.")
+            raise SystemExit(
+                f"{self.side} stopped with code {self.process.wait()}; a smaller --size may fit."
+            )
         return json.loads(line)
 
     def ask(self) -> dict[str, float]:
@@ -176,13 +191,18 @@ def measure(case: Case, sides: list[str], *, rounds: int, threads: int) -> list[
             asdict(case)
             | {"side": side, "threads": threads, "clock": clock, "rounds": rounds}
             | {"seconds": statistics.median(times), "least": min(times), "most": max(times)}
-            | {"mib": round(calls[-1]["mib"]), "others": statistics.median(one["others"] for one in calls[1:])}
+            | {
+                "mib": round(calls[-1]["mib"]),
+                "others": statistics.median(one["others"] for one in calls[1:]),
+            }
         )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", default=["wan"], choices=MODELS)
     parser.add_argument("--work", nargs="+", default=list(WORK[:2]), choices=WORK)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
@@ -210,7 +230,9 @@ def main() -> None:
     if asked.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{'model':7}{'work':16}{'frames':>7}{'size':>6}  {'side':10}{'seconds':>9}{'least':>8}{'most':>8}{'MiB':>7}")
+    print(
+        f"{'model':7}{'work':16}{'frames':>7}{'size':>6}  {'side':10}{'seconds':>9}{'least':>8}{'most':>8}{'MiB':>7}"
+    )
     for row in rows:
         print(
             f"{row['model']:7}{row['work']:16}{row['frames']:7}{row['size']:6}  {row['side']:10}{row['seconds']:9.2f}"

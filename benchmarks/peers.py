@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 MISSING = "open_clip is missing: `pip install --no-deps open_clip_torch timm torchvision` beside Reverie, then again."
 
 
+@cache
 def torchvision_loads() -> None:
     """open_clip and transformers import torchvision; its operators, which no benchmark calls, need not load."""
     warnings.filterwarnings("ignore", module="timm")

@@ -28,10 +28,34 @@ def _sora() -> type[nn.Module]:
     return Sora
 
 
+def _wan() -> type[nn.Module]:
+    from reverie.systems.wan import Wan
+
+    return Wan
+
+
 def _video_vae() -> type[nn.Module]:
     from reverie.codecs.video_vae import VideoVae
 
     return VideoVae
+
+
+def _vae() -> type[nn.Module]:
+    from reverie.codecs.vae import Vae
+
+    return Vae
+
+
+def _dit() -> type[nn.Module]:
+    from reverie.systems.dit import DiffusionTransformer
+
+    return DiffusionTransformer
+
+
+def _sit() -> type[nn.Module]:
+    from reverie.systems.sit import Sit
+
+    return Sit
 
 
 def _classifier() -> type[nn.Module]:
@@ -43,6 +67,10 @@ def _classifier() -> type[nn.Module]:
 SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "clip": _clip,
     "sora": _sora,
+    "dit": _dit,
+    "sit": _sit,
+    "vae": _vae,
+    "wan": _wan,
     "video-vae": _video_vae,
     "classifier": _classifier,
 }
@@ -58,6 +86,8 @@ RECIPES: dict[str, str] = {
     "sora-stickers": "reverie.recipes.sora:stickers",
     "sora-world": "reverie.recipes.sora:world",
     "sora-dit": "reverie.recipes.sora:dit",
+    "dit-world": "reverie.recipes.dit:world",
+    "dit-imagenet": "reverie.recipes.dit:imagenet",
     "video-vae-stickers": "reverie.recipes.video_vae:stickers",
     "video-vae-world": "reverie.recipes.video_vae:world",
     "judge-stickers": "reverie.recipes.judge:stickers",
@@ -92,16 +122,26 @@ def load(name_or_path: str | Path, *, config: Any = None, trainable: bool = Fals
 
 
 def _plain(config: Any) -> dict[str, Any] | None:
-    """A named or given configuration of CLIP as plain data."""
+    """A named or given configuration as plain data."""
     if config is None:
         return None
+    from reverie.backbones.dit import DIT_MODELS
+    from reverie.codecs.vae import VAES, VaeConfig
     from reverie.systems.clip import ClipConfig
     from reverie.systems.clip_models import MODELS
+    from reverie.systems.dit import DiffusionTransformerConfig
+    from reverie.systems.sit import SitConfig
 
-    if isinstance(config, str) and config in MODELS:
-        config = MODELS[config]
-    if not isinstance(config, ClipConfig):
-        raise InputError(f"config {config!r:.60} is no ClipConfig and none of the names {', '.join(MODELS)}.")
+    if isinstance(config, str) and config in DIT_MODELS:
+        system = SitConfig if config.startswith("SiT") else DiffusionTransformerConfig
+        config = system(backbone=DIT_MODELS[config], guided_channels=3)  # as the authors draw
+    elif isinstance(config, str):
+        config = (MODELS | VAES).get(config, config)
+    if not isinstance(config, ClipConfig | VaeConfig | DiffusionTransformerConfig | SitConfig):
+        names = ", ".join((*MODELS, *VAES, *DIT_MODELS))
+        raise InputError(
+            f"config {config!r:.60} is no configuration of a system and none of the names {names}."
+        )
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

@@ -684,6 +684,10 @@ def sample(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    sampler: str = "euler",
+    negative: str | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
     first_frame: Path | None = None,
     best_of: int = 1,
     judge: str = "clip-stickers",
@@ -701,6 +705,10 @@ def sample(
         seed: The same seed draws the same.
         steps: Sampling steps; the model's own number if not given.
         guidance: How strictly to follow the prompt; the model's own if not given.
+        sampler: euler, heun, dpmpp_2m, unipc, euler_ancestral or dpmpp_2m_sde.
+        negative: What not to draw: guidance leads away from these words.
+        interval: The times that guidance acts at, from 0 (data) to 1 (noise).
+        rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
         first_frame: A picture that the clip begins with.
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
@@ -728,7 +736,10 @@ def sample(
     sora = capable(model, "generate_image", device=device)
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     size = size or sora.config.size
-    asked: dict[str, Any] = {"size": size, "seed": seed, "steps": steps, "guidance": guidance}
+    asked: dict[str, Any] = {
+        "size": size, "seed": seed, "steps": steps, "guidance": guidance, "sampler": sampler, "negative": negative,
+        "interval": interval, "rescale": rescale,
+    }  # fmt: skip
     if first_frame is not None:
         asked["first_frame"] = torch.from_numpy(to_signal(first_frame, size=size)).repeat(best_of, 1, 1, 1)
     out.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def installed() -> Iterator[Finding]:
     for need in needs:
         if need.extra is None:
             yield _check(need, "!!")
-        elif need.extra in ("video", "track", "stickers", "index", "remote", "ray"):
+        elif need.extra in ("video", "track", "stickers", "index", "remote", "ray", "interop"):
             extras.setdefault(need.extra, []).append(need)
     for extra, members in extras.items():
         for need in members:

@@ -212,7 +212,9 @@ def test_an_index_is_found_again_by_its_ratio(process):
     assert process.at(500).sigma < between.sigma < process.at(501).sigma
     assert process.of_ratio(1e-9).t == 0
     assert process.of_ratio(1e9).t == process.steps - 1
-    assert process.of_ratio(between.sigma / between.alpha, whole=True).t in (500, 501)
+    assert 500 < process.of_ratio(between.sigma / between.alpha).t < 501
+    assert process.finite(999).alpha > 0
+    assert process.finite(400)[1:] == pytest.approx(process.at(400)[1:])
 
 
 def test_what_cannot_be_spaced_is_said():

@@ -12,7 +12,7 @@ from reverie.backbones.video_dit import VideoDitConfig
 from reverie.codecs.video_vae import VideoVaeConfig
 from reverie.errors import InputError
 from reverie.pictures import to_signal
-from reverie.systems.sora import Sora, SoraConfig
+from reverie.systems.sora import SAMPLERS, Sora, SoraConfig
 
 PROMPTS = ["red square", "green disc", "火箭"]
 near = {"atol": 1e-4, "rtol": 1e-3}
@@ -104,7 +104,7 @@ def test_it_draws_the_pictures_that_it_learnt(config, tokenizer):
     assert not model.backbone.out.weight.any()
     wanted = pictures(2)
     learn(model, wanted, PROMPTS[:2], steps=200)
-    for sampler in ("euler", "heun"):
+    for sampler in SAMPLERS:
         out = model.generate_image(PROMPTS[:2], steps=12, guidance=1.5, sampler=sampler, seed=3)
         error = (out[:, None] - wanted[None, :, :, 0]).abs().mean((2, 3, 4))
         assert error.diagonal().max() < 0.15
@@ -201,7 +201,7 @@ def test_the_seed_decides_to_the_byte(kind, request):
 
 
 @pytest.mark.parametrize("kind", ["sora", "latent"])
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_batch_is_its_items_drawn_alone(kind, sampler, request):
     model = request.getfixturevalue(kind)
     options = {"frames": 2, "sampler": sampler, "steps": 3}
@@ -280,11 +280,43 @@ def test_progress_and_steps(sora):
     assert told == [(1, 3), (2, 3), (3, 3)] + [(i + 1, 6) for i in range(6)]
 
 
+# Guidance ----------------------------------------------------------------------------------------------------------
+
+
+def test_away_from_a_negative_prompt(sora):
+    """Guidance leads from the negative text to the prompt: the prompt itself as negative is no guidance."""
+    plain = sora.generate_image(PROMPTS, guidance=1.0)
+    torch.testing.assert_close(
+        sora.generate_image(PROMPTS[:1] * 3, guidance=4.0, negative=PROMPTS[0]),
+        sora.generate_image(PROMPTS[:1] * 3, guidance=1.0),
+        **near,
+    )
+    torch.testing.assert_close(
+        sora.generate_image(PROMPTS, guidance=0.0, negative=PROMPTS[1])[1], plain[1], **near
+    )  # nothing but the negative
+    usual = sora.generate_image(PROMPTS, guidance=4.0)
+    assert not torch.allclose(usual, sora.generate_image(PROMPTS, guidance=4.0, negative="frog"), atol=1e-2)
+    tokens = sora.tokenizer.encode(PROMPTS, length=sora.config.text.length)
+    torch.testing.assert_close(
+        sora.generate_image(tokens, negative="frog"), sora.generate_image(PROMPTS, negative="frog"), **near
+    )
+
+
+def test_guidance_within_an_interval_and_rescaled(sora):
+    plain, usual = (sora.generate_image(PROMPTS, guidance=weight) for weight in (1.0, 4.0))
+    torch.testing.assert_close(sora.generate_image(PROMPTS, guidance=4.0, interval=(1.5, 2.0)), plain, **near)
+    torch.testing.assert_close(sora.generate_image(PROMPTS, guidance=4.0, interval=(0, 1)), usual, **near)
+    part = sora.generate_image(PROMPTS, guidance=4.0, interval=(0.3, 0.7))
+    assert not torch.allclose(part, usual, atol=1e-2)
+    assert not torch.allclose(part, plain, atol=1e-2)
+    assert not torch.allclose(sora.generate_image(PROMPTS, guidance=4.0, rescale=1.0), usual, atol=1e-2)
+
+
 # Given frames ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frames", [[0], [3], [0, 3], [1, 2], [0, 1, 2, 3], []])
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_known_frames_come_back_unchanged_and_are_heard(sora, frames, sampler):
     known, mask = pictures(2, 4), torch.zeros(2, 4, dtype=torch.bool)
     mask[:, frames] = True
@@ -295,6 +327,8 @@ def test_known_frames_come_back_unchanged_and_are_heard(sora, frames, sampler):
     hidden = known.clone()
     hidden[:, :, rest] = 0.3  # what stands in unknown frames is not looked at
     assert sora.generate(PROMPTS[:2], known=hidden, **options).equal(out)
+    rescaled = sora.generate(PROMPTS[:2], known=known, rescale=1.0, **options)
+    assert rescaled[:, :, frames].equal(known[:, :, frames])
     if frames and rest:
         other = sora.generate(PROMPTS[:2], known=-known, **options)
         assert not torch.allclose(other[:, :, rest], out[:, :, rest], atol=1e-3)
@@ -383,6 +417,11 @@ def bad_calls(sora: Sora, latent: Sora) -> dict[str, tuple]:
         "none after a first": (lambda: sora.generate_video(one, frames=0, first_frame=video[:, :, 0]), "0 frames"),
         "no steps": (lambda: sora.generate(one, steps=0), "0 steps"),
         "a sampler": (lambda: sora.generate(one, sampler="ddim"), "'ddim'.*euler, heun"),
+        "a negative list": (lambda: sora.generate(one, negative=["a"]), r"\['a'\]"),
+        "half an interval": (lambda: sora.generate(one, interval=(0.2,)), r"\(0.2,\)"),
+        "an empty interval": (lambda: sora.generate(one, interval=(0.8, 0.2)), "holds no time"),
+        "an interval of text": (lambda: sora.generate(one, interval="ab"), "'ab'"),
+        "a share above 1": (lambda: sora.generate(one, rescale=2.0), "rescale 2.0"),
         "seeds": (lambda: sora.generate(one, seed=[1, 2]), "2 seeds were given for 1"),
         "start 0": (lambda: sora.generate(one, frames=4, known=video, start=0.0), "start 0.0"),
         "start above 1": (lambda: sora.generate(one, start=1.5), "start 1.5"),

@@ -373,7 +373,10 @@ BAD_CONFIGS = {
     "another top key": (lambda record: record.update(trust_remote_code=True), "must have the keys"),
     "auto_map": (lambda record: record.update(auto_map={"AutoModel": "evil.Model"}), "must have the keys"),
     "no system": (lambda record: record.pop("system"), "must have the keys"),
-    "diffusers": (lambda record: (record.clear(), record.update(_class_name="Evil")), "lacks diffusion_pytorch_model"),
+    "diffusers": (
+        lambda record: (record.clear(), record.update(_class_name="Evil")),
+        "lacks diffusion_pytorch_model",
+    ),
     "unknown transformers": (
         lambda record: (record.clear(), record.update(model_type="evil", auto_map={})),
         "gives model_type 'evil'; known are clip, siglip",

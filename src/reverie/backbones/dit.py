@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,10 +70,11 @@ class DitBlock(nn.Module):
         self.mlp = Mlp(width, int(width * ratio), activation="gelu_tanh")
         self.modulation = Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, vector: Tensor, *, modulation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, vector: Tensor | None = None, *, modulation: Tensor | None = None) -> Tensor:
         """`x b n d`; `vector b d`, or what it makes, computed before: `modulation b (6 d)`."""
-        made = self.modulation(vector) if modulation is None else modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(made, "b (six d) -> six b 1 d", six=6)
+        if modulation is None:
+            modulation = self.modulation(vector)
+        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation, "b (six d) -> six b 1 d", six=6)
         x = torch.addcmul(x, gate1, self.attention(modulated(x, shift1, scale1)))
         return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2, eps=self.mlp_eps)))
 
@@ -116,20 +117,32 @@ class Dit(nn.Module):
         return self.config.classes
 
     def forward(
-        self, x: Tensor, t: Tensor, classes: Tensor, *, modulations: Sequence[Tensor] | None = None
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        classes: Tensor | None = None,
+        *,
+        modulations: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """`modulations` are those of `Modulations.at`, instead of `t` and `classes`."""
         patch = self.config.patch
         assert not (x.shape[-2] % patch or x.shape[-1] % patch), f"{tuple(x.shape)} holds parts of patches"
         h, w = x.shape[-2] // patch, x.shape[-1] // patch
-        tokens = rearrange(self.embed(x), "b d h w -> b (h w) d") + self.places(h, w).to(x)
-        vector = self.vector(t, classes).to(x.dtype) if modulations is None else tokens
-        *each, last = [None] * (len(self.blocks) + 1) if modulations is None else modulations
-        for block, one in zip(self.blocks, each, strict=True):
-            tokens = block(tokens, vector, modulation=one)
-        shift, scale = rearrange(
-            self.modulation(vector) if last is None else last, "b (two d) -> two b 1 d", two=2
-        )
+        tokens = rearrange(self.embed(x), "b d h w -> b (h w) d")
+        grid = self.config.size // patch
+        tokens = tokens + places(h, w, self.config.width, grid=grid, device=x.device).to(x)
+        if modulations is None:
+            assert t is not None
+            assert classes is not None
+            vector = self.vector(t, classes).to(x.dtype)
+            for block in self.blocks:
+                tokens = block(tokens, vector)
+            last = self.modulation(vector)
+        else:
+            *each, last = modulations
+            for block, one in zip(self.blocks, each, strict=True):
+                tokens = block(tokens, modulation=one)
+        shift, scale = rearrange(last, "b (two d) -> two b 1 d", two=2)
         return rearrange(
             self.out(modulated(tokens, shift, scale)),
             "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=h, ph=patch, pw=patch,
@@ -140,18 +153,18 @@ class Dit(nn.Module):
         clock = sinusoidal(t, WAVES, closed=self.config.waves == "diffusers")
         return F.silu(self.time(clock.to(self.classes.weight.dtype)) + self.classes(classes))
 
-    def places(self, h: int, w: int) -> Tensor:
-        """`(h w) d`: a column's sines and cosines, then a row's, in units of the grid of the training."""
-        grid, quarter = self.config.size // self.config.patch, self.config.width // 4
-        device = self.classes.weight.device
-        waves = 1e4 ** -(torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
 
-        def line(count: int) -> Tensor:
-            angle = torch.arange(count, device=device)[:, None] * (grid / count) * waves
-            return torch.cat([angle.sin(), angle.cos()], dim=-1)
+def places(h: int, w: int, width: int, *, grid: int, device: torch.device | str | None = None) -> Tensor:
+    """`(h w) d`: a column's sines and cosines, then a row's, as far apart as `grid` of them lie between the edges."""
+    quarter = width // 4
+    waves = 1e4 ** -(torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
 
-        columns, rows = line(w)[None].expand(h, -1, -1), line(h)[:, None].expand(-1, w, -1)
-        return rearrange(torch.cat([columns, rows], dim=-1), "h w d -> (h w) d").float()
+    def line(count: int) -> Tensor:
+        angle = torch.arange(count, device=device)[:, None] * (grid / count) * waves
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+    columns, rows = repeat(line(w), "w d -> h w d", h=h), repeat(line(h), "h d -> h w d", w=w)
+    return rearrange(torch.cat([columns, rows], dim=-1), "h w d -> (h w) d").float()
 
 
 class Modulations:
@@ -182,3 +195,13 @@ class Modulations:
                 for made in (*(block.modulation for block in self.network.blocks), self.network.modulation)
             ]
         return [table[number - self.first][self.which] for table in self.tables]
+
+
+# 2212.09748, table 1: depth, width, heads. SiT's are the same.
+SCALES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+DIT_MODELS: dict[str, DitConfig] = {
+    f"{name}-{scale}/{patch}": DitConfig(patch=patch, depth=depth, width=width, heads=heads)
+    for name in ("DiT", "SiT")
+    for scale, (depth, width, heads) in SCALES.items()
+    for patch in (2, 4, 8)
+}

@@ -15,7 +15,9 @@ the same key, so `prepare` keeps one of them and adds log(their number) to its s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -71,6 +73,11 @@ class Words:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     bias: Tensor | None = None
+
+    def first(self, count: int) -> Words:
+        """Those of the first so many prompts."""
+        keys, values = (tuple(part[:count] for part in parts) for parts in (self.keys, self.values))
+        return Words(keys, values, None if self.bias is None else self.bias[:count])
 
 
 class RmsNorm(nn.Module):
@@ -203,8 +210,11 @@ class WanDit(nn.Module):
 
     def _read(self, context: Tensor) -> Words:
         context = self.words(context)
-        pairs = [block.cross.read(context) for block in self.blocks]
+        pairs = [block.cross.read(context) for block in self._blocks()]
         return Words(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def _blocks(self) -> Iterator[WanBlock]:
+        return (cast(WanBlock, block) for block in self.blocks)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | Words) -> Tensor:
         words = context if isinstance(context, Words) else self._read(context)
@@ -216,7 +226,7 @@ class WanDit(nn.Module):
         # In float64, as the original: at 1000 a float32 has lost the fifth digit of the quickest wave.
         vector = self.time(sinusoidal(t.double(), config.clock, scale=1000.0).to(tokens.dtype))
         each = rearrange(self.modulation(vector), "b (six d) -> b six d", six=6)
-        for block, keys, values in zip(self.blocks, words.keys, words.values, strict=True):
+        for block, keys, values in zip(self._blocks(), words.keys, words.values, strict=True):
             tokens = block(tokens, each, turns, keys, values, words.bias)
         shift, scale = rearrange(self.table + rearrange(vector, "b d -> b 1 d"), "b two d -> two b 1 d")
         return unpatchify(self.out(modulated(tokens, shift, scale, config.eps)), config.patch, shape)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -30,6 +30,7 @@ TOGETHER = 2**14
 # What the convolutions look back at, by module: frames `b c h w`, the latest last. A module that is not in it has
 # seen nothing yet. None instead of the dictionary: all frames come at once, and nothing is kept.
 Past = dict[nn.Module, list[Tensor]]
+Span = tuple[int, int, tuple[int, int]]  # begin, end, places shared with the tile before and the one after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,9 @@ class Conv(nn.Module):
         else:
             y = self.tap(x, 0)
             for back in range(1, reach + 1):
-                for j in range(max(back - len(before), 0), min(back, len(x) // b)):  # frames before this chunk
+                for j in range(
+                    max(back - len(before), 0), min(back, len(x) // b)
+                ):  # frames before this chunk
                     y[j * b : (j + 1) * b].add_(self.tap(before[j - back], back))
                 if len(x) > back * b:
                     y[back * b :].add_(self.tap(x[: -back * b], back))
@@ -355,6 +358,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
         for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
             parts = stage.parts(x, b, past)
             del x
             done = []
@@ -394,10 +398,12 @@ class Decoder(nn.Module):
 
     def _grown(self, x: Tensor, b: int, past: Past | None, i: int) -> Iterator[Tensor]:
         """Depth first: what a few frames grow into is finished before the next ones begin."""
-        parts = self.stages[i].parts(x, b, past)
+        stage = self.stages[i]
+        assert isinstance(stage, Stage)
+        parts = stage.parts(x, b, past)
         del x
         while parts:
-            y = self.stages[i](parts.pop(0), b, past)
+            y = stage(parts.pop(0), b, past)
             if i + 1 < len(self.stages):
                 yield from self._grown(y, b, past, i + 1)
             else:
@@ -410,8 +416,9 @@ class Decoder(nn.Module):
 class VideoVae(nn.Module):
     """`encode`: `b 3 f h w` in [-1, 1] -> normalised latents `b c g h/s w/s`, g = 1 + (f - 1) / t; `decode` back.
 
-    `chunk` is how many latent frames are computed together (by default as many as pay off). It changes how much memory
-    is taken, never the result.
+    `chunk` is how many latent frames are computed together (by default as many as pay off): it changes how much memory
+    is taken, not the result, but for rounding. `tile` is the side in pixels of the squares that large frames are
+    computed in, each with all its frames; neighbours share `overlap` pixels (by default a quarter), blended there.
     """
 
     mean: Tensor  # of the raw latents, per channel
@@ -436,31 +443,53 @@ class VideoVae(nn.Module):
 
     # A signal and its latents ---------------------------------------------------------------------------------------
 
-    def encode(self, video: Tensor, *, chunk: int | None = None) -> Tensor:
-        return self._normal(self.posterior(video, chunk=chunk)[0])
+    def encode(
+        self, video: Tensor, *, chunk: int | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> Tensor:
+        return self._normal(self.posterior(video, chunk=chunk, tile=tile, overlap=overlap)[0])
 
-    def decode(self, latents: Tensor, *, chunk: int | None = None) -> Tensor:
-        return self.draw(self._raw(latents), chunk=chunk)
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        chunk: int | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> Tensor:
+        return self.draw(self._raw(latents), chunk=chunk, tile=tile, overlap=overlap)
 
-    def posterior(self, video: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def posterior(
+        self, video: Tensor, *, chunk: int | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the raw latents."""
         self._check(video)
-        b, _, frames, h, w = video.shape
-        latent = 1 + (frames - 1) // self.stride[0]
-        chunk = self._chunk(chunk, frames=4 * self.stride[0], positions=b * h * w // self.config.patch**2)
-        out = video.new_empty(b, 2 * self.channels, latent, h // self.stride[1], w // self.stride[1])
-        cuts = [0, *(self.whole(1) + self.stride[0] * (g - 1) for g in range(chunk, latent, chunk)), frames]
-        pieces = (video[:, :, a:z] for a, z in pairwise(cuts))
-        mean, log_variance = _filled(out, self._encoded(pieces, keep=len(cuts) > 2)).chunk(2, dim=1)
+        frames, (time, space) = video.shape[2], self.stride
+        latent = 1 + (frames - 1) // time
+
+        def run(part: Tensor) -> Iterator[Tensor]:
+            positions = 4 * time * part[:, 0, 0].numel() // self.config.patch**2
+            size = self._chunk(chunk, positions)
+            cuts = [0, *(1 + time * (g - 1) for g in range(size, latent, size)), frames]
+            yield from self._encoded((part[:, :, a:z] for a, z in pairwise(cuts)), keep=frames > 1)
+
+        cut = self._tiles(video.shape[3] // space, video.shape[4] // space, tile, overlap)
+        shape = 2 * self.channels, latent, video.shape[3] // space, video.shape[4] // space
+        mean, log_variance = _assembled(video, shape, run, cut, into=space, out=1).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
-    def draw(self, raw: Tensor, *, chunk: int | None = None) -> Tensor:
+    def draw(
+        self, raw: Tensor, *, chunk: int | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> Tensor:
         """Raw latents -> video."""
-        b, _, latent, h, w = raw.shape
+        latent, h, w = raw.shape[2:]
         time, space = self.stride
-        chunk = self._chunk(chunk, frames=1, positions=b * h * w)
-        out = raw.new_empty(b, 3, 1 + (latent - 1) * time, h * space, w * space)
-        return _filled(out, self._decoded(raw.split(chunk, dim=2), keep=latent > 1))
+
+        def run(part: Tensor) -> Iterator[Tensor]:
+            pieces = part.split(self._chunk(chunk, part[:, 0, 0].numel()), dim=2)
+            yield from self._decoded(pieces, keep=latent > 1)
+
+        shape = 3, 1 + (latent - 1) * time, h * space, w * space
+        return _assembled(raw, shape, run, self._tiles(h, w, tile, overlap), into=1, out=space)
 
     # The same for signals that come and go in pieces ----------------------------------------------------------------
 
@@ -508,12 +537,28 @@ class VideoVae(nn.Module):
                 "repeat the last one until they do."
             )
 
-    def _chunk(self, chunk: int | None, *, frames: int, positions: int) -> int:
+    def _chunk(self, chunk: int | None, positions: int) -> int:
+        """Latent frames to compute together where one of them has so many positions."""
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: give the latent frames to compute together, 1 or more.")
         if chunk is not None:
             return chunk
-        return 2**30 if torch.is_grad_enabled() else max(4 * TOGETHER // (frames * positions), 1)
+        return 2**30 if torch.is_grad_enabled() else max(4 * TOGETHER // positions, 1)
+
+    def _tiles(self, h: int, w: int, tile: int | None, overlap: int | None) -> list[list[Span]]:
+        """Where tiles begin and end in latents of h x w, and the weights of their places: down and across."""
+        if tile is None:
+            if overlap is not None:
+                raise InputError(f"overlap {overlap} was given without tile: give the tiles' side as well.")
+            return [[(0, h, (0, 0))], [(0, w, (0, 0))]]
+        space = self.stride[1]
+        overlap = tile // space // 4 * space if overlap is None else overlap
+        if tile < space or tile % space or overlap < 0 or overlap % space or 2 * overlap > tile:
+            raise InputError(
+                f"tiles of {tile} pixels with {overlap} in common cannot be cut: give multiples of {space}, and at "
+                "most half of a tile in common."
+            )
+        return [_spans(n, tile // space, overlap // space) for n in (h, w)]
 
     def _normal(self, raw: Tensor) -> Tensor:
         wide = "c -> 1 c 1 1 1"
@@ -561,13 +606,60 @@ class VideoVae(nn.Module):
         return {"loss": l1 + kl * divergence, "l1": l1, "kl": divergence}
 
 
-def _filled(out: Tensor, pieces: Iterator[Tensor]) -> Tensor:
-    """The pieces one after the other in time: written into `out`, or joined where gradients go back."""
-    if torch.is_grad_enabled():
-        found = list(pieces)
+def _spans(size: int, tile: int, overlap: int) -> list[Span]:
+    """Tiles of one axis, each with how many places it shares with the one before and the one after."""
+    starts = range(0, max(size - overlap, 1), tile - overlap)
+    return [
+        (at, min(at + tile, size), (overlap if at else 0, overlap if at != starts[-1] else 0))
+        for at in starts
+    ]
+
+
+def _weights(span: Span, scale: int, like: Tensor) -> Tensor:
+    """How much a tile counts at each of its places; where two tiles meet, together one."""
+    begin, end, shared = span
+    before, after = (n * scale for n in shared)
+    weight = like.new_ones((end - begin) * scale)
+    if before:
+        weight[:before] = (torch.arange(before).to(weight) + 0.5) / before
+    if after:
+        weight[-after:] = 1 - (torch.arange(after).to(weight) + 0.5) / after
+    return weight
+
+
+def _assembled(
+    x: Tensor,
+    shape: tuple[int, ...],
+    run: Callable[[Tensor], Iterator[Tensor]],
+    cut: list[list[Span]],
+    *,
+    into: int,
+    out: int,
+) -> Tensor:
+    """`run` on the tiles of `x`, whose pieces follow each other in time, put together to `b` x `shape`.
+
+    A place of the latents, in which the tiles are counted, has a side of `into` in x and of `out` in the result.
+    """
+    rows, columns = cut
+    alone = len(rows) == len(columns) == 1
+    if alone and torch.is_grad_enabled():
+        found = list(run(x))
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
-    at = 0
-    for piece in pieces:
-        out[:, :, at : at + piece.shape[2]] = piece
-        at += piece.shape[2]
-    return out
+    whole = x.new_empty(len(x), *shape) if alone else x.new_zeros(len(x), *shape)
+    # Items that are large by themselves gain nothing from being computed together.
+    most = len(x) if torch.is_grad_enabled() else max(TOGETHER // x[0, 0, 0].numel(), 1)
+    for some, items in zip(whole.split(most), x.split(most), strict=True):
+        for row in rows:
+            for column in columns:
+                tile = items[..., row[0] * into : row[1] * into, column[0] * into : column[1] * into]
+                place = some[..., row[0] * out : row[1] * out, column[0] * out : column[1] * out]
+                at = 0
+                for piece in run(tile):
+                    target = place[:, :, at : at + piece.shape[2]]
+                    if alone:
+                        target.copy_(piece)
+                    else:
+                        piece = piece * rearrange(_weights(row, out, x), "h -> h 1")
+                        target.add_(piece * _weights(column, out, x))
+                    at += piece.shape[2]
+    return whole

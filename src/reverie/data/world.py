@@ -384,7 +384,7 @@ def write(
                     fps=0.0 if frames == 1 else 1000 / round(1000 / fps),
                     split={0: "val", 1: "test"}.get(rng.integer(seed, "world split", i) % 20, "train"),
                     captions=tuple(example.captions),
-                    label=None,
+                    label=_label(example.scene),
                     source="world",
                     licence="CC0-1.0",
                     scores={},
@@ -396,3 +396,10 @@ def write(
     index = Index(folder, items)
     index.write()
     return index
+
+
+def _label(scene: Scene) -> str | None:
+    """The class of a single thing, its colour and its shape; other scenes have none."""
+    if scene.topic != "single":
+        return None
+    return f"{scene.things[0].colour} {scene.things[0].shape}"

@@ -7,7 +7,7 @@ Two things that torch leaves to its libraries are mended on a CPU, without any s
 - bf16 weights where the processor has no bf16 arithmetic: torch falls back to a loop that takes five to ten times as
   long as fp32. Here the weight widens to fp32 a part at a time, so that the part stays in the cache; sums are in fp32
   and only the result is rounded to bf16, which is also more exact. The weights take half the memory of fp32 and a call
-  somewhat more time (`benchmarks/clip.py`).
+  somewhat more time (`benchmarks/clip.py`). So may bf16 weights be used with fp32 signals, of which nothing is rounded.
 """
 
 from __future__ import annotations
@@ -44,8 +44,15 @@ def widens(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias for `... d`, `outputs d` and `outputs`, as `F.linear`."""
-    if widens(x):
+    """x weight^T + bias for `... d`, `outputs d` and `outputs`, as `F.linear`; gives x's data type.
+
+    The weight may be kept in less (bf16 beside x in fp32): where the device multiplies that, x is rounded to it.
+    """
+    narrow = x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    if narrow and (x.device.type != "cpu" or (weight.dtype == torch.bfloat16 and cpu_has_bf16())):
+        out = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        return out if bias is None else out + bias.to(x.dtype)
+    if narrow or widens(x):
         parts = weight.split(PART)
         biases = [None] * len(parts) if bias is None else bias.float().split(PART)
         wide = x.float()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reverie.backbones.dit import SCALES, DitConfig
 from reverie.codecs.video_vae import VideoVae
 from reverie.data.dropping import check_share
 from reverie.encoders.text import Text
@@ -29,11 +30,12 @@ from reverie.planning import roofline
 from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
 from reverie.planning.roofline import Memory, Setup, Time, Weights
-from reverie.recipes import clip, clip_finetune, judge, sora, video_vae
+from reverie.recipes import clip, clip_finetune, dit, judge, sora, video_vae
 from reverie.recipes.parts import CLIP_FRAMES
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
+from reverie.systems.dit import DiffusionTransformer, DiffusionTransformerConfig
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.engine import recompute
 from reverie.train.gradient_cache import cached
@@ -178,6 +180,24 @@ def _sora(name: str, config: SoraConfig, *, batch: int, clips: int, clip_frames:
     return Subject(name=name, build=lambda: Sora(config), parts=tuple(parts), steps=steps)
 
 
+def _dit(name: str, own: Mapping[str, Any], *, batch: int, steps: int, size: int) -> Subject:
+    """Of the world in pixels; at the papers' sizes in latents that are there, an eighth of a side, of 1,000 classes."""
+    if name == "dit-world":
+        sizes, classes, channels, side = (own["depth"], own["width"], dit.heads_of(own["width"])), 110, 3, size
+    else:
+        sizes, classes, channels, side = SCALES[own["scale"]], 1000, 4, size // 8
+    if side < own["patch"] or side % own["patch"]:
+        raise InputError(f"size is {size}: give a multiple of {own['patch'] * size // max(side, 1)}.")
+    depth, width, heads = sizes
+    config = DiffusionTransformerConfig(
+        backbone=DitConfig(
+            channels=channels, size=side, patch=own["patch"], width=width, depth=depth, heads=heads, classes=classes
+        )
+    )
+    part = Part(what="pictures", batch=batch, pixels=size**2, loss=_dit_loss)
+    return Subject(name=name, build=lambda: DiffusionTransformer(config), parts=(part,), steps=steps)
+
+
 def _vae_loss(model: VideoVae, items: int, how: How, peers: Peers, *, frames: int, size: int) -> Tensor:
     """With the CLIP that looks at the drawings, and without a discriminator."""
     with on_shapes():
@@ -186,6 +206,20 @@ def _vae_loss(model: VideoVae, items: int, how: How, peers: Peers, *, frames: in
     game = video_vae.Game(video_vae.Weights(), model, None, features=features)
     noise = _empty(items, *model.latent_shape(frames, (size, size)))
     return game.codec_loss({"video": _empty(items, 3, frames, size, size), "noise": noise, "step": 0})["loss"]
+
+
+def _dit_loss(model: DiffusionTransformer, items: int, how: How, peers: Peers) -> Tensor:
+    config = model.config.backbone
+    latents = _empty(items, config.channels, config.size, config.size)
+    return model.loss(
+        {
+            "latents": latents,
+            "noise": torch.empty_like(latents),
+            "classes": _empty(items, dtype=torch.long),
+            "drop": _empty(items, dtype=torch.bool),
+            "uniform": _empty(items),
+        }
+    )["loss"]
 
 
 def _judge_loss(model: Classifier, items: int, how: How, peers: Peers) -> Tensor:
@@ -223,6 +257,8 @@ _RECIPES: dict[str, Callable[..., Any]] = {
     "sora-stickers": sora.stickers,
     "sora-world": sora.world,
     "sora-dit": sora.dit,
+    "dit-world": dit.world,
+    "dit-imagenet": dit.imagenet,
     "video-vae-stickers": video_vae.stickers,
     "video-vae-world": video_vae.world,
     "judge-stickers": judge.stickers,
@@ -269,6 +305,8 @@ def subject(
         config = sora.shape(reader, size=size or own.get("size", 64), sizes=sizes)
         clips = own["clips"] if clips is None else clips
         return _sora(name, config, batch=batch, clips=clips, clip_frames=8, steps=steps)
+    if kind in ("dit-world", "dit-imagenet"):
+        return _dit(name, own, batch=batch, steps=steps, size=size or own["size"])
     if kind == "judge-stickers":
         labels = tuple(str(i) for i in range(STICKERS))
         judged = ClassifierConfig(names=labels, size=size or own["size"])

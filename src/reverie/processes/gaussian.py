@@ -179,12 +179,16 @@ class Ddpm:
         if isinstance(t, Tensor):
             squares = _alpha_squared(self).to(t.device)[t.long()]
             return Point(t, squares.sqrt().float(), (1 - squares).sqrt().float())
-        low, part = divmod(t, 1)
-        if part:
-            below, above = _ratios(self)[int(low) : int(low) + 2].tolist()
-            return self._of_ratio((1 - part) * below + part * above, float(t))
-        square = _alpha_squared(self)[int(low)].item()
+        if t % 1:
+            return self.finite(t)
+        square = _alpha_squared(self)[int(t)].item()
         return Point(float(t), math.sqrt(square), math.sqrt(1 - square))
+
+    def finite(self, t: float) -> Point:
+        """`at` for solvers that divide by alpha: where it would be 0, alpha^2 counts as 2^-24 or less."""
+        low, part = divmod(t, 1)
+        below, above = _ratios(self)[[int(low), min(int(low) + 1, self.steps - 1)]].tolist()
+        return _of_ratio((1 - part) * below + part * above, float(t))
 
     def points(
         self, steps: int, *, spacing: Spacing = "leading", offset: int = 0, beyond: bool = False
@@ -234,21 +238,13 @@ class Ddpm:
             )
         return down[:steps]
 
-    def nearest(self, ratio: float) -> float:
-        """The index at which sigma / alpha is `ratio`, interpolated on its logarithm and kept within the table."""
+    def of_ratio(self, ratio: float) -> Point:
+        """The point with sigma / alpha = `ratio`, its index interpolated on the logarithm and kept within the table."""
         logs = _ratios(self).log()
         high = int(torch.searchsorted(logs, math.log(ratio)).clamp(1, self.steps - 1))
         below, above = logs[high - 1].item(), logs[high].item()
-        return high - 1 + min(max((math.log(ratio) - below) / (above - below), 0.0), 1.0)
-
-    def of_ratio(self, ratio: float, *, whole: bool = False) -> Point:
-        """The point with sigma / alpha = `ratio`, told as the index nearest to it, rounded if `whole`."""
-        index = self.nearest(ratio)
-        return self._of_ratio(ratio, float(round(index)) if whole else index)
-
-    def _of_ratio(self, ratio: float, t: float) -> Point:
-        alpha = 1 / math.sqrt(ratio**2 + 1)
-        return Point(t, alpha, ratio * alpha)
+        part = (math.log(ratio) - below) / (above - below)
+        return _of_ratio(ratio, high - 1 + min(max(part, 0.0), 1.0))
 
 
 @lru_cache(maxsize=16)
@@ -273,11 +269,16 @@ def _alpha_squared(process: Ddpm) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _ratios(process: Ddpm) -> Tensor:
-    """sigma / alpha at every index, finite: where `zero_snr` makes the last alpha^2 0 it counts as 2^-24 or less."""
+    """sigma / alpha at every index, finite."""
     square = _alpha_squared(process).clone()
     if square[-1] == 0:
         square[-1] = (square[-2] / 2).clamp(max=2.0**-24)
     return (1 / square - 1).sqrt()
+
+
+def _of_ratio(ratio: float, t: float) -> Point:
+    alpha = 1 / math.sqrt(ratio**2 + 1)
+    return Point(t, alpha, ratio * alpha)
 
 
 # EDM ---------------------------------------------------------------------------------------------------------------

@@ -191,4 +191,5 @@ def draw(like: Tensor, generator: Generators | None) -> Tensor:
 
 
 def _r(now: Point, after: Point) -> float:
-    return now.alpha * after.sigma / (after.alpha * now.sigma)
+    """At most 1: a last point on the table's first level may be the point itself."""
+    return min(now.alpha * after.sigma / (after.alpha * now.sigma), 1.0)

@@ -77,7 +77,7 @@ def _dpmpp(
     last = points[-1]
     for now, after in steps(points, progress):
         x0 = predict(x, now)
-        h = _lambda(after) - _lambda(now)
+        h = max(_lambda(after) - _lambda(now), 0.0)
         span = 2 * h if sde else h
         gain = -math.expm1(-span)
         x_after = after.sigma / now.sigma * (math.exp(-h) if sde else 1.0) * x + after.alpha * gain * x0

@@ -263,8 +263,9 @@ class Sora(nn.Module):
             self.config.steps if steps is None else int(steps), start=start
         )
         x = gaussian.corrupt(given, noise, points[0]) if start < 1 else noise
+        led = guided(predict, guidance, interval=interval, rescale=rescale)
         x = SAMPLERS[sampler](
-            guided(predict, guidance, interval=interval, rescale=rescale),
+            lambda x, point: torch.where(wide, given, led(x, point)),  # what is known is not rescaled
             torch.where(wide, given, x),
             points,
             generator=[rng.generator(s, "sampling") for s in seeds],

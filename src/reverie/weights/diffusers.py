@@ -5,14 +5,14 @@ The names of a pipeline's tensors begin with their component's folder: `transfor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from reverie.errors import InputError
-from reverie.weights import video_vae_wan
+from reverie.weights import dit_diffusers, vae_diffusers, video_vae_wan
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Foreign
 from reverie.weights.places import CONFIG, PIPELINE
@@ -27,7 +27,7 @@ class Known:
     """system: its name in the catalogue. write: from our config, and our tensors where their config holds some."""
 
     system: str
-    read: Callable[[Records], Foreign]
+    read: Callable[[Records, Collection[str]], Foreign]  # from the JSON files and the names of the tensors
     write: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Written]
     constants: tuple[str, ...] = ()  # of our tensors, those that are numbers of their config
 
@@ -38,23 +38,36 @@ def _video_vae(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Writ
     return {CONFIG: record}, table
 
 
+def _vae(config: Mapping[str, Any], _: Mapping[str, Tensor]) -> Written:
+    record, table = vae_diffusers.write(config)
+    return {CONFIG: record}, table
+
+
+DIT = Known(system="dit", read=dit_diffusers.read, write=lambda config, _: dit_diffusers.write(config))
 KNOWN = {
+    vae_diffusers.CLASS: Known(
+        system="vae", read=lambda records, names: vae_diffusers.read(records[CONFIG], names), write=_vae
+    ),
+    **dict.fromkeys((*dit_diffusers.CLASSES, dit_diffusers.PIPELINE_CLASS), DIT),
     "AutoencoderKLWan": Known(
         system="video-vae",
-        read=lambda records: video_vae_wan.read(records[CONFIG]),
+        read=lambda records, _: video_vae_wan.read(records[CONFIG]),
         write=_video_vae,
         constants=video_vae_wan.CONSTANTS,
     ),
 }
 
 
-def read(records: Records) -> Foreign:
-    """From the JSON files of a component's or a pipeline's folder. ModelFileError: of a class that is not known."""
+def read(records: Records, names: Collection[str]) -> Foreign:
+    """From the JSON files of a component's or a pipeline's folder, and the names of its tensors.
+
+    ModelFileError: of a class that is not known.
+    """
     file = PIPELINE if PIPELINE in records else CONFIG
     name = records[file]["_class_name"]
     if not isinstance(name, str) or name not in KNOWN:
         raise ModelFileError(f"{file} names diffusers' {shorten(name)}; Reverie reads {', '.join(KNOWN)}.")
-    return KNOWN[name].read(records)
+    return KNOWN[name].read(records, names)
 
 
 def write(

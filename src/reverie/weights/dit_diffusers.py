@@ -1,4 +1,4 @@
-"""DiT <-> diffusers' `DiTTransformer2DModel` and the folders of its `DiTPipeline`.
+"""DiT <-> the folders of diffusers' `DiTTransformer2DModel` and, with autoencoder and scheduler, of its `DiTPipeline`.
 
 Every block of theirs holds a copy of the embeddings of time and class; here they are one, so copies that differ are
 refused. Their times' waves and the norm before their MLP differ from the authors' code, as our config says.
@@ -8,15 +8,22 @@ https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/dit/p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from reverie.errors import InputError
-from reverie.weights.files import ModelFileError
+from reverie.weights import remap, vae_diffusers
+from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Fields, Foreign
+from reverie.weights.places import CONFIG, PIPELINE, SCHEDULER
 from reverie.weights.remap import Rule
 
-CLASS = "DiTTransformer2DModel"
+CLASS, PIPELINE_CLASS = "DiTTransformer2DModel", "DiTPipeline"
+TRANSFORMER, VAE = f"transformer/{CONFIG}", f"vae/{CONFIG}"
+NULL = 1000  # of the pipeline, whatever the transformer has
+BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}
+SPACINGS = ("leading", "trailing", "linspace")
 CLASSES = (CLASS, "Transformer2DModel")  # the latter is what the published folders of DiT name
 EMBEDDINGS = (
     ("timestep_embedder.linear_1.{p}", "time.0.{p}"),
@@ -25,8 +32,83 @@ EMBEDDINGS = (
 )
 
 
-def read(record: Any) -> Foreign:
-    """From their config.json, of either class."""
+def read(records: Mapping[str, Any], names: Collection[str] = ()) -> Foreign:
+    """From the JSON files by path of a transformer's folder, or of a pipeline's, and the names of its tensors.
+
+    A transformer alone draws latents, as the pipeline's usual scheduler does.
+    """
+    if PIPELINE not in records:
+        values = {"backbone": _backbone(records[CONFIG])} | _sampling(
+            {"_class_name": "DDIMScheduler", "clip_sample": False}
+        )
+        return Foreign(
+            system="dit",
+            values=values,
+            table=table(values["backbone"]["depth"]),
+            ignore=("pos_embed.pos_embed",),
+        )
+    index = Fields(records[PIPELINE], where=PIPELINE)
+    absent = [file for file in (TRANSFORMER, VAE, SCHEDULER) if file not in records]
+    if absent:
+        raise ModelFileError(f"the pipeline lacks {', '.join(absent)}; fetch the whole folder.")
+    backbone, codec = _backbone(records[TRANSFORMER]), vae_diffusers.read(records[VAE], names)
+    values = {
+        "backbone": backbone,
+        "codec": codec.values,
+        "names": _names(index, backbone["classes"]),
+        **_sampling(records[SCHEDULER]),
+    }
+    return Foreign(
+        system="dit",
+        values=values,
+        table=(
+            *remap.within(table(backbone["depth"]), source="transformer."),
+            *remap.within(codec.table, source="vae.", target="codec."),
+        ),
+        ignore=("transformer.pos_embed.pos_embed",),
+    )
+
+
+def write(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Rule, ...]]:
+    """Their JSON files by path and our table, from our system's config as plain data: a pipeline if it has a codec.
+
+    InputError: they have no such model. How many steps are taken, and with what guidance, they have no place for.
+    """
+    backbone = config["backbone"]
+    record, rules = _transformer(backbone), table(backbone["depth"])
+    if config["codec"] is None:
+        return {CONFIG: record}, rules
+    if backbone["classes"] != NULL:
+        raise InputError(
+            f"diffusers' DiTPipeline asks for class {NULL} where it wants any, so it cannot have {backbone['classes']}"
+            " classes; save this model in Reverie's own format."
+        )
+    if config["guided_channels"] not in (0, backbone["channels"]):
+        raise InputError(
+            f"diffusers' DiTPipeline guides all channels, not {config['guided_channels']}; set guided_channels to 0,"
+            " which draws other pictures, or save this model in Reverie's own format."
+        )
+    if config["codec"]["shift"]:
+        raise InputError(
+            "diffusers' DiTPipeline does not shift latents; save this model in Reverie's own format."
+        )
+    codec, codec_table = vae_diffusers.write(config["codec"])
+    scheduler = _scheduler(config)
+    index = {
+        "_class_name": PIPELINE_CLASS,
+        "id2label": {str(number): name for number, name in enumerate(config["names"]) if name},
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "transformer": ["diffusers", CLASS],
+        "vae": ["diffusers", vae_diffusers.CLASS],
+    }
+    records = {TRANSFORMER: record, VAE: codec, SCHEDULER: scheduler, PIPELINE: index}
+    return records, (
+        *remap.within(rules, source="transformer."),
+        *remap.within(codec_table, source="vae.", target="codec."),
+    )
+
+
+def _backbone(record: Any) -> dict[str, Any]:
     whole = Fields(record, where=f"the config of {CLASS}")
     whole.unlike({
         "norm_type": ("ada_norm_zero",), "activation_fn": ("gelu-approximate",), "attention_bias": (True,),
@@ -41,7 +123,7 @@ def read(record: Any) -> Foreign:
         raise ModelFileError(
             f"{whole.where} gives {out} channels for {channels}; it must be as many, or twice as many."
         )
-    values = {
+    return {
         "channels": channels,
         "size": whole.integer("sample_size", 32),
         "patch": whole.integer("patch_size", 2),
@@ -53,11 +135,9 @@ def read(record: Any) -> Foreign:
         "waves": "diffusers",
         "mlp_eps": whole.number("norm_eps", 1e-5),
     }
-    return Foreign(system="dit", values=values, table=table(depth), ignore=("pos_embed.pos_embed",))
 
 
-def write(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Rule, ...]]:
-    """Their config.json and our table, from our network's config as plain data. InputError: they have no such model."""
+def _transformer(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["waves"] != "diffusers":
         raise InputError(
             "diffusers' DiT embeds times by other waves than the authors' code, which this model was trained with, so"
@@ -68,7 +148,7 @@ def write(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Rule, ...]]:
             f"diffusers' DiT has MLPs of 4 times the width, not {config['ratio']:g}; save this model in Reverie's own"
             " format."
         )
-    record = {
+    return {
         "_class_name": CLASS,
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
@@ -87,7 +167,6 @@ def write(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Rule, ...]]:
         "sample_size": config["size"],
         "upcast_attention": False,
     }
-    return record, table(config["depth"])
 
 
 def table(depth: int) -> tuple[Rule, ...]:
@@ -97,7 +176,7 @@ def table(depth: int) -> tuple[Rule, ...]:
         Rule(tuple(f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)), ours, copies=True)
         for theirs, ours in EMBEDDINGS
     )
-    return (
+    rules = (
         Rule("pos_embed.proj.{p}", "embed.{p}"),
         *copies,
         Rule(f"{block}.norm1.linear.{{p}}", "blocks.{i}.modulation.{p}"),
@@ -108,3 +187,85 @@ def table(depth: int) -> tuple[Rule, ...]:
         Rule("proj_out_1.{p}", "modulation.{p}"),
         Rule("proj_out_2.{p}", "out.{p}"),
     )
+    return remap.within(rules, target="backbone.")
+
+
+def _sampling(record: Any) -> dict[str, Any]:
+    """How a scheduler samples, as our system's config says it."""
+    it = Fields(record, where="scheduler_config.json")
+    sampler = it.choice("_class_name", None, {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"})
+    it.unlike({
+        "prediction_type": ("epsilon",), "trained_betas": (None,), "thresholding": (False,),
+        "rescale_betas_zero_snr": (False,),
+    })  # fmt: skip
+    if sampler == "ddim":
+        it.unlike({"set_alpha_to_one": (True,)})
+    process = {
+        "kind": "ddpm",
+        "steps": it.integer("num_train_timesteps", 1000),
+        "betas": it.choice("beta_schedule", "linear", BETAS),
+        "beta_start": it.number("beta_start", 1e-4),
+        "beta_end": it.number("beta_end", 0.02),
+        "zero_snr": False,
+    }
+    clips = it.flag("clip_sample", True)
+    offset = it.number("steps_offset", 0)
+    variance = "fixed_small"
+    if sampler == "ddpm":
+        variance = it.choice("variance_type", "fixed_small", VARIANCES)
+    return {
+        "process": process,
+        "sampler": sampler,
+        "steps": 50,
+        "guidance": 4.0,
+        "guided_channels": 0,
+        "spacing": it.choice("timestep_spacing", "leading", {name: name for name in SPACINGS}),
+        "offset": int(offset),
+        "variance": variance,
+        "clip": it.number("clip_sample_range", 1.0) if clips else None,
+    }
+
+
+def _scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
+    sampler, variance, spacing = config["sampler"], config["variance"], config["spacing"]
+    if sampler not in names or (sampler == "ddpm" and variance == "learned_range") or spacing not in SPACINGS:
+        raise InputError(
+            f"diffusers' DiTPipeline does not draw by {sampler!r} with a variance {variance!r} and indices {spacing!r};"
+            " choose 'ddim' and 'leading', say, or save this model in Reverie's own format."
+        )
+    process, clip = config["process"], config["clip"]
+    record = {
+        "_class_name": names[sampler],
+        "num_train_timesteps": process["steps"],
+        "beta_start": process["beta_start"],
+        "beta_end": process["beta_end"],
+        "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[process["betas"]],
+        "trained_betas": None,
+        "clip_sample": clip is not None,
+        "clip_sample_range": 1.0 if clip is None else clip,
+        "prediction_type": "epsilon",
+        "steps_offset": config["offset"],
+        "timestep_spacing": spacing,
+        "thresholding": False,
+        "rescale_betas_zero_snr": process["zero_snr"],
+    }
+    if process["zero_snr"]:
+        raise InputError(
+            "diffusers' DiTPipeline with zero_snr is none that Reverie reads back; save it as Reverie's."
+        )
+    return record | ({"set_alpha_to_one": True} if sampler == "ddim" else {"variance_type": variance})
+
+
+def _names(index: Fields, count: int) -> list[str]:
+    said = index.record.get("id2label")
+    if said is None:
+        return []
+    if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+        raise ModelFileError(f"{index.where} gives id2label as {shorten(said)}; it must be names by number.")
+    names = [""] * count
+    for key, name in said.items():
+        if not str(key).isdecimal() or int(key) >= count:
+            raise ModelFileError(f"{index.where} names a class {shorten(key)} of {count}; check it.")
+        names[int(key)] = name
+    return names if any(names) else []

@@ -9,6 +9,7 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -98,22 +99,61 @@ def read(
             if name in without:
                 file.seek(start + entry.end)
                 continue
-            raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-            view: Any = raw.numpy()
-            if raw.numel() and file.readinto(view) != raw.numel():
-                raise ModelFileError(f"{path.name} became shorter while it was read; copy the file again.")
-            if entry.dtype == torch.bool and bool((raw > 1).any()):
-                raise ModelFileError(
-                    f"{path.name} holds bytes other than 0 and 1 in the bool tensor {name!r}."
-                )
-            tensor = raw.view(entry.dtype).reshape(entry.shape)
-            if only_finite and not finite(tensor):
-                raise ModelFileError(
-                    f"{path.name} holds NaN or infinity in {name!r}: the training that made it diverged; use an"
-                    " earlier checkpoint."
-                )
-            tensors[name] = tensor
+            tensors[name] = _tensor(file, name, entry, path.name, only_finite)
     return {name: tensors[name] for name in entries if name in tensors}
+
+
+class Shards:
+    """The files that together hold one model, with what comes before the names of each: open, and read one by one.
+
+    So that a model may be larger than the memory that is left beside what becomes of it. Raises `ModelFileError`, also
+    for a name in two files; closes the files when it is left.
+    """
+
+    def __init__(self, weights: Mapping[Path, str]):
+        self.entries: dict[str, Entry] = {}
+        self._files: dict[str, tuple[BufferedReader, int, str]] = {}
+        with contextlib.ExitStack() as opened:
+            for path, prefix in weights.items():
+                file = opened.enter_context(_open(path))
+                entries, start = _header(file, path)
+                found = {f"{prefix}{name}": entry for name, entry in entries.items()}
+                if twice := self.entries.keys() & found.keys():
+                    raise ModelFileError(
+                        f"{path.name} holds {min(twice)} again, which another file holds; fetch them again."
+                    )
+                self.entries |= found
+                self._files |= dict.fromkeys(found, (file, start, path.name))
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def read(self, name: str, *, only_finite: bool = True) -> Tensor:
+        """One tensor, on the CPU, in the file's data type."""
+        (file, start, path), entry = self._files[name], self.entries[name]
+        file.seek(start + entry.begin)
+        return _tensor(file, name, entry, path, only_finite)
+
+
+def _tensor(file: BufferedReader, name: str, entry: Entry, path: str, only_finite: bool) -> Tensor:
+    """What stands next in the file, checked."""
+    raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+    view: Any = raw.numpy()
+    if raw.numel() and file.readinto(view) != raw.numel():
+        raise ModelFileError(f"{path} became shorter while it was read; copy the file again.")
+    if entry.dtype == torch.bool and bool((raw > 1).any()):
+        raise ModelFileError(f"{path} holds bytes other than 0 and 1 in the bool tensor {name!r}.")
+    tensor = raw.view(entry.dtype).reshape(entry.shape)
+    if only_finite and not finite(tensor):
+        raise ModelFileError(
+            f"{path} holds NaN or infinity in {name!r}: the training that made it diverged; use an"
+            " earlier checkpoint."
+        )
+    return tensor
 
 
 def header(path: str | Path) -> dict[str, Entry]:

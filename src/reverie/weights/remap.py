@@ -3,7 +3,8 @@
 A rule says source -> target. Placeholders in braces stand for one dotted segment and must agree on both sides
 (`layers.{i}.fc1.{p}` -> `blocks.{i}.mlp.in.{p}`). Several sources and one target concatenate (three projections into
 a fused one); one source and several targets split evenly; `copies` are one tensor under several names, which must be
-equal, and is written under each of them again. `rearrange` is an einops pattern from source to target
+equal, and is written under each of them again. A rule without targets is for a tensor that follows from the config:
+its `value` must stand in the file, and is written there again. `rearrange` is an einops pattern from source to target
 pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in `axes` that either direction needs.
 `invert` swaps the sides, so import and export are one table and a round trip is bit-equal.
 """
@@ -11,7 +12,7 @@ pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,11 +34,11 @@ class Rule:
     axes: tuple[tuple[str, int], ...] = ()
     dim: int = 0
     copies: bool = False
+    value: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        assert min(len(self.sources), len(self.targets)) == 1, (
-            f"{self} is neither one-to-many nor many-to-one"
-        )
+        one = (self.sources or self.targets) if self.value else min(self.sources, self.targets, key=len)
+        assert len(one) == 1, f"{self} is neither one-to-many nor many-to-one"
         names = [sorted(PLACEHOLDER.findall(side)) for side in (*self.sources, *self.targets)]
         assert all(found == names[0] for found in names), (
             f"the placeholders of {self} differ between its sides"
@@ -64,6 +65,18 @@ def invert(table: Table) -> tuple[Rule, ...]:
     )
 
 
+def within(table: Table, *, source: str = "", target: str = "") -> tuple[Rule, ...]:
+    """The same rules for a part of something larger: what comes before the names of each side."""
+    return tuple(
+        replace(
+            rule,
+            source=tuple(f"{source}{name}" for name in rule.sources),
+            target=tuple(f"{target}{name}" for name in rule.targets),
+        )
+        for rule in table
+    )
+
+
 def apply(
     table: Table,
     tensors: Mapping[str, Tensor],
@@ -78,45 +91,70 @@ def apply(
     sources, and the result must cover `expected` exactly; otherwise `ModelFileError` lists what is missing, unexpected
     and mis-shaped.
     """
-    rules = [(rule, [(_pattern(source), source) for source in rule.sources]) for rule in table]
-    ignored = matching(ignore, tensors)
-    groups: dict[tuple[int, tuple[tuple[str, str], ...]], None] = {}
-    unexpected: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        claims = [
-            (number, tuple(sorted(found.groupdict().items())))
-            for number, (_, patterns) in enumerate(rules)
-            for pattern, _ in patterns
-            if (found := pattern.fullmatch(name))
-        ]
-        assert len(claims) <= 1, f"{len(claims)} rules claim {name}"
-        if claims:
-            groups[claims[0]] = None
-        elif name not in ignored:
-            unexpected[name] = tensor
-
-    made: dict[str, Tensor] = {}
+    groups, unexpected = grouped(table, tensors, ignore=ignore)
+    made: dict[str, Tensor] = {
+        rule.targets[0]: rule.value() for rule in table if rule.value is not None and rule.targets
+    }
     missing: list[str] = []
-    for number, values in groups:
-        rule = table[number]
-        sources = [_fill(side, dict(values)) for side in rule.sources]
-        targets = [_fill(side, dict(values)) for side in rule.targets]
-        absent = [source for source in sources if source not in tensors]
+    for group in groups:
+        absent = [source for source in group.sources if source not in tensors]
         if absent:
             missing += absent
             continue
-        pieces = _convert(rule, {source: tensors[source] for source in sources})
-        for target, tensor in zip(targets, pieces, strict=True):
-            assert target not in made, f"two rules make {target}"
-            made[target] = tensor
+        pieces = group.convert({source: tensors[source] for source in group.sources})
+        assert not made.keys() & pieces.keys(), f"two rules make {min(made.keys() & pieces.keys())}"
+        made |= pieces
     if missing:
         raise ModelFileError(
             f"{what} lacks {len(missing)} tensors whose companions it has ({', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}); fetch the whole checkpoint."
         )
-    present = expectation({**made, **unexpected})
+    present = expectation({**made, **{name: tensors[name] for name in unexpected}})
     check(present, expectation(made) if expected is None else expected, what=what)
     return made
+
+
+@dataclass(frozen=True)
+class Group:
+    """A rule with names in place of its placeholders: what is read together, and what it becomes."""
+
+    rule: Rule
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The targets from the sources. Raises `ModelFileError`."""
+        pieces = _convert(self.rule, {source: tensors[source] for source in self.sources})
+        return dict(zip(self.targets, pieces, strict=True))
+
+
+def grouped(
+    table: Table, names: Iterable[str], *, ignore: Sequence[str] = ()
+) -> tuple[list[Group], list[str]]:
+    """The names by the rules that claim them, in the names' order; and the names that none claims or ignores."""
+    names = list(names)
+    rules = [(rule, [_pattern(source) for source in rule.sources]) for rule in table]
+    ignored = matching(ignore, names)
+    groups: dict[tuple[int, tuple[tuple[str, str], ...]], Group] = {}
+    unclaimed: list[str] = []
+    for name in names:
+        claims = [
+            (number, tuple(sorted(found.groupdict().items())))
+            for number, (_, patterns) in enumerate(rules)
+            for pattern in patterns
+            if (found := pattern.fullmatch(name))
+        ]
+        assert len(claims) <= 1, f"{len(claims)} rules claim {name}"
+        if claims and claims[0] not in groups:
+            rule, values = table[claims[0][0]], dict(claims[0][1])
+            groups[claims[0]] = Group(
+                rule,
+                tuple(_fill(side, values) for side in rule.sources),
+                tuple(_fill(side, values) for side in rule.targets),
+            )
+        elif not claims and name not in ignored:
+            unclaimed.append(name)
+    return list(groups.values()), unclaimed
 
 
 def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
@@ -133,9 +171,16 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
     count, names, tensors = len(rule.targets), list(named), list(named.values())
+    if rule.value is not None:
+        known, found = rule.value(), tensors[0].float()
+        if known.shape != found.shape or not torch.allclose(known, found, atol=1e-3):
+            raise ModelFileError(
+                f"{names[0]} does not hold what Reverie computes in its place, so numbers would differ: refused."
+            )
+        return []
     try:
         if rule.copies:
-            if not all(same(tensor, tensors[0]) for tensor in tensors):
+            if not all(same(tensor, tensors[0]) for tensor in tensors[1:]):
                 raise ModelFileError(
                     f"{names[0]} and {len(names) - 1} others must be copies of one tensor, but differ; Reverie keeps"
                     " one, so these weights cannot be read."

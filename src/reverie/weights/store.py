@@ -32,7 +32,16 @@ from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import read_tokenizer
 from reverie.errors import InputError
 from reverie.nn.lora import adapted
-from reverie.weights import clip_open_clip, clip_transformers, diffusers, files, remap, video_vae_wan
+from reverie.weights import (
+    clip_open_clip,
+    clip_transformers,
+    diffusers,
+    dit_original,
+    files,
+    remap,
+    vae_diffusers,
+    video_vae_wan,
+)
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Foreign
 from reverie.weights.places import CONFIG, DIFFUSERS, MODEL, PIPELINE, TOKENIZER, Place, survey
@@ -48,6 +57,8 @@ FORMATS = ("reverie", "transformers", "open_clip", "diffusers")
 ORIGINALS: tuple[tuple[Callable[..., bool], Callable[..., Foreign]], ...] = (
     (clip_open_clip.is_theirs, clip_open_clip.read_alone),
     (video_vae_wan.is_original, video_vae_wan.read_alone),
+    (vae_diffusers.is_theirs, vae_diffusers.read_alone),
+    (dit_original.is_theirs, dit_original.read_alone),
 )
 
 Systems = Mapping[str, Callable[[], type[nn.Module]]]
@@ -221,7 +232,7 @@ def _described(
     elif place.kind == "transformers":
         foreign = clip_transformers.read(place.records)
     else:
-        foreign = diffusers.read(place.records)
+        foreign = diffusers.read(place.records, entries)
     return foreign.system, foreign.values, foreign
 
 

@@ -207,7 +207,9 @@ def read_alone(
 
     fields = Fields(dict(config or {}), where="config")
     fields.only({"latents_mean", "latents_std"})
-    widths, temporal, counts = [], [], [0]
+    widths: list[int] = []
+    temporal: list[bool] = []
+    counts = [0]
     for n in range(len(entries)):
         at = f"{theirs}encoder.downsamples.{n}"
         if f"{at}.residual.2.weight" in entries:

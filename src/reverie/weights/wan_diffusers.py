@@ -1,21 +1,30 @@
-"""Wan 2.1's transformer <-> diffusers' `WanTransformer3DModel`, and the naming of the original repository, `WanModel`.
+"""Wan 2.1 <-> diffusers' `WanPipeline`; its transformer also <-> the original repository's naming, `WanModel`.
 
-Both keep the weights in `diffusion_pytorch_model.safetensors` (or parts of it, with an index) beside a config.json
-whose `_class_name` says which it is.
+Both keep the transformer's weights in `diffusion_pytorch_model.safetensors` (or parts of it, with an index) beside a
+config.json whose `_class_name` says which it is. Of a pipeline `transformer`, `vae` and `scheduler` are the system; the
+folders `text_encoder` and `tokenizer` are read beside it (encoders/umt5.py).
 https://github.com/huggingface/diffusers/blob/main/src/diffusers/models/transformers/transformer_wan.py
 https://github.com/Wan-Video/Wan2.1/blob/main/wan/modules/model.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reverie.processes.gaussian import Flow
+from reverie.samplers.configured import SamplerConfig
+from reverie.weights import diffusers_scheduler, video_vae_wan
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Fields, Foreign
 from reverie.weights.remap import Rule
 
-CLASS, ORIGINAL = "WanTransformer3DModel", "WanModel"
+CLASS, ORIGINAL, PIPELINE = "WanTransformer3DModel", "WanModel", "WanPipeline"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+TRANSFORMER, VAE = "transformer/config.json", "vae/config.json"
+CONSTANTS = tuple(f"codec.{name}" for name in video_vae_wan.CONSTANTS)
 _COMMON = {"_class_name", "_diffusers_version", "_name_or_path", "freq_dim", "ffn_dim", "num_layers", "eps"}
 KEYS = _COMMON | {
     "patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
@@ -163,3 +172,66 @@ def write(
             "rope_max_seq_len": 1024,
         }
     return record, table(config, original=original, **names)
+
+
+# ---------------------------------------------------------------- whole pipelines
+
+
+def read_pipeline(records: Mapping[str, Any]) -> Foreign:
+    """The system from a pipeline's JSON files, by path. Raises `ModelFileError`."""
+    index = Fields(records[INDEX], where=INDEX)
+    second = index.record.get("transformer_2")
+    if index.record.get("boundary_ratio") is not None or second not in (None, [None, None]):
+        raise ModelFileError(
+            f"{INDEX} has two transformers, as Wan 2.2's; Reverie reads Wan 2.1's, which have one."
+        )
+    index.unlike({"expand_timesteps": (False, None)})
+    for file in (TRANSFORMER, VAE, SCHEDULER):
+        if file not in records:
+            raise ModelFileError(f"the pipeline lacks {file}; fetch the whole folder.")
+    values = backbone(records[TRANSFORMER])
+    if records[TRANSFORMER].get("_class_name") != CLASS:
+        raise ModelFileError(f"{TRANSFORMER} is no {CLASS}; fetch the pipeline's own.")
+    vae = video_vae_wan.read(records[VAE], theirs="vae.", ours="codec.")
+    sampling = diffusers_scheduler.read(records[SCHEDULER])
+    return Foreign(
+        system="wan",
+        values={"backbone": values, "codec": vae.values, "sampling": _plain(sampling)},
+        table=(*table(values, theirs="transformer."), *vae.table),
+        constants=vae.constants,
+    )
+
+
+def write_pipeline(
+    config: Mapping[str, Any], constants: Mapping[str, Sequence[float]], *, words: bool = False
+) -> tuple[dict[str, Any], tuple[Rule, ...]]:
+    """A pipeline's JSON files by path and the table, for a system of our config; `constants` by the names of CONSTANTS.
+
+    `words`: whether the text encoder and the tokenizer lie beside it; without them diffusers must be given features.
+    """
+    transformer, rules = write(config["backbone"], theirs="transformer.")
+    vae, vae_rules = video_vae_wan.write(
+        config["codec"],
+        {name: constants[f"codec.{name}"] for name in video_vae_wan.CONSTANTS},
+        theirs="vae.",
+        ours="codec.",
+    )
+    sampling = dict(config["sampling"])
+    scheduler = diffusers_scheduler.write(
+        SamplerConfig(**sampling | {"process": Flow(**sampling["process"])})
+    )
+    index = {
+        "_class_name": PIPELINE,
+        "_diffusers_version": transformer["_diffusers_version"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "UMT5EncoderModel"] if words else [None, None],
+        "tokenizer": ["transformers", "T5TokenizerFast"] if words else [None, None],
+        "transformer": ["diffusers", CLASS],
+        "vae": ["diffusers", video_vae_wan.CLASS],
+    }
+    return {TRANSFORMER: transformer, VAE: vae, SCHEDULER: scheduler, INDEX: index}, (*rules, *vae_rules)
+
+
+def _plain(sampling: SamplerConfig) -> dict[str, Any]:
+    """As JSON has it: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(sampling)))

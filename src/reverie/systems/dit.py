@@ -1,0 +1,305 @@
+"""DiT: "Scalable Diffusion Models with Transformers" (Peebles and Xie 2022, 2212.09748).
+
+    class, or the null class ------------------- vector
+                                                   |
+    noise --- DDPM's process --- x_t --- patches --- Dit --- noise, variance --- codec or pixels --- picture
+
+Pictures of a class, in the latents of Stable Diffusion's autoencoder or in pixels. The network says what noise was added
+and how wide the next step is: mean squared error and the variational bound together (improved DDPM, 2102.09672). Some
+labels are left out in training, so that sampling can be guided away from the null class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from reverie import rng
+from reverie.backbones.dit import Dit, DitConfig, Modulations
+from reverie.codecs.vae import Vae, VaeConfig
+from reverie.errors import InputError
+from reverie.objectives.denoising import variance_bound
+from reverie.processes.gaussian import Ddpm, Point, corrupt, to_x0
+from reverie.samplers import diffusion, multistep
+from reverie.samplers.guidance import guided
+
+Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": diffusion.ddpm,
+    "ddim": diffusion.ddim,
+    "euler_ancestral": diffusion.euler_ancestral,
+    "dpmpp_2m": multistep.dpmpp_2m,
+    "dpmpp_2m_sde": multistep.dpmpp_2m_sde,
+    "unipc": multistep.unipc,
+}
+MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")  # which want one index more, and leave out the last
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionTransformerConfig:
+    backbone: DitConfig
+    codec: VaeConfig | None = None  # None: pixels are the latents, or they are drawn without a codec
+    process: Ddpm = Ddpm()
+    names: tuple[str, ...] = ()  # of the classes; several for one are separated by commas
+    # Sampling. The authors' code draws 250 steps of DDPM and guides three of the four channels of latents.
+    sampler: Sampler = "ddpm"
+    steps: int = 250
+    guidance: float = 4.0
+    guided_channels: int = 0  # the first so many; 0: all
+    spacing: Literal["leading", "trailing", "linspace", "respaced"] = "respaced"
+    offset: int = 0  # of the indices, where the spacing is "leading"
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "learned_range"  # of DDPM
+    clip: float | None = None  # DDPM and DDIM hold x0 within it
+
+    def __post_init__(self) -> None:
+        check_names(self.names, self.backbone.classes)
+        if self.variance == "learned_range" and self.sampler == "ddpm" and not self.backbone.learned_sigma:
+            raise InputError(
+                "variance 'learned_range' needs a backbone with learned_sigma; set one of the two."
+            )
+
+
+class DiffusionTransformer(nn.Module):
+    """The network and, in latent space, the codec."""
+
+    def __init__(self, config: DiffusionTransformerConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = Dit(config.backbone)
+        self.codec = None if config.codec is None else Vae(config.codec).requires_grad_(False)
+
+    def attach(self, codec: Vae) -> DiffusionTransformer:
+        """The model with this autoencoder, in place; checkpoints of the authors have none. Returns itself."""
+        check_codec(codec, self.config.backbone)
+        self.config = dataclasses.replace(self.config, codec=codec.config)
+        self.codec = codec.requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def encode(self, image: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Pictures `b 3 h w` in [-1, 1] -> latents (the pictures themselves in pixel space)."""
+        return image if self.codec is None else self.codec.encode(image, noise=noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pictures in [-1, 1]."""
+        return decoded(self.codec, latents)
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The noise's mean squared error, and with a learned variance the bound in bits, which moves the variance alone.
+
+        `latents b c h w`, `noise` like the latents, `classes b`, `drop b` (True: the null class), `uniform b` (in
+        [0, 1), makes the indices, or `t b` to fix them).
+        """
+        x0, noise = batch["latents"], batch["noise"]
+        steps = self.config.process.steps
+        t = batch["t"].long() if "t" in batch else (batch["uniform"] * steps).long().clamp(max=steps - 1)
+        point = Point(t, *(rearrange(part, "b -> b 1 1 1") for part in self.config.process.at(t)[1:]))
+        x_t = corrupt(x0, noise, point)
+        out = self.backbone(x_t, t, torch.where(batch["drop"], self.backbone.null, batch["classes"]))
+        if not self.config.backbone.learned_sigma:
+            return {"loss": (out - noise).square().mean()}
+        said, v = out.chunk(2, dim=1)
+        mse = (said - noise).square().mean()
+        # In float: the factors of the posterior differ by little from one index to the next.
+        predicted = to_x0("noise", said.detach().float(), x_t.float(), point)
+        bound = variance_bound(x0.float(), x_t.float(), predicted, v.float(), t, self.config.process).mean()
+        return {"loss": mse + bound, "mse": mse, "bound": bound}
+
+    # Sampling ------------------------------------------------------------------------------------------------------
+
+    def generate_image(
+        self,
+        classes: Sequence[int | str],
+        *,
+        seed: int | Sequence[int] = 0,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Classes, by number or name -> pictures `b 3 h w` in [-1, 1].
+
+        Item i has the seed `seed + i`, so a batch equals its items drawn alone. What is not given is the
+        configuration's. Raises InputError for classes, sizes and samplers that there are not.
+        """
+        numbers = class_numbers(classes, count=self.config.backbone.classes, names=self.config.names)
+        steps = self.config.steps if steps is None else steps
+        guidance = self.config.guidance if guidance is None else guidance
+        sampler = self.config.sampler if sampler is None else sampler
+        if (
+            sampler == "ddpm"
+            and self.config.variance == "learned_range"
+            and not self.config.backbone.learned_sigma
+        ):
+            raise InputError(
+                "this model learned no variance: choose another sampler than 'ddpm', such as 'ddim'."
+            )
+        seeds = check_asked(len(numbers), seed, steps, guidance, sampler, tuple(SAMPLERS))
+        shape = latent_shape(self.config.backbone, self.codec, size)
+        device = self.backbone.classes.weight.device
+        latents = self.sample(
+            torch.tensor(numbers, device=device),
+            initial(shape, seeds, device),
+            steps=int(steps),
+            guidance=float(guidance),
+            sampler=sampler,
+            generator=[rng.generator(one, "sampling") for one in seeds],
+            progress=progress,
+        )
+        return self.decode(finite(latents, guidance))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        classes: Tensor,
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        sampler: str,
+        generator: diffusion.Generators | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Classes `b` and noise `b c h w` -> latents `b c h w`."""
+        config = self.config
+        points = config.process.points(
+            steps, spacing=config.spacing, offset=config.offset, beyond=sampler in MULTISTEP
+        )
+        say = branches(self.backbone, classes, [point.t for point in points[:-1]])
+        learned = sampler == "ddpm" and config.variance == "learned_range"
+        channels = config.backbone.channels
+
+        def predict(x: Tensor, point: Point) -> Tensor:
+            out = say(x, point.t)
+            x0 = to_x0("noise", out[:, :channels], x, point)
+            return torch.cat([x0, out[:, channels:]], dim=1) if learned else x0
+
+        options: dict[str, Any] = {"variance": config.variance} if sampler == "ddpm" else {}
+        if sampler in ("ddpm", "ddim"):
+            options["clip"] = config.clip
+        return SAMPLERS[sampler](
+            guided(predict, guidance, channels=config.guided_channels or channels),
+            noise, points, generator=generator, progress=progress, **options,
+        )  # fmt: skip
+
+
+# What DiT and SiT share --------------------------------------------------------------------------------------------
+
+
+def branches(network: Dit, classes: Tensor, times: Sequence[float]) -> Callable[[Tensor, float], Tensor]:
+    """What the network says of a batch at one of `times`: with its classes, and where it comes twice, without them."""
+    both = torch.cat([classes, torch.full_like(classes, network.null)])
+    modulations = Modulations(network, times, both)
+
+    def say(x: Tensor, t: float) -> Tensor:
+        return network(x, modulations=[one[: len(x)] for one in modulations.at(t)])
+
+    return say
+
+
+def initial(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> Tensor:
+    """Noise `b c h w`, an item for each seed."""
+    return torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(device)
+
+
+def decoded(codec: Vae | None, latents: Tensor) -> Tensor:
+    """Pictures in [-1, 1]. InputError: latents without a codec."""
+    if codec is None and latents.shape[1] != 3:
+        raise InputError(
+            "this model draws latents and has no autoencoder: give it the one that it learnt in, such as"
+            " model.attach(reverie.load(FOLDER))."
+        )
+    return (latents if codec is None else codec.decode(latents)).clamp(-1, 1)
+
+
+def latent_shape(backbone: DitConfig, codec: Vae | None, size: Any) -> tuple[int, int, int]:
+    """(c, h, w) of what is drawn for a picture of `size` (height, width); None: the size of the training."""
+    if size is None:
+        return backbone.channels, backbone.size, backbone.size
+    stride = 1 if codec is None else codec.stride
+    unit = stride * backbone.patch
+    sides = list(size) if isinstance(size, Iterable) else []
+    if len(sides) != 2 or any(not _whole(side) or side < unit or side % unit for side in sides):
+        raise InputError(
+            f"size {size!r:.60} cannot be drawn: give (height, width), both multiples of {unit}."
+        )
+    return backbone.channels, int(sides[0]) // stride, int(sides[1]) // stride
+
+
+def class_numbers(classes: Any, *, count: int, names: Sequence[str]) -> list[int]:
+    """Classes by number or by one of their names. InputError: there is none, or a name means several."""
+    if isinstance(classes, Tensor):
+        classes = classes.tolist()
+    if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:
+        raise InputError(f"classes must be a list of one number or name or more, but is {classes!r:.60}.")
+    meant: dict[str, list[int]] = {}
+    for number, several in enumerate(names):
+        for name in several.split(","):
+            meant.setdefault(name.strip(), []).append(number)
+    numbers = []
+    for one in classes:
+        if isinstance(one, str):
+            found = meant.get(one.strip(), []) if one.strip() else []
+            if not found:
+                some = ", ".join([name for name in meant if name][:5])
+                listed = f"it has {len(names)}, such as {some}" if names else "it has no names, only numbers"
+                raise InputError(f"this model has no class {one!r:.60}: {listed}.")
+            if len(found) > 1:
+                raise InputError(
+                    f"{one!r:.60} means the classes {', '.join(map(str, found))}: give a number."
+                )
+            numbers.append(found[0])
+        elif not _whole(one) or not 0 <= one < count:
+            raise InputError(f"there is no class {one!r:.60}: give 0 to {count - 1}, or a name.")
+        else:
+            numbers.append(int(one))
+    return numbers
+
+
+def check_asked(
+    count: int, seed: Any, steps: Any, guidance: Any, sampler: Any, samplers: Sequence[str]
+) -> list[int]:
+    """The seeds of `count` items. InputError: values that cannot be asked for."""
+    if sampler not in samplers:
+        raise InputError(f"there is no sampler {sampler!r:.60}: choose one of {', '.join(samplers)}.")
+    if not _whole(steps) or steps < 1:
+        raise InputError(f"{steps!r:.60} steps cannot be taken: give a whole number, 1 or more.")
+    if not isinstance(guidance, Real) or not abs(float(guidance)) < float("inf"):
+        raise InputError(f"guidance {guidance!r:.60} cannot be followed: give a finite number.")
+    seeds = [seed + i for i in range(count)] if _whole(seed) else seed
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not all(_whole(one) for one in seeds):
+        raise InputError(f"seed {seed!r:.60} is no whole number: give one, or a list with one each.")
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds were given for {count} classes: give one seed, or one each.")
+    return [int(one) for one in seeds]
+
+
+def check_names(names: Sequence[str], count: int) -> None:
+    if names and len(names) != count:
+        raise InputError(f"{len(names)} names were given for {count} classes: give one for each, or none.")
+
+
+def check_codec(codec: Any, backbone: DitConfig) -> None:
+    if not isinstance(codec, Vae) or codec.channels != backbone.channels:
+        has = f"{codec.channels} channels" if isinstance(codec, Vae) else type(codec).__name__
+        raise InputError(f"the codec must be a Vae of {backbone.channels} channels, but has {has}.")
+
+
+def finite(latents: Tensor, guidance: float) -> Tensor:
+    if not latents.isfinite().all():
+        raise InputError(f"guidance {guidance:g} is more than numbers can hold: ask for less, such as 4.")
+    return latents
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
