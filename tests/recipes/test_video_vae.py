@@ -12,12 +12,16 @@ import torch
 import reverie
 from reverie.backbones.discriminator import Discriminator, DiscriminatorConfig
 from reverie.cli import main
+from reverie.codecs.vae import Vae, VaeConfig
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.data.index import Index
+from reverie.data.latents import Latents
 from reverie.errors import InputError
 from reverie.evals.reconstruction import psnr, ssim
 from reverie.recipes import video_vae
 from reverie.recipes.measure_generators import Real
+from reverie.recipes.parts import load_codec
+from reverie.recipes.search import key_of
 from reverie.recipes.video_vae import Game, Source, VaeRun, Weights, last_weight, shape
 from reverie.train.log import Run
 
@@ -174,5 +178,23 @@ def test_the_measurement_is_what_the_codec_gives(place, trained, tmp_path, capsy
         assert found["rate"]["numbers"] == pytest.approx(
             torch.Size(model.latent_shape(most, (16, 16))).numel() / (most * 256)
         )
+    torch.manual_seed(0)
+    of_pictures = Vae(VaeConfig(channels=3, widths=(8, 16), depth=1, groups=4)).eval()
+    reverie.save(of_pictures, tmp_path / "vae")
+    words[4] = str(tmp_path / "vae")
+    assert main([*words, "--split", "train", "--out", str(out)]) == 0  # its frames one by one
+    numbers = json.loads((out / "numbers.json").read_text())["numbers"]
+    assert numbers["stride"] == [1, 2, 2]
+    true = Real(index.select(video=True), (16, 16), 5)[:]
+    drawn = torch.stack(
+        [of_pictures.decode(of_pictures.encode(clip).half().float()) for clip in true.transpose(1, 2)]
+    )
+    found = numbers["clips"]["codec"]["psnr"]["values"]
+    assert found == pytest.approx(psnr(drawn.transpose(1, 2).detach().clamp(-1, 1), true).tolist(), rel=1e-4)
+    assert main(["data", "encode", str(place / "moving"), *words[3:7]]) == 0
+    kept = Latents.open(index, key=key_of(load_codec(tmp_path / "vae")), size=(16, 16))
+    name = next(item for item in index if item.frames == 1)
+    still = Real(index.select(video=False), (16, 16), 1)[:1]
+    torch.testing.assert_close(kept[name.hash][:, 0], of_pictures.encode(still)[0].detach())
     assert main([*words[:4], "clip-stickers"]) == 2
     assert "is a Clip: give the folder of an autoencoder" in capsys.readouterr().err

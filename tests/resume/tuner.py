@@ -106,7 +106,7 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
                     adversarial=0.5, adversarial_from=2, adversarial_every=2, perceptual_every=2
                 ),
                 discriminator=DiscriminatorConfig(width=8, depth=2),
-                clip=str(place / "start"), steps=STEPS, batch=2, clips=1, frames=5, size=16, lr=1e-2,
+                clip=str(place / "start"), steps=STEPS, batch=2, clips=2, frames=5, size=16, lr=1e-2,
             )  # fmt: skip
             video_vae.fit(config, Index.read(place / "moving"), out, engine=how)
         elif way == "chunk":

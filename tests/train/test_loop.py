@@ -209,6 +209,30 @@ def test_two_players_step_in_turn_and_leave_each_other_alone(tmp_path):
         train([make(), make()], batches, run=run, steps=1)
 
 
+def test_a_player_sits_out_the_steps_that_are_not_its_own(tmp_path):
+    def pair():
+        first, second = make(0), make(1, name="second", plays=lambda step: step % 3 == 2)
+        return first, second
+
+    def run(folder, steps, players):
+        log, found = Run(folder, progress=False), []
+        for step in train(players, clean, run=log, steps=steps, save_every=2, estimate=False):
+            log.log(step.number, step.metrics)
+            found.append((step.metrics, state(players[1])))
+        return found
+
+    found = run(tmp_path / "whole", 7, pair())
+    played = ["second/loss" in metrics for metrics, _ in found]
+    assert played == [False, False, True, False, False, True, False]
+    for before, after, moves in zip(found, found[1:], played[1:], strict=False):
+        assert same(before[1], after[1]) is not moves  # weights, optimizer and average
+    assert all("loss" in metrics for metrics, _ in found)
+    run(tmp_path / "parts", 4, pair())
+    again = run(tmp_path / "parts", 7, pair())
+    assert again[-1][0] == found[-1][0]
+    assert same(again[-1][1], found[-1][1])
+
+
 # ---------------------------------------------------------------- resume
 
 

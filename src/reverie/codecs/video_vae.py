@@ -69,7 +69,8 @@ WAN = VideoVaeConfig(widths=(96, 192, 384, 384), temporal=(False, True, True), b
 class Conv(nn.Module):
     """A convolution over `time` frames, the present one and those before, and `side` x `side` pixels of each.
 
-    It begins as one of pictures: only the present frame counts. With `pairs`, frames after the first come in twos, and
+    It begins as one of pictures: only the present frame counts. Variances pass it unchanged and no bias is there yet, or
+    after some layers nothing but biases would be left of a signal (docs/log.md). With `pairs`, frames after the first come in twos, and
     a two costs four convolutions of pictures instead of six: Winograd's F(2, 3) (1509.09308), along time.
     """
 
@@ -78,9 +79,9 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(time, out, side, side, width))  # the present frame last
         self.bias = nn.Parameter(torch.empty(out))
         self.pairs = pairs
-        bound = 1 / math.sqrt(side * side * width)
+        bound = math.sqrt(3 / (side * side * width))
         nn.init.uniform_(self.weight[-1], -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.bias)
 
     def tap(self, x: Tensor, back: int, **options) -> Tensor:
         """What the frames `x` give to the frames that come `back` frames later."""
@@ -248,11 +249,10 @@ class Up(nn.Module):
         self.space = Conv(width, width // 2, time=1)
         self.time = Conv(width, 2 * width, side=1) if time else None
         if self.time is not None:  # frames are doubled at the start
-            bound = 1 / math.sqrt(width)
+            bound = math.sqrt(3 / width)
             half = torch.empty(width, 1, 1, width).uniform_(-bound, bound)
             with torch.no_grad():
                 self.time.weight[-1] = torch.cat([half, half])
-                self.time.bias[width:] = self.time.bias[:width]
 
     def forward(self, x: Tensor, b: int, past: Past | None) -> Tensor:
         if self.time is not None:

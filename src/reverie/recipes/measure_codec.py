@@ -53,7 +53,7 @@ def reconstructions(
         return model.decode(latents).float().cpu().reshape(signals.shape), latents
 
     numbers: dict[str, Any] = {
-        "codec": str(codec), "stride": [time, space], "channels": model.channels, "size": size,
+        "codec": str(codec), "stride": [time, space, space], "channels": model.channels, "size": size,
         "frames": frames, "split": split, "source": source,
     }  # fmt: skip
     rows: list[Row] = []
