@@ -587,6 +587,10 @@ def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):
     assert reverie("sample", "a red rocket", *flags, *finer) == 0
     extra = {"sampler": "unipc", "negative": "a car", "interval": (0.2, 0.8), "rescale": 0.5}
     assert painter.asked[-1] == asked | extra
+    plain = painter.generate_image
+    painter.generate_image = lambda prompts, *, seed, size, steps, guidance, sampler, progress: plain(prompts)
+    assert reverie("sample", "a red rocket", *flags, *finer) == 2
+    assert "painter has no negative to choose: leave out --negative." in capsys.readouterr().err
 
 
 def test_sample_writes_clips_from_a_first_frame(painter, clip_folder, tmp_path):

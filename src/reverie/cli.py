@@ -8,6 +8,7 @@ a wrong value; Ctrl-C is 130.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -738,7 +739,12 @@ def sample(
     size = size or sora.config.size
     asked: dict[str, Any] = {"size": size, "seed": seed, "steps": steps, "guidance": guidance}
     finer = {"sampler": sampler, "negative": negative, "interval": interval, "rescale": rescale}
-    asked |= {key: value for key, value in finer.items() if value is not None}
+    finer = {key: value for key, value in finer.items() if value is not None}
+    takes = inspect.signature(sora.generate_image).parameters
+    anything = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    if foreign := [key for key in finer if key not in takes and not anything]:
+        raise InputError(f"{model} has no {foreign[0]} to choose: leave out --{foreign[0]}.")
+    asked |= finer
     if first_frame is not None:
         asked["first_frame"] = torch.from_numpy(to_signal(first_frame, size=size)).repeat(best_of, 1, 1, 1)
     out.mkdir(parents=True, exist_ok=True)
