@@ -139,5 +139,5 @@ def test_a_wrong_table_is_our_own_fault():
 
 def test_an_outline_is_what_apply_gives():
     tensors = theirs(2, 4, torch.float32, 0)
-    for table, given in ((TABLE, tensors), (invert(TABLE), apply(TABLE, tensors))):
-        assert outlined(table, given) == expectation(apply(table, given))
+    for table, named in ((TABLE, tensors), (invert(TABLE), apply(TABLE, tensors))):
+        assert outlined(table, named) == expectation(apply(table, named))
