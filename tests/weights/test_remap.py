@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie.weights.files import ModelFileError, expectation
-from reverie.weights.remap import Rule, apply, invert, matching, outlined
+from reverie.weights.remap import Rule, apply, invert, matching
 
 TABLE = (
     Rule("embed.{p}", "stem.{p}"),
@@ -135,9 +135,3 @@ def test_a_wrong_table_is_our_own_fault():
         apply((Rule("a.{i}", "b.{i}"), Rule("a.x", "c.x")), {"a.x": torch.ones(1)})
     with pytest.raises(AssertionError, match="two rules make"):
         apply((Rule("a", "c"), Rule("b", "c")), {"a": torch.ones(1), "b": torch.ones(1)})
-
-
-def test_an_outline_is_what_apply_gives():
-    tensors = theirs(2, 4, torch.float32, 0)
-    for table, named in ((TABLE, tensors), (invert(TABLE), apply(TABLE, tensors))):
-        assert outlined(table, named) == expectation(apply(table, named))
