@@ -87,7 +87,7 @@ def test_every_import_is_declared():
     declared = {name_and_floor(line)[0] for line in PROJECT["project"]["dependencies"]}
     extras = {
         name_and_floor(line)[0]
-        for name in ("video", "track", "stickers", "index", "remote", "ray")
+        for name in ("video", "track", "stickers", "index", "remote", "ray", "interop")
         for line in groups[name]
     }
     found = set()

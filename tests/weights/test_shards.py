@@ -101,6 +101,14 @@ def test_eight_bits_are_those_of_each_layer(tmp_path):
     assert 0 < ((outputs(ours) - exact).norm() / exact.norm()) < 0.02
 
 
+def test_what_the_files_must_hold_is_known_a_rule_at_a_time(tmp_path):
+    system = drawn(SMALL)
+    _, table = written(system, tmp_path, parts=1)
+    back = remap.invert(table)
+    wanted = files.expectation(remap.apply(back, system.state_dict()))
+    assert remap.outlined(back, system.state_dict()) == wanted
+
+
 def test_given_tensors_and_what_is_refused(tmp_path):
     theirs = drawn(SMALL)
     weights, _ = written(theirs, tmp_path, parts=1, own=True)

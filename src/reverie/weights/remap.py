@@ -19,7 +19,7 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from reverie.weights.files import Expected, ModelFileError, check, expectation
+from reverie.weights.files import Expected, Family, ModelFileError, check, expectation
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -155,6 +155,16 @@ def grouped(
         elif not claims and name not in ignored:
             unclaimed.append(name)
     return list(groups.values()), unclaimed
+
+
+def outlined(table: Table, tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], Family]]:
+    """The shapes that `apply` would give of tensors that rules all claim: a rule at a time, nothing of it is kept."""
+    groups, unclaimed = grouped(table, tensors)
+    assert not unclaimed, f"no rule claims {unclaimed[:5]}"
+    made: dict[str, tuple[tuple[int, ...], Family]] = {}
+    for group in groups:
+        made |= expectation(group.convert({name: tensors[name] for name in group.sources}))
+    return made
 
 
 def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
