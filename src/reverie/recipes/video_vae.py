@@ -78,8 +78,13 @@ class Weights:
     adversarial_from: int = 0  # the first step of it
 
     def plays(self, step: int) -> bool:
-        """Whether the discriminator plays at `step`, counted from 0."""
-        return bool(self.adversarial) and step >= self.adversarial_from and step % self.adversarial_every == 0
+        """Whether the discriminator plays at `step`, counted from 0: of every so many steps at the last one."""
+        turn = (step + 1) % self.adversarial_every == 0
+        return bool(self.adversarial) and step >= self.adversarial_from and turn
+
+    def looks(self, step: int) -> bool:
+        """Whether the perceptual loss counts at `step`."""
+        return bool(self.perceptual) and (step + 1) % self.perceptual_every == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -330,7 +335,7 @@ class Game:
         l1 = F.l1_loss(drawn, video)
         found = {"l1": l1}
         main = weights.l1 * l1
-        if self.features is not None and step % weights.perceptual_every == 0:
+        if self.features is not None and weights.looks(step):
             found["perceptual"] = perceptual(drawn, video, self.features)
             main = main + weights.perceptual_every * weights.perceptual * found["perceptual"]
         found["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
