@@ -95,7 +95,7 @@ def test_each_loss_counts_at_its_steps():
         found = game.codec_loss(batch | {"step": step})
         assert ("perceptual" in found) == (step == 2)
         assert ("fooled" in found) == (step >= 2)
-        expected = found["l1"] + 0.01 * found["kl"]
+        expected = 0.5 * found["l1"] + 2 * found["l2"] + 0.01 * found["kl"]
         if step == 2:
             expected = expected + 3 * 0.2 * found["perceptual"]
         if step >= 2:
