@@ -48,7 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The weight may be kept in less (bf16 beside x in fp32): where the device multiplies that, x is rounded to it.
     """
-    narrow = x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    # Shapes alone (planning) have no autocast of their own: the counter mixes their types.
+    narrow = x.dtype != weight.dtype and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
     if narrow and (x.device.type != "cpu" or (weight.dtype == torch.bfloat16 and cpu_has_bf16())):
         out = F.linear(x.to(weight.dtype), weight).to(x.dtype)
         return out if bias is None else out + bias.to(x.dtype)

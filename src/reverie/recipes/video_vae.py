@@ -4,9 +4,10 @@
     world      the procedural world                                  reverie train video-vae-world FOLDER
     encode     the latents of a folder, kept beside it               reverie data encode FOLDER --codec CODEC
 
-A step has a batch of pictures and one of clips of as many frames as the step draws. The loss is L1, a perceptual one on
-the layers of a CLIP, and a small KL; later, if asked for, a discriminator plays against the codec (2112.10752, appendix
-G): it learns to tell frames and motions that were drawn from real ones. docs/codecs.md has what was measured.
+A step has a batch of pictures and one of clips of as many frames as the step draws. The loss is L1 and L2, a
+perceptual one on the layers of a CLIP, and a small KL; later, if asked for, a discriminator plays against the codec
+(2112.10752, appendix G): it learns to tell frames and motions that were drawn from real ones. docs/codecs.md has what
+was measured.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ KEPT_FRAMES = 33  # of a whole clip, evenly; a batch sees some of them, neighbou
 class Weights:
     """What the codec pays for, and how dearly."""
 
-    l1: float = 1.0
+    l1: float = 0.5
+    l2: float = 2.0  # brings small things on flat ground, whose median is the ground, long before L1 does
     perceptual: float = 0.1
     kl: float = 1e-5
     adversarial: float = 0.0  # of what pulls at the last layer as hard as all before; 0: no discriminator
@@ -78,8 +80,13 @@ class Weights:
     adversarial_from: int = 0  # the first step of it
 
     def plays(self, step: int) -> bool:
-        """Whether the discriminator plays at `step`, counted from 0."""
-        return bool(self.adversarial) and step >= self.adversarial_from and step % self.adversarial_every == 0
+        """Whether the discriminator plays at `step`, counted from 0: of every so many steps at the last one."""
+        turn = (step + 1) % self.adversarial_every == 0
+        return bool(self.adversarial) and step >= self.adversarial_from and turn
+
+    def looks(self, step: int) -> bool:
+        """Whether the perceptual loss counts at `step`."""
+        return bool(self.perceptual) and (step + 1) % self.perceptual_every == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +112,11 @@ class VaeRun:
 
 
 def stickers(
-    data: Path, out: Path, *, stride: str = "4x8x8", channels: int = 16, width: int = 48, steps: int = 3000,
-    batch: int = 8, clips: int = 2, frames: int = 17, size: int = 64, lr: float = 1e-3, clip: str = "clip-stickers",
-    l1: float = 1.0, perceptual: float = 0.1, kl: float = 1e-5, adversarial: float = 0.0, adversarial_from: int = 0,
-    perceptual_every: int = 1, adversarial_every: int = 1, start: str = "", seed: int = 0, engine: Engine = ENGINE,
+    data: Path, out: Path, *, stride: str = "4x8x8", channels: int = 16, width: int = 24, steps: int = 4000,
+    batch: int = 8, clips: int = 1, frames: int = 9, size: int = 64, lr: float = 1e-3, clip: str = "clip-stickers",
+    l1: float = 0.5, l2: float = 2.0, perceptual: float = 0.1, kl: float = 1e-5, adversarial: float = 0.0,
+    adversarial_from: int = 0, perceptual_every: int = 2, adversarial_every: int = 1, start: str = "", seed: int = 0,
+    engine: Engine = ENGINE,
 ) -> VideoVae:  # fmt: skip
     """Fluent's 3-D stickers and their animations, without skin-tone variants.
 
@@ -126,6 +134,7 @@ def stickers(
         lr: The highest learning rate.
         clip: The CLIP whose layers the perceptual loss compares: a shipped name or a folder.
         l1: Weight of the absolute difference of pixels.
+        l2: Weight of the squared difference, which finds small things sooner.
         perceptual: Weight of the perceptual loss; 0 for none.
         kl: Weight of the divergence of latents from a normal distribution.
         adversarial: Weight of the discriminator, such as 0.5; 0 for none.
@@ -137,7 +146,7 @@ def stickers(
     """
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     weights = Weights(
-        l1=l1, perceptual=perceptual, kl=kl, adversarial=adversarial, adversarial_from=adversarial_from,
+        l1=l1, l2=l2, perceptual=perceptual, kl=kl, adversarial=adversarial, adversarial_from=adversarial_from,
         perceptual_every=perceptual_every, adversarial_every=adversarial_every,
     )  # fmt: skip
     config = VaeRun(
@@ -150,10 +159,10 @@ def stickers(
 
 def world(
     data: Path, out: Path, *, count: int = 4000, moving: int = 500, stride: str = "4x8x8", channels: int = 16,
-    width: int = 48, steps: int = 3000, batch: int = 8, clips: int = 2, frames: int = 17, size: int = 64,
-    lr: float = 1e-3, clip: str = "clip-stickers", l1: float = 1.0, perceptual: float = 0.1, kl: float = 1e-5,
-    adversarial: float = 0.0, adversarial_from: int = 0, perceptual_every: int = 1, adversarial_every: int = 1,
-    start: str = "", seed: int = 0, engine: Engine = ENGINE,
+    width: int = 16, steps: int = 3000, batch: int = 8, clips: int = 1, frames: int = 9, size: int = 64,
+    lr: float = 1e-3, clip: str = "clip-stickers", l1: float = 0.5, l2: float = 2.0, perceptual: float = 0.1,
+    kl: float = 1e-5, adversarial: float = 0.0, adversarial_from: int = 0, perceptual_every: int = 2,
+    adversarial_every: int = 1, start: str = "", seed: int = 0, engine: Engine = ENGINE,
 ) -> VideoVae:  # fmt: skip
     """The procedural world, which is drawn first if it is not there.
 
@@ -173,6 +182,7 @@ def world(
         lr: The highest learning rate.
         clip: The CLIP whose layers the perceptual loss compares: a shipped name or a folder.
         l1: Weight of the absolute difference of pixels.
+        l2: Weight of the squared difference, which finds small things sooner.
         perceptual: Weight of the perceptual loss; 0 for none.
         kl: Weight of the divergence of latents from a normal distribution.
         adversarial: Weight of the discriminator, such as 0.5; 0 for none.
@@ -184,7 +194,7 @@ def world(
     """
     index = open_world(data, count, moving, seed=seed, frames=KEPT_FRAMES)
     weights = Weights(
-        l1=l1, perceptual=perceptual, kl=kl, adversarial=adversarial, adversarial_from=adversarial_from,
+        l1=l1, l2=l2, perceptual=perceptual, kl=kl, adversarial=adversarial, adversarial_from=adversarial_from,
         perceptual_every=perceptual_every, adversarial_every=adversarial_every,
     )  # fmt: skip
     config = VaeRun(
@@ -324,13 +334,13 @@ class Game:
         self.weights, self.codec, self.judge, self.features = weights, codec, judge, features
 
     def codec_loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """L1, perceptual, KL, and what the discriminator holds against it, weighed at the decoder's last layer."""
+        """L1, L2, perceptual, KL, and what the discriminator holds against it, weighed at the decoder's last layer."""
         weights, step, video = self.weights, batch["step"], batch["video"]
         drawn, mean, log_variance = self._drawn(batch)
         l1 = F.l1_loss(drawn, video)
-        found = {"l1": l1}
-        main = weights.l1 * l1
-        if self.features is not None and step % weights.perceptual_every == 0:
+        found = {"l1": l1, "l2": F.mse_loss(drawn, video)}
+        main = weights.l1 * l1 + weights.l2 * found["l2"]
+        if self.features is not None and weights.looks(step):
             found["perceptual"] = perceptual(drawn, video, self.features)
             main = main + weights.perceptual_every * weights.perceptual * found["perceptual"]
         found["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
