@@ -132,7 +132,9 @@ def _plain(config: Any) -> dict[str, Any] | None:
         config = (MODELS | VAES).get(config, config)
     if not isinstance(config, ClipConfig | VaeConfig | DiffusionTransformerConfig | SitConfig):
         names = ", ".join((*MODELS, *VAES, *DIT_MODELS))
-        raise InputError(f"config {config!r:.60} is no configuration of a system and none of the names {names}.")
+        raise InputError(
+            f"config {config!r:.60} is no configuration of a system and none of the names {names}."
+        )
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

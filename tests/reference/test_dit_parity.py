@@ -78,7 +78,9 @@ def test_predictions_and_gradients_are_equal(shape):
         one = ours(x[:1], t[:1], classes[:1])  # one item alone is normalised in another way
         assert near(one, a[:1])
         probe = torch.randn_like(a)
-        assert near(*(torch.autograd.grad((out * probe).sum(), x, retain_graph=True)[0] for out in (b, a)), 1e-4)
+        assert near(
+            *(torch.autograd.grad((out * probe).sum(), x, retain_graph=True)[0] for out in (b, a)), 1e-4
+        )
     (b * probe).sum().backward()
     (a * probe).sum().backward()
     expected = remap.apply(
@@ -91,15 +93,23 @@ def test_predictions_and_gradients_are_equal(shape):
     for name, gradient in expected.items():
         assert near(gradients.pop(name), gradient, 1e-4), name
     copies = [dict(block.norm1.emb.named_parameters()) for block in theirs.transformer_blocks]
-    assert near(gradients["classes.weight"], sum(one["class_embedder.embedding_table.weight"].grad for one in copies), 1e-4)
-    assert near(gradients["time.2.bias"], sum(one["timestep_embedder.linear_2.bias"].grad for one in copies), 1e-4)
+    assert near(
+        gradients["classes.weight"],
+        sum(one["class_embedder.embedding_table.weight"].grad for one in copies),
+        1e-4,
+    )
+    assert near(
+        gradients["time.2.bias"], sum(one["timestep_embedder.linear_2.bias"].grad for one in copies), 1e-4
+    )
 
 
 def test_modulations_for_all_steps_are_those_of_each(monkeypatch):
     ours = ours_from(their_transformer(out_channels=8))
     x, classes = torch.randn(4, 4, 8, 8), torch.tensor([3, 10, 3, 10])
     times = [999.0, 500.0, 7.0, 7.0, 3.0]
-    monkeypatch.setattr("reverie.backbones.dit.TABLE_BYTES", 2 * 4 * 2 * 20 * 24)  # room for two steps of two classes
+    monkeypatch.setattr(
+        "reverie.backbones.dit.TABLE_BYTES", 2 * 4 * 2 * 20 * 24
+    )  # room for two steps of two classes
     modulations = Modulations(ours, times, classes)
     assert modulations.together == 2
     for t in times:
@@ -142,7 +152,10 @@ def their_pipeline(scheduler, **shape):
 SCHEDULERS = {
     "DDIM": lambda: diffusers.DDIMScheduler(clip_sample=False),
     "DDIM, clipped, trailing, scaled betas": lambda: diffusers.DDIMScheduler(
-        clip_sample_range=3.0, timestep_spacing="trailing", beta_schedule="scaled_linear", beta_start=0.00085,
+        clip_sample_range=3.0,
+        timestep_spacing="trailing",
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
         beta_end=0.012,
     ),
     "DDPM": lambda: diffusers.DDPMScheduler(clip_sample=False),
@@ -170,7 +183,10 @@ def test_a_pipeline_draws_the_same_pictures(scheduler, guidance, tmp_path, monke
     draws = [torch.randn(2 * copies, 4, 8, 8) for _ in range(5)]
     noise = torch.randn(2, 4, 8, 8)
     # Theirs draws for both branches, and keeps the first.
-    for place, give in ((diffusers.schedulers.scheduling_ddpm, iter(draws)), (diffusers.pipelines.dit.pipeline_dit, iter([noise]))):
+    for place, give in (
+        (diffusers.schedulers.scheduling_ddpm, iter(draws)),
+        (diffusers.pipelines.dit.pipeline_dit, iter([noise])),
+    ):
         monkeypatch.setattr(place, "randn_tensor", lambda *_, give=give, **__: next(give))
     given = iter(draws)
     monkeypatch.setattr("reverie.samplers.diffusion.draw", lambda like, _: next(given)[: len(like)])

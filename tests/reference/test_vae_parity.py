@@ -41,7 +41,9 @@ def their_vae(*, attend=0, **shape):
 
 def record_of(model):
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
-    return {key: value for key, value in plain.items() if not key.startswith("_")} | {"_class_name": "AutoencoderKL"}
+    return {key: value for key, value in plain.items() if not key.startswith("_")} | {
+        "_class_name": "AutoencoderKL"
+    }
 
 
 def load(foreign, tensors):
@@ -97,9 +99,14 @@ def test_the_way_back_is_bit_equal(shape):
     state = theirs.state_dict()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
-    assert diffusers.AutoencoderKL.from_config(record).config.items() >= {
-        key: value for key, value in record_of(theirs).items() if key not in ("_class_name", "block_out_channels")
-    }.items()
+    assert (
+        diffusers.AutoencoderKL.from_config(record).config.items()
+        >= {
+            key: value
+            for key, value in record_of(theirs).items()
+            if key not in ("_class_name", "block_out_channels")
+        }.items()
+    )
 
 
 def test_old_names_of_the_attention_are_read():

@@ -70,9 +70,7 @@ class DitBlock(nn.Module):
         self.mlp = Mlp(width, int(width * ratio), activation="gelu_tanh")
         self.modulation = Linear(width, 6 * width)
 
-    def forward(
-        self, x: Tensor, vector: Tensor | None = None, *, modulation: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, vector: Tensor | None = None, *, modulation: Tensor | None = None) -> Tensor:
         """`x b n d`; `vector b d`, or what it makes, computed before: `modulation b (6 d)`."""
         if modulation is None:
             modulation = self.modulation(vector)
@@ -156,9 +154,7 @@ class Dit(nn.Module):
         return F.silu(self.time(clock.to(self.classes.weight.dtype)) + self.classes(classes))
 
 
-def places(
-    h: int, w: int, width: int, *, grid: int, device: torch.device | str | None = None
-) -> Tensor:
+def places(h: int, w: int, width: int, *, grid: int, device: torch.device | str | None = None) -> Tensor:
     """`(h w) d`: a column's sines and cosines, then a row's, as far apart as `grid` of them lie between the edges."""
     quarter = width // 4
     waves = 1e4 ** -(torch.arange(quarter, device=device, dtype=torch.float64) / quarter)

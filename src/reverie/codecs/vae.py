@@ -83,9 +83,7 @@ class Level(nn.Module):
 
     def __init__(self, width: int, out: int, config: VaeConfig, *, depth: int, attention: bool, resize: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Residual(out if i else width, out, config.groups) for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(Residual(out if i else width, out, config.groups) for i in range(depth))
         self.attentions = nn.ModuleList(
             PixelAttention(out, config.groups) for _ in range(depth if attention else 0)
         )
@@ -188,7 +186,11 @@ class Vae(nn.Module):
         def raw(part: Tensor) -> Tensor:
             return torch.cat(self.posterior(part), dim=1)
 
-        both = raw(image) if tile is None else tiled(raw, image, side=tile, unit=self.stride, factor=1 / self.stride)
+        both = (
+            raw(image)
+            if tile is None
+            else tiled(raw, image, side=tile, unit=self.stride, factor=1 / self.stride)
+        )
         mean, log_variance = both.chunk(2, dim=1)
         return self.normalise(mean if noise is None else mean + noise * (0.5 * log_variance).exp())
 
@@ -222,7 +224,12 @@ class Vae(nn.Module):
         return torch.cat([function(part) for part in x.split(max(1, TOGETHER // numbers))])
 
     def _check(self, x: Tensor, channels: int, unit: int, what: str) -> None:
-        if x.ndim != 4 or x.shape[1] != channels or not len(x) or any(s < unit or s % unit for s in x.shape[-2:]):
+        if (
+            x.ndim != 4
+            or x.shape[1] != channels
+            or not len(x)
+            or any(s < unit or s % unit for s in x.shape[-2:])
+        ):
             raise InputError(
                 f"{what} of shape {tuple(x.shape)} cannot be taken: give `b {channels} h w` with sides that are"
                 f" multiples of {unit}."
@@ -279,14 +286,18 @@ def double_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     for i in (0, 1):
         for j in (0, 1):
             weight = halves(halves(conv.weight, 2, i), 3, j)
-            out[:, :, i::2, j::2] = F.conv2d(
-                padded[:, :, i : i + h + 1, j : j + w + 1], weight, conv.bias
-            )
+            out[:, :, i::2, j::2] = F.conv2d(padded[:, :, i : i + h + 1, j : j + w + 1], weight, conv.bias)
     return out
 
 
 def tiled(
-    function: Callable[[Tensor], Tensor], x: Tensor, *, side: int, unit: int, factor: float, overlap: float = 0.25
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    side: int,
+    unit: int,
+    factor: float,
+    overlap: float = 0.25,
 ) -> Tensor:
     """`function`, which changes sizes by `factor`, on tiles of `side`, a multiple of `unit`, blended where they overlap.
 

@@ -21,9 +21,7 @@ def velocity_loss(predicted: Tensor, target: Tensor, *, weight: Tensor | None = 
     return (error * weight).sum() / weight.sum().clamp(min=1)
 
 
-def variance_bound(
-    x0: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, process: Ddpm
-) -> Tensor:
+def variance_bound(x0: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, process: Ddpm) -> Tensor:
     """The variational bound's term at index `t b`, in bits per number, one per item: improved DDPM (2102.09672, 3.1).
 
     KL(q(x' | x_t, x0) || p(x' | x_t)), and at t = 0 the negative log likelihood of x0, in bins of 2 / 255. p has the

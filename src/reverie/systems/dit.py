@@ -60,7 +60,9 @@ class DiffusionTransformerConfig:
     def __post_init__(self) -> None:
         check_names(self.names, self.backbone.classes)
         if self.variance == "learned_range" and self.sampler == "ddpm" and not self.backbone.learned_sigma:
-            raise InputError("variance 'learned_range' needs a backbone with learned_sigma; set one of the two.")
+            raise InputError(
+                "variance 'learned_range' needs a backbone with learned_sigma; set one of the two."
+            )
 
 
 class DiffusionTransformer(nn.Module):
@@ -134,8 +136,14 @@ class DiffusionTransformer(nn.Module):
         steps = self.config.steps if steps is None else steps
         guidance = self.config.guidance if guidance is None else guidance
         sampler = self.config.sampler if sampler is None else sampler
-        if sampler == "ddpm" and self.config.variance == "learned_range" and not self.config.backbone.learned_sigma:
-            raise InputError("this model learned no variance: choose another sampler than 'ddpm', such as 'ddim'.")
+        if (
+            sampler == "ddpm"
+            and self.config.variance == "learned_range"
+            and not self.config.backbone.learned_sigma
+        ):
+            raise InputError(
+                "this model learned no variance: choose another sampler than 'ddpm', such as 'ddim'."
+            )
         seeds = check_asked(len(numbers), seed, steps, guidance, sampler, tuple(SAMPLERS))
         shape = latent_shape(self.config.backbone, self.codec, size)
         device = self.backbone.classes.weight.device
@@ -247,7 +255,9 @@ def class_numbers(classes: Any, *, count: int, names: Sequence[str]) -> list[int
                 listed = f"it has {len(names)}, such as {some}" if names else "it has no names, only numbers"
                 raise InputError(f"this model has no class {one!r:.60}: {listed}.")
             if len(found) > 1:
-                raise InputError(f"{one!r:.60} means the classes {', '.join(map(str, found))}: give a number.")
+                raise InputError(
+                    f"{one!r:.60} means the classes {', '.join(map(str, found))}: give a number."
+                )
             numbers.append(found[0])
         elif not _whole(one) or not 0 <= one < count:
             raise InputError(f"there is no class {one!r:.60}: give 0 to {count - 1}, or a name.")

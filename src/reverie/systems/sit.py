@@ -63,13 +63,17 @@ class SitConfig:
     steps: int = 250
     guidance: float = 4.0
     guided_channels: int = 0  # the first so many; 0: all
-    diffusion: Literal["constant", "sigma", "decreasing", "increasing-decreasing"] = "sigma"  # w(t) of the SDE
+    diffusion: Literal["constant", "sigma", "decreasing", "increasing-decreasing"] = (
+        "sigma"  # w(t) of the SDE
+    )
     last: float = 0.04  # the time from which the SDE's last step takes the mean
 
     def __post_init__(self) -> None:
         check_names(self.names, self.backbone.classes)
         if not 0 < self.last < 1:
-            raise InputError(f"last {self.last:g} is no time before the data: give one in (0, 1), such as 0.04.")
+            raise InputError(
+                f"last {self.last:g} is no time before the data: give one in (0, 1), such as 0.04."
+            )
 
 
 class Sit(nn.Module):
@@ -107,7 +111,9 @@ class Sit(nn.Module):
         x0, noise = batch["latents"], batch["noise"]
         t = batch["t"] if "t" in batch else batch["uniform"]
         x_t = corrupt(x0, noise, Flow().at(rearrange(t, "b -> b 1 1 1")))
-        out = self._say(self.backbone(x_t, 1 - t, torch.where(batch["drop"], self.backbone.null, batch["classes"])))
+        out = self._say(
+            self.backbone(x_t, 1 - t, torch.where(batch["drop"], self.backbone.null, batch["classes"]))
+        )
         return {"loss": velocity_loss(out, velocity(x0, noise))}
 
     def _say(self, out: Tensor) -> Tensor:
@@ -139,7 +145,9 @@ class Sit(nn.Module):
         diffusion = self.config.diffusion if diffusion is None else diffusion
         seeds = check_asked(len(numbers), seed, steps, guidance, sampler, tuple(SAMPLERS))
         if diffusion not in tuple(DIFFUSIONS):
-            raise InputError(f"there is no diffusion {diffusion!r:.60}: choose one of {', '.join(DIFFUSIONS)}.")
+            raise InputError(
+                f"there is no diffusion {diffusion!r:.60}: choose one of {', '.join(DIFFUSIONS)}."
+            )
         shape = latent_shape(self.config.backbone, self.codec, size)
         device = self.backbone.classes.weight.device
         latents = self.sample(

@@ -38,9 +38,14 @@ def read(records: Mapping[str, Any], names: Collection[str] = ()) -> Foreign:
     A transformer alone draws latents, as the pipeline's usual scheduler does.
     """
     if PIPELINE not in records:
-        values = {"backbone": _backbone(records[CONFIG])} | _sampling({"_class_name": "DDIMScheduler", "clip_sample": False})
+        values = {"backbone": _backbone(records[CONFIG])} | _sampling(
+            {"_class_name": "DDIMScheduler", "clip_sample": False}
+        )
         return Foreign(
-            system="dit", values=values, table=table(values["backbone"]["depth"]), ignore=("pos_embed.pos_embed",)
+            system="dit",
+            values=values,
+            table=table(values["backbone"]["depth"]),
+            ignore=("pos_embed.pos_embed",),
         )
     index = Fields(records[PIPELINE], where=PIPELINE)
     absent = [file for file in (TRANSFORMER, VAE, SCHEDULER) if file not in records]
@@ -84,7 +89,9 @@ def write(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Rule, ...]]:
             " which draws other pictures, or save this model in Reverie's own format."
         )
     if config["codec"]["shift"]:
-        raise InputError("diffusers' DiTPipeline does not shift latents; save this model in Reverie's own format.")
+        raise InputError(
+            "diffusers' DiTPipeline does not shift latents; save this model in Reverie's own format."
+        )
     codec, codec_table = vae_diffusers.write(config["codec"])
     scheduler = _scheduler(config)
     index = {
@@ -244,7 +251,9 @@ def _scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
         "rescale_betas_zero_snr": process["zero_snr"],
     }
     if process["zero_snr"]:
-        raise InputError("diffusers' DiTPipeline with zero_snr is none that Reverie reads back; save it as Reverie's.")
+        raise InputError(
+            "diffusers' DiTPipeline with zero_snr is none that Reverie reads back; save it as Reverie's."
+        )
     return record | ({"set_alpha_to_one": True} if sampler == "ddim" else {"variance_type": variance})
 
 

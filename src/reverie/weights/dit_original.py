@@ -73,7 +73,9 @@ def read_alone(
                 f"{what} is no {system.upper()} of a published size, as {error} says: give config=."
             ) from None
         except (ValueError, IndexError):
-            raise ModelFileError(f"{what} has tensors of shapes that no {system.upper()} has; check it.") from None
+            raise ModelFileError(
+                f"{what} has tensors of shapes that no {system.upper()} has; check it."
+            ) from None
     values = {"backbone": backbone, "guided_channels": 3} if config is None else dict(config)
     grid = backbone["size"] // backbone["patch"]
     table = (*TABLE, Rule(POSITIONS, (), value=partial(_positions, grid, backbone["width"])))

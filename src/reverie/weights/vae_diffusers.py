@@ -39,15 +39,21 @@ def read(record: Any, entries: Collection[str] = ()) -> Foreign:
     })  # fmt: skip
     widths = record.get("block_out_channels", [64])
     if not isinstance(widths, list) or not widths or not all(type(w) is int and w > 0 for w in widths):
-        raise ModelFileError(f"{whole.where} gives block_out_channels as {shorten(widths)}; it must be widths.")
+        raise ModelFileError(
+            f"{whole.where} gives block_out_channels as {shorten(widths)}; it must be widths."
+        )
     down = _attentive(record.get("down_block_types", ["DownEncoderBlock2D"]), DOWN, whole, len(widths))
     up = _attentive(record.get("up_block_types", ["UpDecoderBlock2D"]), UP, whole, len(widths))
     attention = sum(down)
     if down != [i >= len(widths) - attention for i in range(len(widths))] or up != down[::-1]:
-        raise ModelFileError(f"{whole.where} attends at levels other than the lowest, alike both ways: refused.")
+        raise ModelFileError(
+            f"{whole.where} attends at levels other than the lowest, alike both ways: refused."
+        )
     quant = whole.flag("use_quant_conv", True)
     if whole.flag("use_post_quant_conv", True) != quant:
-        raise ModelFileError(f"{whole.where} has one of quant_conv and post_quant_conv; Reverie has both or none.")
+        raise ModelFileError(
+            f"{whole.where} has one of quant_conv and post_quant_conv; Reverie has both or none."
+        )
     values: dict[str, Any] = {
         "channels": whole.integer("latent_channels", 4),
         "widths": widths,
@@ -133,7 +139,9 @@ def read_alone(entries: Mapping[str, Entry], config: Mapping[str, Any] | None, *
     was stored with it, the rest of Stable Diffusion) are left.
     """
     prefix = PREFIX if f"{PREFIX}encoder.conv_in.weight" in entries else ""
-    shapes = {name.removeprefix(prefix): entry.shape for name, entry in entries.items() if name.startswith(prefix)}
+    shapes = {
+        name.removeprefix(prefix): entry.shape for name, entry in entries.items() if name.startswith(prefix)
+    }
 
     def count(start: str, *, number: int = 0) -> int:
         while any(name.startswith(f"{start}.{number}.") for name in shapes):
@@ -151,7 +159,9 @@ def read_alone(entries: Mapping[str, Entry], config: Mapping[str, Any] | None, *
             "quant": quant,
         }
     except (KeyError, IndexError):
-        raise ModelFileError(f"{what} lacks parts of an autoencoder of latent diffusion; fetch it again.") from None
+        raise ModelFileError(
+            f"{what} lacks parts of an autoencoder of latent diffusion; fetch it again."
+        ) from None
     if config is None and (values["channels"], quant) not in ((4, True), (16, False)):
         raise ModelFileError(
             f"{what} has latents of {values['channels']} channels, whose normalisation no name says; give config=."
@@ -162,7 +172,9 @@ def read_alone(entries: Mapping[str, Entry], config: Mapping[str, Any] | None, *
         values = dict(config)
     rules = original_table(levels, prefix, linear=len(shapes.get("encoder.mid.attn_1.q.weight", ())) == 2)
     known = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-    others = tuple(name for name in entries if not name.startswith(tuple(f"{prefix}{part}." for part in known)))
+    others = tuple(
+        name for name in entries if not name.startswith(tuple(f"{prefix}{part}." for part in known))
+    )
     return Foreign(system="vae", values=values, table=rules, ignore=others)
 
 
@@ -173,13 +185,18 @@ def original_table(levels: int, prefix: str = "", *, linear: bool = False) -> tu
         flat = None if linear else "d c 1 1 -> d c"
         return (
             Rule(f"{theirs}.norm.{{p}}", f"{ours}.norm.{{p}}"),
-            Rule(tuple(f"{theirs}.{x}.weight" for x in "qkv"), f"{ours}.attention.qkv.weight", rearrange=flat),
+            Rule(
+                tuple(f"{theirs}.{x}.weight" for x in "qkv"), f"{ours}.attention.qkv.weight", rearrange=flat
+            ),
             Rule(tuple(f"{theirs}.{x}.bias" for x in "qkv"), f"{ours}.attention.qkv.bias"),
             Rule(f"{theirs}.proj_out.weight", f"{ours}.attention.out.weight", rearrange=flat),
             Rule(f"{theirs}.proj_out.bias", f"{ours}.attention.out.bias"),
         )
 
-    rules = [Rule(f"{prefix}quant_conv.{{p}}", "quant.{p}"), Rule(f"{prefix}post_quant_conv.{{p}}", "unquant.{p}")]
+    rules = [
+        Rule(f"{prefix}quant_conv.{{p}}", "quant.{p}"),
+        Rule(f"{prefix}post_quant_conv.{{p}}", "unquant.{p}"),
+    ]
     for side, levels_name, resize in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
         theirs = f"{prefix}{side}"
         rules += [
@@ -208,7 +225,11 @@ def _block(theirs: str, ours: str, *, skip: str | None) -> tuple[Rule, ...]:
 
 
 def _attentive(types: Any, known: Mapping[str, bool], whole: Fields, count: int) -> list[bool]:
-    if not isinstance(types, list) or len(types) != count or not all(isinstance(t, str) and t in known for t in types):
+    if (
+        not isinstance(types, list)
+        or len(types) != count
+        or not all(isinstance(t, str) and t in known for t in types)
+    ):
         raise ModelFileError(
             f"{whole.where} gives the levels {shorten(types)}; it must be {count} of {', '.join(known)}."
         )
