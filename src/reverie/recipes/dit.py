@@ -73,7 +73,7 @@ def world(
     batch: int = 32, lr: float = 5e-4, width: int = 256, depth: int = 6, patch: int = 8, size: int = 64, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> DiffusionTransformer | Sit:  # fmt: skip
-    """Single things of the procedural world, which are drawn first if they are not there; the class is colour and shape.
+    """Single things of the procedural world, drawn first if they are not there; the class is colour and shape.
 
     On the way the exact judge reads drawn pictures back: how many have the colour and the shape of their class.
 
@@ -121,8 +121,8 @@ def imagenet(
 ) -> DiffusionTransformer | Sit:  # fmt: skip
     """A folder of class folders as in the papers (2212.09748, section 4; 2401.08740, section 3). Not yet run by us.
 
-    AdamW at a constant rate without weight decay, mirrored pictures, an average with decay 0.9999, one class in ten left
-    out; latents are drawn from the autoencoder's posterior.
+    AdamW at a constant rate without weight decay, mirrored pictures, averaged weights, one class in ten left out;
+    latents are drawn from the autoencoder's posterior.
 
     Args:
         data: A folder that was imported, or one to import, whose pictures lie in a folder for each class.
@@ -238,7 +238,7 @@ def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
 def judged(
     model: DiffusionTransformer | Sit, names: tuple[str, ...], *, count: int, seed: int = 0
 ) -> dict[str, float]:
-    """Shares of `count` drawn pictures, class after class, that show one thing, its colour, its shape, and all of that."""
+    """Shares of `count` drawn pictures, class after class, with one thing, its colour, its shape, and all of that."""
     asked = [i % len(names) for i in range(count)]
     parts = [asked[at : at + 16] for at in range(0, count, 16)]
     images = torch.cat(
