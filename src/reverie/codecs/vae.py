@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from reverie.errors import InputError
 from reverie.nn.attention import SelfAttention
 
-SLAB = 2**22  # numbers of a map that are normalised and convolved at a time
+SLAB = 2**20  # numbers of a map that are normalised and convolved at a time
 TOGETHER = 2**24  # numbers of the widest map of the items that are computed at a time
 
 
