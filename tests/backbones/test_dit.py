@@ -56,10 +56,16 @@ def test_a_new_block_is_the_identity_and_a_new_network_says_nothing():
 def test_an_item_does_not_depend_on_its_batch():
     """One item alone is normalised by another operator than several."""
     model = moved()
-    x, t, classes = torch.randn(3, 4, 8, 12), torch.tensor([0.0, 10.0, 999.0]), torch.tensor([0, 4, model.null])
+    x, t, classes = (
+        torch.randn(3, 4, 8, 12),
+        torch.tensor([0.0, 10.0, 999.0]),
+        torch.tensor([0, 4, model.null]),
+    )
     together = model(x, t, classes)
     for i in range(3):
-        assert torch.allclose(model(x[i : i + 1], t[i : i + 1], classes[i : i + 1]), together[i : i + 1], atol=2e-5)
+        assert torch.allclose(
+            model(x[i : i + 1], t[i : i + 1], classes[i : i + 1]), together[i : i + 1], atol=2e-5
+        )
 
 
 def test_patches_come_back_where_they_were():
@@ -81,7 +87,9 @@ def test_places_lie_between_the_same_edges_at_every_size():
     few, many = places(4, 4, 32, grid=4), places(8, 8, 32, grid=4)
     assert torch.allclose(many.reshape(8, 8, 32)[::2, ::2].reshape(16, 32), few, atol=1e-6)
     wide = places(4, 8, 32, grid=4).reshape(4, 8, 32)
-    assert torch.equal(wide[:, :, 16:], few.reshape(4, 4, 32)[:, :1, 16:].expand(4, 8, 16))  # rows of a column
+    assert torch.equal(
+        wide[:, :, 16:], few.reshape(4, 4, 32)[:, :1, 16:].expand(4, 8, 16)
+    )  # rows of a column
     assert len(places(5, 7, 32, grid=4).unique(dim=0)) == 35
 
 

@@ -23,7 +23,9 @@ def test_published_sizes(name, parameters, stride):
     assert model.stride == stride
 
 
-@pytest.mark.parametrize(("name", "stride", "channels"), [("kl-f4", 4, 3), ("kl-f8", 8, 4), ("kl-f16", 16, 16), ("kl-f32", 32, 64)])
+@pytest.mark.parametrize(
+    ("name", "stride", "channels"), [("kl-f4", 4, 3), ("kl-f8", 8, 4), ("kl-f16", 16, 16), ("kl-f32", 32, 64)]
+)
 def test_the_zoo_of_latent_diffusion(name, stride, channels):
     with on_shapes():
         model = Vae(VAES[name])
@@ -37,7 +39,11 @@ def test_rows_and_halves_change_nothing(monkeypatch):
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x, onto = torch.randn(2, 8, 13, 9) + 3, torch.randn(2, 12, 13, 9)
-    whole, added, doubled = norm_conv(x, norm, conv), norm_conv(x, norm, conv, onto=onto), double_conv(x, conv)
+    whole, added, doubled = (
+        norm_conv(x, norm, conv),
+        norm_conv(x, norm, conv, onto=onto),
+        double_conv(x, conv),
+    )
     monkeypatch.setattr(vae, "SLAB", 2 * 8 * 9 * 4)
     with torch.no_grad():
         assert torch.allclose(norm_conv(x.clone(), norm, conv), whole, atol=1e-5)
@@ -73,15 +79,21 @@ def test_normalised_latents_are_those_of_the_posterior():
 def test_tiles_of_what_is_local_are_the_whole(size):
     """A function that sees no neighbour is not changed by tiles, whatever their blending; nor is a constant."""
     x = torch.randn(2, 3, *size)
-    assert torch.allclose(tiled(lambda part: 2 * part + 1, x, side=16, unit=1, factor=1), 2 * x + 1, atol=1e-6)
-    doubled = tiled(lambda part: part.repeat_interleave(2, -1).repeat_interleave(2, -2), x, side=16, unit=1, factor=2)
+    assert torch.allclose(
+        tiled(lambda part: 2 * part + 1, x, side=16, unit=1, factor=1), 2 * x + 1, atol=1e-6
+    )
+    doubled = tiled(
+        lambda part: part.repeat_interleave(2, -1).repeat_interleave(2, -2), x, side=16, unit=1, factor=2
+    )
     assert torch.allclose(doubled, x.repeat_interleave(2, -1).repeat_interleave(2, -2), atol=1e-6)
 
 
 def test_tiles_blend_without_a_seam():
     """Two tiles of different brightness: the change is spread over the overlap, in equal steps."""
     brightness = iter((0.0, 1.0))
-    line = tiled(lambda part: part * 0 + next(brightness), torch.zeros(1, 1, 16, 28), side=16, unit=1, factor=1)[0, 0, 0]
+    line = tiled(
+        lambda part: part * 0 + next(brightness), torch.zeros(1, 1, 16, 28), side=16, unit=1, factor=1
+    )[0, 0, 0]
     steps = line.diff()
     assert line[0] == 0
     assert line[-1] == 1

@@ -37,12 +37,16 @@ def small(folder, out, *, objective, codec="", steps=2, **changes):
 
 @pytest.mark.parametrize("objective", ["dit", "sit"])
 def test_a_run_goes_on_bit_for_bit(objective, folder, tmp_path):
-    whole = small(folder, tmp_path / "run", objective=objective, streamed=objective == "sit", fit="crop", flip=0.5)
+    whole = small(
+        folder, tmp_path / "run", objective=objective, streamed=objective == "sit", fit="crop", flip=0.5
+    )
     assert whole.config.names == ("blue", "red")
     last = max((tmp_path / "run" / "checkpoints").iterdir())
     shutil.rmtree(last)
     shutil.rmtree(tmp_path / "run" / "model")
-    again = small(folder, tmp_path / "run", objective=objective, streamed=objective == "sit", fit="crop", flip=0.5)
+    again = small(
+        folder, tmp_path / "run", objective=objective, streamed=objective == "sit", fit="crop", flip=0.5
+    )
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
 
@@ -53,7 +57,9 @@ def test_a_run_in_latents_draws_pictures(folder, tmp_path):
     model = small(folder, tmp_path / "run", objective="dit", codec=str(tmp_path / "codec"), steps=1)
     assert model.config.backbone.size == 8
     assert model.generate_image(["red"], steps=2).shape == (1, 3, 16, 16)
-    assert all(torch.equal(value, model.codec.state_dict()[name]) for name, value in codec.state_dict().items())
+    assert all(
+        torch.equal(value, model.codec.state_dict()[name]) for name, value in codec.state_dict().items()
+    )
 
 
 def test_the_world_has_classes_that_the_judge_reads(tmp_path):
@@ -89,4 +95,6 @@ def test_what_cannot_be_learnt(folder, tmp_path):
     Image.new("RGB", (16, 16)).save(plain / "one.png")
     (plain / "one.txt").write_text("a black square")
     with pytest.raises(InputError, match="label"):
-        dit.shape("dit", import_folder(plain, val=0, quiet=True), codec="", size=16, patch=2, sizes=(1, 32, 2))
+        dit.shape(
+            "dit", import_folder(plain, val=0, quiet=True), codec="", size=16, patch=2, sizes=(1, 32, 2)
+        )

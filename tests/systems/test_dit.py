@@ -59,7 +59,9 @@ def test_every_sampler_draws(name):
     for sampler in (dit if name == "dit" else sit).SAMPLERS:
         assert model.generate_image([0], steps=4, sampler=sampler).isfinite().all()
     if name == "sit":
-        some = [model.generate_image([0], diffusion=w) for w in ("sigma", "decreasing", "increasing-decreasing")]
+        some = [
+            model.generate_image([0], diffusion=w) for w in ("sigma", "decreasing", "increasing-decreasing")
+        ]
         assert not torch.equal(some[0], some[1])
 
 
@@ -161,7 +163,8 @@ def test_the_bound_is_a_divergence_of_normals():
         beta = 1 - (now.alpha / after.alpha) ** 2
         small, large = math.log(beta * after.sigma**2 / now.sigma**2), math.log(beta)
         means = [
-            after.alpha * beta / now.sigma**2 * x + now.alpha / after.alpha * after.sigma**2 / now.sigma**2 * x_t
+            after.alpha * beta / now.sigma**2 * x
+            + now.alpha / after.alpha * after.sigma**2 / now.sigma**2 * x_t
             for x in (x0, predicted)
         ]
         log = (v + 1) / 2 * large + (1 - v) / 2 * small
@@ -181,7 +184,9 @@ def test_at_index_0_the_bound_is_a_likelihood():
     """Bins over all values add up to one."""
     x0 = torch.linspace(-1, 1, 256).reshape(256, 1)
     t = torch.zeros(256, dtype=torch.long)
-    bits = variance_bound(x0, torch.full_like(x0, 0.1), torch.full_like(x0, 0.1), torch.full_like(x0, 0.5), t, Ddpm())
+    bits = variance_bound(
+        x0, torch.full_like(x0, 0.1), torch.full_like(x0, 0.1), torch.full_like(x0, 0.5), t, Ddpm()
+    )
     assert (2.0**-bits).sum() == pytest.approx(1, abs=1e-3)
 
 
@@ -257,6 +262,8 @@ def test_checkpoints_that_do_not_say_what_they_are(tmp_path, monkeypatch):
     their_file(tmp_path / "DiT.safetensors", positions=their_positions(4, 16).flip(1))
     with pytest.raises(ModelFileError, match="pos_embed does not hold"):
         reverie.load(tmp_path / "DiT.safetensors")
-    short = {n: Entry(dtype=torch.float32, shape=s, begin=0, end=0) for n, s in THEIRS.items() if "final" not in n}
+    short = {
+        n: Entry(dtype=torch.float32, shape=s, begin=0, end=0) for n, s in THEIRS.items() if "final" not in n
+    }
     with pytest.raises(ModelFileError, match="final_layer"):
         dit_original.read_alone(short, None, what="DiT")

@@ -106,10 +106,16 @@ class Dit(nn.Module):
         nn.init.xavier_uniform_(self.embed.weight.flatten(1))
         assert self.embed.bias is not None
         nn.init.zeros_(self.embed.bias)
-        for embedding in (self.classes, self.time[0], self.time[2]):
-            nn.init.normal_(embedding.weight, std=0.02)
-        for zero in (self.out, self.modulation, *(block.modulation for block in self.blocks)):
+        for part in (self.classes, *self.time):
+            if isinstance(part, nn.Embedding | nn.Linear):
+                nn.init.normal_(part.weight, std=0.02)
+        for zero in (self.out, *self.modulations()):
             nn.init.zeros_(zero.weight)
+
+    def modulations(self) -> list[Linear]:
+        """What the vector passes through: a layer for each block, and the last."""
+        blocks = [block.modulation for block in self.blocks if isinstance(block, DitBlock)]
+        return [*blocks, self.modulation]
 
     @property
     def null(self) -> int:
@@ -126,7 +132,8 @@ class Dit(nn.Module):
     ) -> Tensor:
         """`modulations` are those of `Modulations.at`, instead of `t` and `classes`."""
         patch = self.config.patch
-        assert not (x.shape[-2] % patch or x.shape[-1] % patch), f"{tuple(x.shape)} holds parts of patches"
+        assert x.shape[-2] % patch == 0, f"{tuple(x.shape)} holds parts of patches"
+        assert x.shape[-1] % patch == 0, f"{tuple(x.shape)} holds parts of patches"
         h, w = x.shape[-2] // patch, x.shape[-1] // patch
         tokens = rearrange(self.embed(x), "b d h w -> b (h w) d")
         grid = self.config.size // patch
@@ -192,7 +199,7 @@ class Modulations:
             vector = self.network.vector(*pairs)
             self.tables = [
                 rearrange(made(vector), "(s k) d -> s k d", k=len(self.classes))
-                for made in (*(block.modulation for block in self.network.blocks), self.network.modulation)
+                for made in self.network.modulations()
             ]
         return [table[number - self.first][self.which] for table in self.tables]
 

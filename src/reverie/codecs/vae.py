@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from reverie.errors import InputError
 from reverie.nn.attention import SelfAttention
 
-SLAB = 2**22  # numbers of a map that are normalised and convolved at a time
+SLAB = 2**20  # numbers of a map that are normalised and convolved at a time
 TOGETHER = 2**24  # numbers of the widest map of the items that are computed at a time
 
 
@@ -124,6 +124,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for level in self.levels:
+            assert isinstance(level, Level)
             x = level(x)
             if level.resize is not None:  # the padding is at the bottom and the right alone
                 x = F.conv2d(F.pad(x, (0, 1, 0, 1)), level.resize.weight, level.resize.bias, stride=2)
@@ -151,6 +152,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.stem(x))
         for level in self.levels:
+            assert isinstance(level, Level)
             x = level(x)
             if level.resize is not None:
                 x = double_conv(x, level.resize)
@@ -299,7 +301,7 @@ def tiled(
     factor: float,
     overlap: float = 0.25,
 ) -> Tensor:
-    """`function`, which changes sizes by `factor`, on tiles of `side`, a multiple of `unit`, blended where they overlap.
+    """`function`, which changes sizes by `factor`, on tiles of `side`, a multiple of `unit`, blended in overlaps.
 
     In an overlap the weights of the tiles go linearly from one to the other. A picture of at most one tile is computed
     whole.

@@ -63,7 +63,7 @@ def _posterior(process: Ddpm) -> Tensor:
 
 
 def _binned(x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """ln of the probability of the bin of `x`, 2 / 255 wide, open at -1 and 1, by a normal of standard deviation 1 / inverse."""
+    """ln of what a normal of deviation 1 / inverse gives to the bin of `x`, 2 / 255 wide, open beyond -1 and 1."""
 
     def below(edge: Tensor) -> Tensor:
         z = (edge - mean) * inverse

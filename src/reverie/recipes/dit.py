@@ -73,7 +73,7 @@ def world(
     batch: int = 32, lr: float = 5e-4, width: int = 256, depth: int = 6, patch: int = 8, size: int = 64, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> DiffusionTransformer | Sit:  # fmt: skip
-    """Single things of the procedural world, which are drawn first if they are not there; the class is colour and shape.
+    """Single things of the procedural world, drawn first if they are not there; the class is colour and shape.
 
     On the way the exact judge reads drawn pictures back: how many have the colour and the shape of their class.
 
@@ -94,9 +94,18 @@ def world(
     """
     with team().in_turn():
         there = (Path(data) / FILE).exists()
-        index = Index.read(data) if there else write_world(data, count, kind="single", size=(size, size), seed=seed)
+        index = (
+            Index.read(data)
+            if there
+            else write_world(data, count, kind="single", size=(size, size), seed=seed)
+        )
     model = shape(
-        objective, index, codec=codec, size=size, patch=2 if codec else patch, sizes=(depth, width, heads_of(width))
+        objective,
+        index,
+        codec=codec,
+        size=size,
+        patch=2 if codec else patch,
+        sizes=(depth, width, heads_of(width)),
     )
     config = DitRun(
         model=model, codec=codec, size=size, steps=steps, batch=batch, lr=lr, warmup=100, ema=0.999, clip=1.0,
@@ -112,8 +121,8 @@ def imagenet(
 ) -> DiffusionTransformer | Sit:  # fmt: skip
     """A folder of class folders as in the papers (2212.09748, section 4; 2401.08740, section 3). Not yet run by us.
 
-    AdamW at a constant rate without weight decay, mirrored pictures, an average with decay 0.9999, one class in ten left
-    out; latents are drawn from the autoencoder's posterior.
+    AdamW at a constant rate without weight decay, mirrored pictures, averaged weights, one class in ten left out;
+    latents are drawn from the autoencoder's posterior.
 
     Args:
         data: A folder that was imported, or one to import, whose pictures lie in a folder for each class.
@@ -169,13 +178,13 @@ def shape(
     return SitConfig(backbone=backbone, codec=stored, names=names, sampler="heun", steps=25)
 
 
-def fit(
-    config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE
-) -> DiffusionTransformer | Sit:
+def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> DiffusionTransformer | Sit:
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
     sit = isinstance(config.model, SitConfig)
-    model: Any = Sit(config.model) if isinstance(config.model, SitConfig) else DiffusionTransformer(config.model)
+    model: Any = (
+        Sit(config.model) if isinstance(config.model, SitConfig) else DiffusionTransformer(config.model)
+    )
     if model.codec is not None:
         model.codec.load_state_dict(_codec(config.codec).state_dict())
     model = engine.place(model)
@@ -216,7 +225,9 @@ def fit(
                 if config.judged and step.every(max(config.steps // 4, 1)):
                     scores = judged(whole, names, count=JUDGED)
                     run.log(step.number, scores)
-                    said = ", ".join(f"{name.removeprefix('judged_')} {score:.0%}" for name, score in scores.items())
+                    said = ", ".join(
+                        f"{name.removeprefix('judged_')} {score:.0%}" for name, score in scores.items()
+                    )
                     run.say(f"step {step.number}: the judge reads as asked: {said}")
             run.curves()
     with averaged(player) as whole:
@@ -224,8 +235,10 @@ def fit(
     return reverie.load(out / "model")
 
 
-def judged(model: DiffusionTransformer | Sit, names: tuple[str, ...], *, count: int, seed: int = 0) -> dict[str, float]:
-    """Shares of `count` drawn pictures, class after class, that show one thing, its colour, its shape, and all of that."""
+def judged(
+    model: DiffusionTransformer | Sit, names: tuple[str, ...], *, count: int, seed: int = 0
+) -> dict[str, float]:
+    """Shares of `count` drawn pictures, class after class, with one thing, its colour, its shape, and all of that."""
     asked = [i % len(names) for i in range(count)]
     parts = [asked[at : at + 16] for at in range(0, count, 16)]
     images = torch.cat(
@@ -250,7 +263,9 @@ class Source:
         self.classes = {i: label for i, label in labels.items() if label is not None}
         self.good = [i for i in self.classes if index[i].file_name not in bad]
         if not self.good:
-            raise InputError(f"nothing usable to train on in {index.folder}: run `reverie data check` to see why.")
+            raise InputError(
+                f"nothing usable to train on in {index.folder}: run `reverie data check` to see why."
+            )
 
     def batch(self, keys: list[tuple[int, int]], *, kind: str = "train") -> dict[str, Any]:
         """Latents, classes and draws of the items `keys`, (epoch, item) each; those that are bad are replaced."""
@@ -292,5 +307,7 @@ class Source:
 def _codec(folder: str) -> Vae:
     codec = reverie.load(folder)
     if not isinstance(codec, Vae):
-        raise InputError(f"{folder} is a {type(codec).__name__}, not a picture autoencoder: give the folder of one.")
+        raise InputError(
+            f"{folder} is a {type(codec).__name__}, not a picture autoencoder: give the folder of one."
+        )
     return codec

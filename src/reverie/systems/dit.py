@@ -4,8 +4,8 @@
                                                    |
     noise --- DDPM's process --- x_t --- patches --- Dit --- noise, variance --- codec or pixels --- picture
 
-Pictures of a class, in the latents of Stable Diffusion's autoencoder or in pixels. The network says what noise was added
-and how wide the next step is: mean squared error and the variational bound together (improved DDPM, 2102.09672). Some
+Pictures of a class, in the latents of Stable Diffusion's autoencoder or in pixels. The network says what was added and
+how wide the next step is: mean squared error and the variational bound together (improved DDPM, 2102.09672). Some
 labels are left out in training, so that sampling can be guided away from the null class.
 """
 
@@ -94,7 +94,7 @@ class DiffusionTransformer(nn.Module):
     # Training ------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The noise's mean squared error, and with a learned variance the bound in bits, which moves the variance alone.
+        """The noise's mean squared error, and with a learned variance the bound in bits, which moves that alone.
 
         `latents b c h w`, `noise` like the latents, `classes b`, `drop b` (True: the null class), `uniform b` (in
         [0, 1), makes the indices, or `t b` to fix them).

@@ -113,7 +113,8 @@ def _backbone(record: Any) -> dict[str, Any]:
     whole.unlike({
         "norm_type": ("ada_norm_zero",), "activation_fn": ("gelu-approximate",), "attention_bias": (True,),
         "norm_elementwise_affine": (False,), "cross_attention_dim": (None,), "double_self_attention": (False,),
-        "only_cross_attention": (False,), "num_vector_embeds": (None,), "dropout": (0.0, 0), "caption_channels": (None,),
+        "only_cross_attention": (False,), "num_vector_embeds": (None,), "dropout": (0.0, 0),
+        "caption_channels": (None,),
         "interpolation_scale": (None, 1, 1.0),
     })  # fmt: skip
     heads, head = whole.integer("num_attention_heads", 16), whole.integer("attention_head_dim", 72)
