@@ -69,9 +69,10 @@ WAN = VideoVaeConfig(widths=(96, 192, 384, 384), temporal=(False, True, True), b
 class Conv(nn.Module):
     """A convolution over `time` frames, the present one and those before, and `side` x `side` pixels of each.
 
-    It begins as one of pictures: only the present frame counts. Variances pass it unchanged and no bias is there yet, or
-    after some layers nothing but biases would be left of a signal (docs/log.md). With `pairs`, frames after the first come in twos, and
-    a two costs four convolutions of pictures instead of six: Winograd's F(2, 3) (1509.09308), along time.
+    It begins as one of pictures: only the present frame counts. Variances pass it unchanged and no bias is there yet,
+    or after some layers nothing but biases would be left of a signal (docs/log.md). With `pairs`, frames after the
+    first come in twos, and a two costs four convolutions of pictures instead of six: Winograd's F(2, 3) (1509.09308),
+    along time.
     """
 
     def __init__(self, width: int, out: int, *, time: int = 3, side: int = 3, pairs: bool = False):
@@ -383,7 +384,9 @@ class Encoder(nn.Module):
         self.norm = Norm(widths[-1])
         self.head = Conv(widths[-1], 2 * config.channels)
         self.out = Conv(2 * config.channels, 2 * config.channels, time=1, side=1)
-        with torch.no_grad():  # latents begin with little noise: the decoder learns to draw before it learns to guess
+        with (
+            torch.no_grad()
+        ):  # latents begin with little noise: the decoder learns to draw before it learns to guess
             self.out.weight[..., config.channels :, :, :, :].mul_(0.1)
             self.out.bias[config.channels :] = -6
 

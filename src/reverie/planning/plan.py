@@ -183,7 +183,12 @@ def _sora(name: str, config: SoraConfig, *, batch: int, clips: int, clip_frames:
 def _dit(name: str, own: Mapping[str, Any], *, batch: int, steps: int, size: int) -> Subject:
     """Of the world in pixels; at the papers' sizes in latents that are there, an eighth of a side, of 1,000 classes."""
     if name == "dit-world":
-        sizes, classes, channels, side = (own["depth"], own["width"], dit.heads_of(own["width"])), 110, 3, size
+        sizes, classes, channels, side = (
+            (own["depth"], own["width"], dit.heads_of(own["width"])),
+            110,
+            3,
+            size,
+        )
     else:
         sizes, classes, channels, side = SCALES[own["scale"]], 1000, 4, size // 8
     if side < own["patch"] or side % own["patch"]:
@@ -191,7 +196,13 @@ def _dit(name: str, own: Mapping[str, Any], *, batch: int, steps: int, size: int
     depth, width, heads = sizes
     config = DiffusionTransformerConfig(
         backbone=DitConfig(
-            channels=channels, size=side, patch=own["patch"], width=width, depth=depth, heads=heads, classes=classes
+            channels=channels,
+            size=side,
+            patch=own["patch"],
+            width=width,
+            depth=depth,
+            heads=heads,
+            classes=classes,
         )
     )
     part = Part(what="pictures", batch=batch, pixels=size**2, loss=_dit_loss)

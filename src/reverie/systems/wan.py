@@ -219,7 +219,7 @@ class Wan(nn.Module):
                 velocity = self.backbone(x, t, words.first(len(x))).float()
                 return gaussian.to_x0("velocity", velocity, x, point)
 
-            points = sampling.points(count, tokens=math.prod(shape[1:]) / self._together())
+            points = sampling.points(count, tokens=math.prod(shape[1:]) // self._together())
             x = sampling.run(
                 guided(predict, guidance, interval=interval, rescale=rescale, spread_of="velocity"),
                 sampling.first(noise, points),

@@ -169,7 +169,7 @@ def load(
     systems: Systems,
     config: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
-    quantise: str | None = None,
+    quantise: Literal["int8"] | None = None,
 ) -> nn.Module:
     """The system of a shipped name, a folder or a checkpoint, on the CPU, in eval mode.
 
@@ -233,7 +233,7 @@ def _agreed(
     )
     # The table backwards says what their file must hold, so theirs too is checked before it is read.
     rest = {name: value for name, value in outline.items() if name not in constants}
-    theirs = dict(files.expectation(remap.apply(remap.invert(foreign.table), rest)))
+    theirs = remap.outlined(remap.invert(foreign.table), rest)
     ignored = remap.matching(foreign.ignore, entries)
     files.check(found, theirs | {key: found[key] for key in ignored}, what=place.what)
     return foreign.table, constants, ignored
