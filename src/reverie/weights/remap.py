@@ -92,9 +92,7 @@ def apply(
     and mis-shaped.
     """
     groups, unexpected = grouped(table, tensors, ignore=ignore)
-    made: dict[str, Tensor] = {
-        rule.targets[0]: rule.value() for rule in table if rule.value is not None and rule.targets
-    }
+    made = _computed(table)
     missing: list[str] = []
     for group in groups:
         absent = [source for source in group.sources if source not in tensors]
@@ -161,7 +159,7 @@ def outlined(table: Table, tensors: Mapping[str, Tensor]) -> dict[str, tuple[tup
     """The shapes that `apply` would give of tensors that rules all claim: a rule at a time, nothing of it is kept."""
     groups, unclaimed = grouped(table, tensors)
     assert not unclaimed, f"no rule claims {unclaimed[:5]}"
-    made: dict[str, tuple[tuple[int, ...], Family]] = {}
+    made = dict(expectation(_computed(table)))
     for group in groups:
         made |= expectation(group.convert({name: tensors[name] for name in group.sources}))
     return made
@@ -177,6 +175,11 @@ def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal in data type, shape and every value."""
     return a.dtype == b.dtype and a.shape == b.shape and (a.device.type == "meta" or torch.equal(a, b))
+
+
+def _computed(table: Table) -> dict[str, Tensor]:
+    """What rules make of nothing."""
+    return {rule.targets[0]: rule.value() for rule in table if rule.value is not None and rule.targets}
 
 
 def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
