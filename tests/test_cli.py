@@ -316,7 +316,9 @@ def test_search_leaves_unreadable_files_out(clip_folder, tmp_path, capsys):
         ["eval", "zero-shot", "FOLDER", "--sources", "nowhere", "--model", "CLIP"],
         ["eval", "zero-shot", "FOLDER", "--ensemble", "openia"],
         ["eval", "zero-shot", "FOLDER", "--ensemble", "simple", "--templates", "a {}"],
-        ["eval", "zero-shot", "FOLDER", "--model", "CLIP"],
+        ["sample", "a cat", "--precision", "fp8"],
+        ["sample", "a cat", "--guidance", "2", "--sampler", "ddpm"],
+        ["sample", "a cat", "--first-frame", "x.png", "--frames", "4"],
         ["eval", "retrieval", "FOLDER", "--language", "fr"],
         ["eval", "retrieval", "FOLDER", "--out", "CONFIG"],
         ["eval", "probe", "FOLDER"],
@@ -501,9 +503,13 @@ class Painter:
         self.asked = []
 
     def generate_image(self, prompts, *, seed=0, size=(64, 64), progress=None, **flags):
+        """Flags as for `generate`."""
         return self.generate_video(prompts, frames=1, seed=seed, size=size, progress=progress, **flags)[
             :, :, 0
         ]
+
+    def generate(self, *, steps, guidance, sampler, negative, interval, rescale, first_frame):
+        """What can be asked for."""
 
     def generate_video(self, prompts, *, frames=16, seed=0, size=(64, 64), progress=None, **flags):
         import torch
@@ -580,15 +586,13 @@ def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):
         "seed": 0,
         "size": (32, 48),
         "steps": 5,
-        "guidance": None,
     }
     assert painter.asked[0] == asked
     finer = ["--sampler", "unipc", "--negative", "a car", "--interval", 0.2, 0.8, "--rescale", 0.5]
     assert reverie("sample", "a red rocket", *flags, *finer) == 0
     extra = {"sampler": "unipc", "negative": "a car", "interval": (0.2, 0.8), "rescale": 0.5}
     assert painter.asked[-1] == asked | extra
-    plain = painter.generate_image
-    painter.generate_image = lambda prompts, *, seed, size, steps, guidance, sampler, progress: plain(prompts)
+    painter.generate = lambda *, steps, guidance, sampler: None
     assert reverie("sample", "a red rocket", *flags, *finer) == 2
     assert "painter has no negative to choose: leave out --negative." in capsys.readouterr().err
 

@@ -108,7 +108,7 @@ def load(
     config: Any = None,
     trainable: bool = False,
     dtype: torch.dtype | None = None,
-    quantise: Literal["int8"] | None = None,
+    quantise: str | None = None,
 ) -> Any:
     """The system of a shipped name ("clip-stickers"), a folder or a checkpoint file, on the CPU, in eval mode.
 

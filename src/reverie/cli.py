@@ -693,13 +693,15 @@ def sample(
     best_of: int = 1,
     judge: str = "clip-stickers",
     fps: float | None = None,
+    precision: str = "fp32",
+    quantise: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw a picture, or with --frames a clip, for every prompt.
 
     Args:
-        prompts: What to draw; put each in quotes.
-        model: A shipped name, or a folder that a run wrote.
+        prompts: What to draw; put each in quotes. For DiT and SiT a class, by its name or number.
+        model: A shipped name, a folder that a run wrote, or a public one: a pipeline of Wan 2.1 or of DiT.
         out: The folder that the files go to.
         frames: 1 draws pictures, more draws clips.
         size: Height and width in pixels; what the model was trained at if not given.
@@ -714,6 +716,8 @@ def sample(
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
         fps: Frames per second of the clips; the model's own if not given.
+        precision: What weights are kept in, fp32 or bf16, which takes half the memory.
+        quantise: int8 keeps the weights of the blocks in eight bits, a quarter of the memory.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     import torch
@@ -734,33 +738,41 @@ def sample(
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
         )
-    sora = capable(model, "generate_image", device=device)
+    system = capable(model, "generate_image", device=device, precision=precision, quantise=quantise)
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
-    size = size or sora.config.size
-    asked: dict[str, Any] = {"size": size, "seed": seed, "steps": steps, "guidance": guidance}
-    finer = {"sampler": sampler, "negative": negative, "interval": interval, "rescale": rescale}
-    finer = {key: value for key, value in finer.items() if value is not None}
-    takes = inspect.signature(sora.generate_image).parameters
-    anything = any(each.kind is each.VAR_KEYWORD for each in takes.values())
-    if foreign := [key for key in finer if key not in takes and not anything]:
-        raise InputError(f"{model} has no {foreign[0]} to choose: leave out --{foreign[0]}.")
-    asked |= finer
+    asked: dict[str, Any] = {
+        "size": size, "steps": steps, "guidance": guidance, "sampler": sampler, "negative": negative,
+        "interval": interval, "rescale": rescale, "first_frame": first_frame,
+    }  # fmt: skip
+    asked = {key: value for key, value in asked.items() if value is not None}
+    drawing = ("generate_image", "generate_video", "generate", "generate_latents")
+    methods = [getattr(system, name) for name in drawing if hasattr(system, name)]
+    takes = {name for method in methods for name in inspect.signature(method).parameters}
+    if foreign := [key for key in asked if key not in takes]:
+        raise InputError(
+            f"{model} has no {foreign[0]} to choose: leave out --{foreign[0].replace('_', '-')}."
+        )
+    if frames > 1 and not hasattr(system, "generate_video"):
+        raise InputError(f"{model} draws pictures and no clips: leave out --frames.")
     if first_frame is not None:
-        asked["first_frame"] = torch.from_numpy(to_signal(first_frame, size=size)).repeat(best_of, 1, 1, 1)
+        picture = to_signal(first_frame, size=size or system.config.size)
+        asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
     out.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):
         with counting(prompt) as progress:
+            options = asked | {"seed": seed, "progress": progress}
             if frames > 1:
-                drawn = sora.generate_video([prompt] * best_of, frames=frames, progress=progress, **asked)
+                drawn = system.generate_video([prompt] * best_of, frames=frames, **options)
             else:
-                drawn = sora.generate_image([prompt] * best_of, progress=progress, **asked)[:, :, None]
+                drawn = system.generate_image([prompt] * best_of, **options)[:, :, None]
         best = 0
         if clip is not None:
             with torch.no_grad():
                 best = int(
                     (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
                 )
-        print(_store(drawn[best], out / f"{number:03d}-{_slug(prompt)}", fps=fps or sora.config.fps))
+        stem = out / f"{number:03d}-{_slug(prompt)}"
+        print(_store(drawn[best], stem, fps=fps or getattr(system.config, "fps", 1.0)))
 
 
 def search(

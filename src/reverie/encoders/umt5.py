@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ftfy
 import torch
@@ -67,7 +67,7 @@ class Umt5:
         *,
         length: int = 512,
         dtype: torch.dtype | None = None,
-        quantise: Literal["int8"] | None = None,
+        quantise: str | None = None,
         device: torch.device | str = "cpu",
     ):
         """`dtype`: of the encoder's weights (None: as they are stored).

@@ -132,13 +132,23 @@ def name_bad(run: Run, *sources: Pixels | Streamed | Latents) -> None:
 # ---------------------------------------------------------------- systems
 
 
-def capable(name_or_folder: str | Path, capability: str, *, device: str | None = None) -> Any:
-    """A loaded system that has the method `capability`, on `home(device)`.
+def capable(
+    name_or_folder: str | Path,
+    capability: str,
+    *,
+    device: str | None = None,
+    precision: str = "fp32",
+    quantise: str | None = None,
+) -> Any:
+    """A loaded system that has the method `capability`, on `home(device)`, its weights kept as the two last say.
 
     InputError: it has not, or there is no such system or device.
     """
     place = home(device)
-    system = reverie.load(name_or_folder)
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision is {precision!r:.40}: choose fp32 or bf16.")
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    system = reverie.load(name_or_folder, dtype=dtype, quantise=quantise)
     if not hasattr(system, capability):
         raise InputError(
             f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."

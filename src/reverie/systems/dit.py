@@ -248,6 +248,8 @@ def class_numbers(classes: Any, *, count: int, names: Sequence[str]) -> list[int
             meant.setdefault(name.strip(), []).append(number)
     numbers = []
     for one in classes:
+        if isinstance(one, str) and one.strip().isdecimal() and one.strip() not in meant:
+            one = int(one)
         if isinstance(one, str):
             found = meant.get(one.strip(), []) if one.strip() else []
             if not found:

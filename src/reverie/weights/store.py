@@ -169,7 +169,7 @@ def load(
     systems: Systems,
     config: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
-    quantise: Literal["int8"] | None = None,
+    quantise: str | None = None,
 ) -> nn.Module:
     """The system of a shipped name, a folder or a checkpoint, on the CPU, in eval mode.
 
