@@ -772,7 +772,7 @@ def sample(
                     (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
                 )
         stem = out / f"{number:03d}-{_slug(prompt)}"
-        print(_store(drawn[best], stem, fps=fps or getattr(system.config, "fps", 1.0)))
+        print(_store(drawn[best], stem, fps=fps or float(getattr(system.config, "fps", 1.0))))
 
 
 def search(
