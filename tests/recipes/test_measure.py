@@ -123,7 +123,7 @@ def serve(monkeypatch):
 
     def put(draws):
         table = {"painter": Fake(draws), "a/knows": Knows()}
-        monkeypatch.setattr(reverie, "load", lambda name: table[name])
+        monkeypatch.setattr(reverie, "load", lambda name, **_: table[name])
 
     return put
 
@@ -247,7 +247,7 @@ class Reads:
 
 
 def test_a_clip_that_mixes_two_names_up_is_told_so(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(reverie, "load", lambda name: Reads(("thing 3", "thing 5")))
+    monkeypatch.setattr(reverie, "load", lambda name, **_: Reads(("thing 3", "thing 5")))
     done = measure_clip.zero_shot(corpus, tmp_path, model="reads", ensemble="simple")
     assert list(done.numbers) == ["twemoji", "openmoji"]  # what no training sees, each by itself
     for source, found in done.numbers.items():
@@ -264,7 +264,7 @@ def test_a_clip_that_mixes_two_names_up_is_told_so(corpus, tmp_path, monkeypatch
 
 
 def test_a_file_that_cannot_be_read_is_left_out_and_listed(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reverie, "load", lambda name: Reads())
+    monkeypatch.setattr(reverie, "load", lambda name, **_: Reads())
     shutil.copytree(corpus, tmp_path / "data")
     (tmp_path / "data" / "twemoji" / "4.png").write_bytes(b"no picture")
     (tmp_path / "data" / "twemoji" / "7.png").unlink()
@@ -279,7 +279,7 @@ def test_a_file_that_cannot_be_read_is_left_out_and_listed(corpus, tmp_path, mon
 
 
 def test_captions_and_pictures_find_each_other(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(reverie, "load", lambda name: Reads(("thing 3", "thing 5")))
+    monkeypatch.setattr(reverie, "load", lambda name, **_: Reads(("thing 3", "thing 5")))
     done = measure_clip.retrieve(corpus, tmp_path, model="reads", sources=("twemoji",))
     for way in ("image_to_text", "text_to_image"):
         assert done.numbers[way]["recall@1"] == pytest.approx(10 / 12)
@@ -293,7 +293,7 @@ def test_captions_and_pictures_find_each_other(corpus, tmp_path, monkeypatch):
 
 def test_a_probe_learns_from_train_what_it_names_in_test(corpus, tmp_path, monkeypatch):
     """What the text tower mixes up the features do not."""
-    monkeypatch.setattr(reverie, "load", lambda name: Reads(("thing 3", "thing 5")))
+    monkeypatch.setattr(reverie, "load", lambda name, **_: Reads(("thing 3", "thing 5")))
     done = measure_clip.probe(corpus, tmp_path, model="reads", shots=(1, 2), draws=2)
     assert done.numbers["names"] == sorted(NAMES[:10])  # the others are not in train
     assert done.numbers["examples"] == 10
