@@ -1198,14 +1198,14 @@ def convert(source: Path, target: Path, /, *, format: str | None = None, config:
     """Turn a pickled checkpoint into safetensors, or a model into the folder of another library.
 
     A pickle or a TorchScript archive (.pt, .pth, .ckpt, .bin) is read in a confined process, without running what it
-    holds, and becomes the file TARGET. Any model that loads
-    (a folder of Reverie, transformers or open_clip, or a .safetensors file) becomes the folder TARGET.
+    holds, and becomes the file TARGET. Any model that loads (a folder of Reverie, transformers, open_clip or diffusers,
+    or a .safetensors file) becomes the folder TARGET.
 
     Args:
         source: The checkpoint, or the model's folder.
         target: The new file, which must end in .safetensors; or the new folder.
-        format: Whose folder it becomes: reverie, transformers or open_clip; reverie if not given.
-        config: Which CLIP a .safetensors file holds, if it does not say so, such as ViT-B-32.
+        format: Whose folder it becomes: reverie, transformers, open_clip or diffusers; reverie if not given.
+        config: Which model a .safetensors file holds, if it does not say so, such as ViT-B-32 or SiT-XL/2.
     """
     from reverie.weights.files import PICKLES
 
