@@ -45,6 +45,11 @@ class DitConfig:
     mlp_eps: float = 1e-6  # of the norm before the MLP, which diffusers lets differ
 
     def __post_init__(self) -> None:
+        if min(self.channels, self.size, self.patch, self.width, self.heads) < 1:
+            raise InputError(
+                f"channels {self.channels}, size {self.size}, patch {self.patch}, width {self.width} and heads"
+                f" {self.heads} must be 1 or more."
+            )
         if self.width % self.heads or self.width % 4:
             raise InputError(
                 f"width {self.width} must be a multiple of 4 and of the {self.heads} heads; choose another."

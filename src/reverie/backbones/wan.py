@@ -48,9 +48,14 @@ class WanDitConfig:
     norm_context: bool = True  # an affine norm before the cross-attention
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % (2 * self.heads):
+        if min(self.channels, *self.patch, self.width, self.heads) < 1:
+            raise InputError(
+                f"channels {self.channels}, patch {self.patch}, width {self.width} and heads {self.heads} must be 1 or"
+                " more."
+            )
+        if self.width % (2 * self.heads):
             raise InputError(f"width {self.width} must be a multiple of twice the {self.heads} heads.")
-        if self.clock % 2:
+        if self.clock < 2 or self.clock % 2:
             raise InputError(f"clock is {self.clock}; it must be even, a cosine and a sine of each wave.")
 
     @property

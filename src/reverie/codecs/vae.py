@@ -38,6 +38,11 @@ class VaeConfig:
     shift: float = 0.0
 
     def __post_init__(self) -> None:
+        if min(self.channels, self.depth, self.groups, *self.widths) < 1:
+            raise InputError(
+                f"channels {self.channels}, depth {self.depth}, groups {self.groups} and widths {list(self.widths)}"
+                " must be 1 or more."
+            )
         if not self.widths or any(width % self.groups for width in self.widths):
             raise InputError(
                 f"widths {list(self.widths)} must be multiples of the {self.groups} groups; choose others."

@@ -13,6 +13,7 @@ that the features are the same and the time is not.)
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import shutil
@@ -36,6 +37,14 @@ ENTRIES = {
     TOKENIZER: ["transformers", "T5TokenizerFast"],
 }
 EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor under two names
+# All that is taken from the encoder's config.json: sizes, of which layers are the most costly, and two other values.
+SIZES = {
+    "vocab_size": 2**24, "d_model": 2**16, "d_kv": 2**16, "d_ff": 2**20, "num_layers": 1000, "num_heads": 2**12,
+    "relative_attention_num_buckets": 2**16, "relative_attention_max_distance": 2**16,
+}  # fmt: skip
+OTHERS = {"layer_norm_epsilon": float, "feed_forward_proj": str}
+CONFIG_BYTES = 2**20
+FILES = re.compile(r"[\w.-]+\.(json|safetensors|model|txt)")  # of both folders, those that are written again
 
 
 def clean(prompt: str) -> str:
@@ -84,10 +93,27 @@ class Umt5:
         self._parts: tuple[Any, Any] | None = None
 
     def write(self, folder: Path) -> None:
-        """Its two folders beside another model, as links to the same files where the disk has them."""
+        """Its two folders beside another model, as links to the same files where the disk has them.
+
+        InputError: a file lies elsewhere (a hub's cache aside), so that something else would be given away.
+        """
+        home = self.folder.resolve()
+        roots = (home, home.parent.parent / "blobs")  # the latter is where a hub's cache keeps files
         for name in (ENCODER, TOKENIZER):
-            if (folder / name).resolve() != (self.folder / name).resolve():
-                shutil.copytree(self.folder / name, folder / name, copy_function=_linked, dirs_exist_ok=True)
+            source, target = self.folder / name, folder / name
+            if target.resolve() == source.resolve():
+                continue
+            files = {file.name: file.resolve() for file in _files(source)}
+            for file, real in files.items():
+                if not any(real.is_relative_to(root) for root in roots):
+                    raise InputError(
+                        f"{name}/{file} in {str(self.folder)!r:.80} leads out of the folder: put the file itself there."
+                    )
+            target.mkdir(exist_ok=True)
+            for old in _files(target):
+                old.unlink()
+            for file, real in files.items():
+                _linked(real, target / file)
 
     def release(self) -> None:
         """Free the encoder's memory, until prompts are read again."""
@@ -123,9 +149,8 @@ class Umt5:
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.folder / TOKENIZER, local_files_only=True, trust_remote_code=False
                 )
-                config = UMT5Config.from_pretrained(self.folder / ENCODER, local_files_only=True)
                 with torch.device("meta"):
-                    encoder = UMT5EncoderModel(config)
+                    encoder = UMT5EncoderModel(UMT5Config(**_config(self.folder / ENCODER)))
                 self._fill(encoder)
             except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
                 raise InputError(
@@ -147,14 +172,15 @@ class Umt5:
         for file in sorted((self.folder / ENCODER).glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
-                    tensor = tensors.get_tensor(name)
+                    shape, theirs = tuple(tensors.get_slice(name).get_shape()), name
                     name = EMBEDDING[0] if name in EMBEDDING else name
                     layer, _, leaf = name.rpartition(".")
                     wanted = encoder.get_parameter(name)
-                    if wanted.shape != tensor.shape or not tensor.isfinite().all():
-                        raise ValueError(
-                            f"{name} is {tuple(tensor.shape)}, not {tuple(wanted.shape)}, or not finite"
-                        )
+                    if wanted.shape != shape:
+                        raise ValueError(f"{name} is {shape}, not {tuple(wanted.shape)}")
+                    tensor = tensors.get_tensor(theirs)
+                    if not tensor.isfinite().all():
+                        raise ValueError(f"{name} holds NaN or infinity")
                     missing.discard(name)
                     if layer in small:
                         replace(encoder, layer, Int8Linear(*to_int8(tensor), None))
@@ -166,8 +192,29 @@ class Umt5:
             raise ValueError(f"{min(missing)} is missing")
 
 
-def _linked(source: str, target: str) -> None:
-    Path(target).unlink(missing_ok=True)
+def _config(folder: Path) -> dict[str, Any]:
+    """What counts of the encoder's config.json; ValueError where it is none."""
+    path = folder / "config.json"
+    if path.stat().st_size > CONFIG_BYTES:
+        raise ValueError("config.json is too large")
+    record = json.loads(path.read_bytes())
+    if not isinstance(record, dict):
+        raise ValueError("config.json holds no named values")
+    for key, most in SIZES.items():
+        value = record.get(key, 1)
+        if type(value) is not int or not 0 < value <= most:
+            raise ValueError(f"{key} is {value!r:.40}, not a whole number from 1 to {most}")
+    for key, kind in OTHERS.items():
+        if key in record and type(record[key]) is not kind:
+            raise ValueError(f"{key} is {record[key]!r:.40}, not of type {kind.__name__}")
+    return {key: record[key] for key in (*SIZES, *OTHERS) if key in record}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file() and FILES.fullmatch(file.name)]
+
+
+def _linked(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links

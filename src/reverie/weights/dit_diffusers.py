@@ -14,7 +14,7 @@ from typing import Any
 from reverie.errors import InputError
 from reverie.weights import remap, vae_diffusers
 from reverie.weights.files import ModelFileError, shorten
-from reverie.weights.layout import Fields, Foreign
+from reverie.weights.layout import LAYERS, Fields, Foreign
 from reverie.weights.places import CONFIG, PIPELINE, SCHEDULER
 from reverie.weights.remap import Rule
 
@@ -118,7 +118,7 @@ def _backbone(record: Any) -> dict[str, Any]:
         "interpolation_scale": (None, 1, 1.0),
     })  # fmt: skip
     heads, head = whole.integer("num_attention_heads", 16), whole.integer("attention_head_dim", 72)
-    channels, depth = whole.integer("in_channels", 4), whole.integer("num_layers", 28)
+    channels, depth = whole.integer("in_channels", 4), whole.integer("num_layers", 28, most=LAYERS)
     out = channels if record.get("out_channels") is None else whole.integer("out_channels", channels)
     if out not in (channels, 2 * channels):
         raise ModelFileError(

@@ -77,8 +77,13 @@ def read_alone(
                 f"{what} has tensors of shapes that no {system.upper()} has; check it."
             ) from None
     values = {"backbone": backbone, "guided_channels": 3} if config is None else dict(config)
-    grid = backbone["size"] // backbone["patch"]
-    table = (*TABLE, Rule(POSITIONS, (), value=partial(_positions, grid, backbone["width"])))
+    grid, width = backbone["size"] // backbone["patch"], backbone["width"]
+    if entries[POSITIONS].shape != (1, grid**2, width):
+        raise ModelFileError(
+            f"{what} has places of shape {entries[POSITIONS].shape}; a grid of {grid} x {grid} in width {width} has"
+            f" {(1, grid**2, width)}."
+        )
+    table = (*TABLE, Rule(POSITIONS, (), value=partial(_positions, grid, width)))
     return Foreign(system=system, values=values, table=table)
 
 

@@ -13,6 +13,7 @@ from reverie.weights.remap import Rule
 # Mean and std of colours in [0, 1] where a format leaves them out: CLIP's, and a half for SigLIP's.
 CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+LAYERS = 1000  # the most of a stack for which a table is written out, before the weights are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,11 @@ class Fields:
             raise ModelFileError(f"{where} is {shorten(record)}; it must be an object of named values.")
         self.record, self.where = record, where
 
-    def integer(self, key: str, default: int) -> int:
+    def integer(self, key: str, default: int, *, most: int = 2**24) -> int:
         value = self.record.get(key, default)
-        if type(value) is not int or not 0 < value < 2**24:
+        if type(value) is not int or not 0 < value <= most:
             raise ModelFileError(
-                f"{self.where} gives {key} as {shorten(value)}; Reverie reads one whole number above 0."
+                f"{self.where} gives {key} as {shorten(value)}; Reverie reads one whole number from 1 to {most:,}."
             )
         return value
 

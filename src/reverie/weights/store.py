@@ -103,6 +103,8 @@ def save(
     tokenizer = getattr(system, "tokenizer", None)
     reader = getattr(system, "reader", None)
     tensors: Mapping[str, Tensor] = system.state_dict()
+    if reader is None and umt5.lies_in(folder):
+        raise InputError(f"{folder} holds the text encoder of another model; give a new folder.")
     model, records, table, said = _layout(format, name, version, config, tokenizer, tensors)
     tensors = {key: value for key, value in tensors.items() if key not in said}
     if table is not None:

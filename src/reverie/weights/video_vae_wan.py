@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from reverie.weights.files import Entry, ModelFileError, shorten
-from reverie.weights.layout import Fields, Foreign
+from reverie.weights.layout import LAYERS, Fields, Foreign
 from reverie.weights.remap import Rule
 
 CLASS = "AutoencoderKLWan"
+STAGES = 16  # the most that are read; each after the first halves a side
 CONSTANTS = ("mean", "std")  # buffers of ours that no file of theirs holds
 MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -138,9 +139,10 @@ def read(record: Any, *, theirs: str = "", ours: str = "") -> Foreign:
             )
     many = fields.record.get("dim_mult", [1, 2, 4, 4])
     whole = isinstance(many, list) and all(type(m) is int and 0 < m < 2**10 for m in many)
-    if not whole or many[:1] != [1]:
+    if not whole or many[:1] != [1] or len(many) > STAGES:
         raise ModelFileError(
-            f"config.json gives dim_mult as {shorten(many)}; Reverie reads whole numbers above 0, the first 1."
+            f"config.json gives dim_mult as {shorten(many)}; Reverie reads whole numbers above 0, the first 1, at most"
+            f" {STAGES} of them."
         )
     temporal = fields.record.get("temperal_downsample", [False, True, True])
     flags = isinstance(temporal, list) and all(type(flag) is bool for flag in temporal)
@@ -153,7 +155,7 @@ def read(record: Any, *, theirs: str = "", ours: str = "") -> Foreign:
         "channels": channels,
         "widths": [base * m for m in many],
         "temporal": temporal,
-        "blocks": fields.integer("num_res_blocks", 2),
+        "blocks": fields.integer("num_res_blocks", 2, most=LAYERS),
         "patch": patch,
     }
     return Foreign(
