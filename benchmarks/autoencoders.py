@@ -81,7 +81,7 @@ def theirs(model: str, *, alone: bool) -> nn.Module:
     if alone:
         return made
     vae = ours(model)
-    tensors = remap.apply(remap.invert(table), vae.state_dict(), ignore=video_vae_wan.CONSTANTS)
+    tensors = remap.apply(remap.invert(table), vae.state_dict())
     made.load_state_dict(tensors)
     return made
 

@@ -109,7 +109,7 @@ def test_what_the_files_must_hold_is_known_a_rule_at_a_time(tmp_path):
     assert remap.outlined(back, system.state_dict()) == wanted
 
 
-def test_given_tensors_and_what_is_refused(tmp_path):
+def test_computed_tensors_and_what_is_refused(tmp_path):
     theirs = drawn(SMALL)
     weights, _ = written(theirs, tmp_path, parts=1, own=True)
     path = next(iter(weights))
@@ -117,7 +117,8 @@ def test_given_tensors_and_what_is_refused(tmp_path):
     table = tensors.pop("table")
     files.write(path, tensors | {"mask": torch.full((2, 2), float("-inf"))})
     ours = WanDit(SMALL)
-    filled(ours, weights, ignored={"mask"}, given={"table": table + 1})
+    rules = (*(remap.Rule(name, name) for name in tensors), remap.Rule((), "table", value=lambda: table + 1))
+    filled(ours, weights, ignored={"mask"}, table=rules)
     assert torch.equal(ours.table, table + 1)
     with pytest.raises(InputError, match="int4"):
         filled(ours, weights, quantise="int4")

@@ -30,7 +30,6 @@ class Known:
     system: str
     read: Callable[[Records, Collection[str]], Foreign]  # from the JSON files and the names of the tensors
     write: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Written]
-    constants: tuple[str, ...] = ()  # of our tensors, those that are numbers of their config
 
 
 def _video_vae(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Written:
@@ -56,7 +55,6 @@ WAN = Known(
     system="wan",
     read=lambda records, _: wan_diffusers.read(records[CONFIG]),
     write=_wan,
-    constants=wan_diffusers.CONSTANTS,
 )
 DIT = Known(system="dit", read=dit_diffusers.read, write=lambda config, _: dit_diffusers.write(config))
 KNOWN = {
@@ -64,7 +62,7 @@ KNOWN = {
         system="vae", read=lambda records, names: vae_diffusers.read(records[CONFIG], names), write=_vae
     ),
     **dict.fromkeys((*dit_diffusers.CLASSES, dit_diffusers.PIPELINE_CLASS), DIT),
-    wan_diffusers.PIPELINE: dataclasses.replace(
+    wan_diffusers.PIPELINE_CLASS: dataclasses.replace(
         WAN, read=lambda records, _: wan_diffusers.read_pipeline(records)
     ),
     wan_diffusers.CLASS: WAN,
@@ -73,7 +71,6 @@ KNOWN = {
         system="video-vae",
         read=lambda records, _: video_vae_wan.read(records[CONFIG]),
         write=_video_vae,
-        constants=video_vae_wan.CONSTANTS,
     ),
 }
 
@@ -90,16 +87,14 @@ def read(records: Records, names: Collection[str]) -> Foreign:
     return KNOWN[name].read(records, names)
 
 
-def write(
-    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], tuple[Rule, ...], tuple[str, ...]]:
-    """The JSON files by path and our table for a system of this name, and which of its tensors the files hold instead.
+def write(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Written:
+    """The JSON files by path and our table for a system of this name.
 
     InputError: diffusers has no such model.
     """
     for known in KNOWN.values():
         if known.system == name:
-            return *known.write(config, tensors), known.constants
+            return known.write(config, tensors)
     systems = dict.fromkeys(known.system for known in KNOWN.values())
     raise InputError(f"diffusers has no {name!r}; of Reverie's systems it has {', '.join(systems)}.")
 

@@ -164,22 +164,6 @@ def header(path: str | Path) -> dict[str, Entry]:
         return _header(file, path)[0]
 
 
-def headers(weights: Mapping[Path, str]) -> dict[str, Entry]:
-    """The headers of the files that together hold one model, with what comes before the names of each.
-
-    Raises `ModelFileError`, also for a name in two files.
-    """
-    entries: dict[str, Entry] = {}
-    for path, prefix in weights.items():
-        found = {f"{prefix}{name}": entry for name, entry in header(path).items()}
-        if twice := entries.keys() & found.keys():
-            raise ModelFileError(
-                f"{path.name} holds {min(twice)} again, which another file holds; fetch them again."
-            )
-        entries |= found
-    return entries
-
-
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     path = Path(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from reverie.weights.files import ModelFileError, shorten
@@ -25,9 +25,6 @@ class Foreign:
     table: tuple[Rule, ...]  # their names -> ours
     ignore: tuple[str, ...] = ()  # of their tensors, those that are no weights
     own_words: bool = False  # the tokenizer is named, so it is not the format's usual one
-    constants: dict[str, tuple[float, ...]] = field(
-        default_factory=dict
-    )  # of our tensors, what their config gives
 
 
 class Fields:

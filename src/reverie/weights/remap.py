@@ -3,10 +3,11 @@
 A rule says source -> target. Placeholders in braces stand for one dotted segment and must agree on both sides
 (`layers.{i}.fc1.{p}` -> `blocks.{i}.mlp.in.{p}`). Several sources and one target concatenate (three projections into
 a fused one); one source and several targets split evenly; `copies` are one tensor under several names, which must be
-equal, and is written under each of them again. A rule without targets is for a tensor that follows from the config:
-its `value` must stand in the file, and is written there again. `rearrange` is an einops pattern from source to target
-pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in `axes` that either direction needs.
-`invert` swaps the sides, so import and export are one table and a round trip is bit-equal.
+equal, and is written under each of them again. A rule of one side alone is for a tensor that follows from the config:
+where it has no targets its `value` must stand in the file, where it has no sources that becomes of it. `rearrange` is
+an einops pattern from source to target pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in
+`axes` that either direction needs. `invert` swaps the sides, so import and export are one table and a round trip is
+bit-equal.
 """
 
 from __future__ import annotations
@@ -92,14 +93,14 @@ def apply(
     and mis-shaped.
     """
     groups, unexpected = grouped(table, tensors, ignore=ignore)
-    made = _computed(table)
+    made = computed(table)
     missing: list[str] = []
     for group in groups:
         absent = [source for source in group.sources if source not in tensors]
         if absent:
             missing += absent
             continue
-        pieces = group.convert({source: tensors[source] for source in group.sources})
+        pieces = group.convert(tensors)
         assert not made.keys() & pieces.keys(), f"two rules make {min(made.keys() & pieces.keys())}"
         made |= pieces
     if missing:
@@ -120,9 +121,9 @@ class Group:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
 
-    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The targets from the sources. Raises `ModelFileError`."""
-        pieces = _convert(self.rule, {source: tensors[source] for source in self.sources})
+    def convert(self, tensors: Mapping[str, Tensor], *, filled: bool = True) -> dict[str, Tensor]:
+        """The targets from the sources; if these are not `filled`, only their shapes count. Raises `ModelFileError`."""
+        pieces = _convert(self.rule, {source: tensors[source] for source in self.sources}, filled)
         return dict(zip(self.targets, pieces, strict=True))
 
 
@@ -159,9 +160,9 @@ def outlined(table: Table, tensors: Mapping[str, Tensor]) -> dict[str, tuple[tup
     """The shapes that `apply` would give of tensors that rules all claim: a rule at a time, nothing of it is kept."""
     groups, unclaimed = grouped(table, tensors)
     assert not unclaimed, f"no rule claims {unclaimed[:5]}"
-    made = dict(expectation(_computed(table)))
+    made = dict(expectation(computed(table)))
     for group in groups:
-        made |= expectation(group.convert({name: tensors[name] for name in group.sources}))
+        made |= expectation(group.convert(tensors, filled=False))
     return made
 
 
@@ -177,16 +178,16 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and (a.device.type == "meta" or torch.equal(a, b))
 
 
-def _computed(table: Table) -> dict[str, Tensor]:
+def computed(table: Table) -> dict[str, Tensor]:
     """What rules make of nothing."""
     return {rule.targets[0]: rule.value() for rule in table if rule.value is not None and rule.targets}
 
 
-def _convert(rule: Rule, named: Mapping[str, Tensor]) -> list[Tensor]:
+def _convert(rule: Rule, named: Mapping[str, Tensor], filled: bool) -> list[Tensor]:
     count, names, tensors = len(rule.targets), list(named), list(named.values())
     if rule.value is not None:
         known, found = rule.value(), tensors[0].float()
-        if known.shape != found.shape or not torch.allclose(known, found, atol=1e-3):
+        if known.shape != found.shape or (filled and not torch.allclose(known, found, atol=1e-3)):
             raise ModelFileError(
                 f"{names[0]} does not hold what Reverie computes in its place, so numbers would differ: refused."
             )

@@ -30,15 +30,14 @@ def fill(
     *,
     table: remap.Table | None = None,
     ignored: Collection[str] = (),
-    given: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     quantise: str | None = None,
 ) -> None:
     """Fill a system from the files that are open; their names -> ours by `table`.
 
-    `ignored` are names in the files that are no weights, `given` are tensors of ours that no file holds. `dtype`
-    (torch.bfloat16, torch.float16) is what the weights of linear layers are kept in, `quantise` ("int8") what those of
-    repeated blocks are; all else keeps the system's own precision. The files' names and shapes have been checked.
+    `ignored` are names in the files that are no weights. `dtype` (torch.bfloat16, torch.float16) is what the weights of
+    linear layers are kept in, `quantise` ("int8") what those of repeated blocks are; all else keeps the system's own
+    precision. The files' names and shapes have been checked.
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"dtype {dtype} is none that weights are kept in: use torch.bfloat16, or none.")
@@ -87,8 +86,7 @@ def fill(
         for group in groups:
             _put_all(put, group.convert({name: shards.read(name) for name in group.sources}))
             give_back()
-    for name, tensor in (given or {}).items():
-        put(name, tensor)
+        _put_all(put, remap.computed(table))
     assert not todo, f"{sorted(todo)[:5]} were not filled"
 
 

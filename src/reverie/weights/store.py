@@ -105,8 +105,7 @@ def save(
     tensors: Mapping[str, Tensor] = system.state_dict()
     if reader is None and umt5.lies_in(folder):
         raise InputError(f"{folder} holds the text encoder of another model; give a new folder.")
-    model, records, table, said = _layout(format, name, version, config, tokenizer, tensors)
-    tensors = {key: value for key, value in tensors.items() if key not in said}
+    model, records, table = _layout(format, name, version, config, tokenizer, tensors)
     if table is not None:
         tensors = remap.apply(remap.invert(table), tensors)
     if dtype is not None:
@@ -151,18 +150,18 @@ def _layout(
     config: dict[str, Any],
     tokenizer: Any,
     tensors: Mapping[str, Tensor],
-) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None, tuple[str, ...]]:
-    """A format's file of weights, its JSON files, its table (None: ours), and the tensors that those files say."""
+) -> tuple[str, dict[str, Any], tuple[remap.Rule, ...] | None]:
+    """A format's file of weights, its JSON files, and its table (None: ours)."""
     if format == "reverie":
-        return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None, ()
+        return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None
     if format == "diffusers":
         return DIFFUSERS, *diffusers.write(name, config, tensors)
     if name != "clip":
         raise InputError(f"{format} has no {name!r}; of Reverie's systems it has clip.")
     if format == "transformers":
-        return MODEL, *clip_transformers.write(config), ()
+        return MODEL, *clip_transformers.write(config)
     own = tokenizer is not None and not (isinstance(tokenizer, Bpe) and tokenizer.is_clip())
-    return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own), ()
+    return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own)
 
 
 def load(
@@ -193,10 +192,8 @@ def load(
         if "tokenizer" in inspect.signature(system_class).parameters:
             parts = (made, _tokenizer(place, values, foreign))
         system = _built(system_class, parts, name, place, weights.entries)
-        table, constants, ignored = _agreed(system, foreign, weights.entries, place)
-        shards.fill(
-            system, weights, table=table, ignored=ignored, given=constants, dtype=dtype, quantise=quantise
-        )
+        table, ignored = _agreed(system, foreign, weights.entries, place)
+        shards.fill(system, weights, table=table, ignored=ignored, dtype=dtype, quantise=quantise)
     if hasattr(system, "reader") and umt5.lies_in(place.path):
         system.reader = umt5.Umt5(place.path, dtype=dtype, quantise=quantise)  # type: ignore[assignment]
     return system.eval()
@@ -222,23 +219,18 @@ def _built(
 
 def _agreed(
     system: nn.Module, foreign: Foreign | None, entries: files.Entries, place: Place
-) -> tuple[remap.Table | None, dict[str, Tensor], set[str]]:
-    """Once all names and shapes fit: the table, the tensors that a config gives, and those that are no weights."""
+) -> tuple[remap.Table | None, set[str]]:
+    """Once all names and shapes fit: the table, and the tensors that are no weights."""
     outline = system.state_dict()
     found = {key: (entry.shape, files.family(entry.dtype)) for key, entry in entries.items()}
     if foreign is None:
         files.check(found, files.expectation(outline), what=place.what)
-        return None, {}, set()
-    constants = {name: torch.tensor(value) for name, value in foreign.constants.items()}
-    files.check(
-        files.expectation(constants), files.expectation({n: outline[n] for n in constants}), what=CONFIG
-    )
+        return None, set()
     # The table backwards says what their file must hold, so theirs too is checked before it is read.
-    rest = {name: value for name, value in outline.items() if name not in constants}
-    theirs = remap.outlined(remap.invert(foreign.table), rest)
+    theirs = remap.outlined(remap.invert(foreign.table), outline)
     ignored = remap.matching(foreign.ignore, entries)
     files.check(found, theirs | {key: found[key] for key in ignored}, what=place.what)
-    return foreign.table, constants, ignored
+    return foreign.table, ignored
 
 
 def _described(

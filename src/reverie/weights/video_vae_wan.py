@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from reverie.weights.files import Entry, ModelFileError, shorten
 from reverie.weights.layout import LAYERS, Fields, Foreign
@@ -161,8 +163,14 @@ def read(record: Any, *, theirs: str = "", ours: str = "") -> Foreign:
     return Foreign(
         system="video-vae",
         values=values,
-        table=table(values, theirs=theirs, ours=ours),
-        constants={f"{ours}{name}": value for name, value in _constants(fields, channels).items()},
+        table=(*table(values, theirs=theirs, ours=ours), *_given(_constants(fields, channels), ours)),
+    )
+
+
+def _given(constants: Mapping[str, Sequence[float]], ours: str) -> tuple[Rule, ...]:
+    """Rules for our buffers, which their config gives."""
+    return tuple(
+        Rule((), f"{ours}{name}", value=partial(torch.tensor, list(constants[name]))) for name in CONSTANTS
     )
 
 
@@ -240,8 +248,10 @@ def read_alone(
     return Foreign(
         system="video-vae",
         values=values,
-        table=table(values, original=True, theirs=theirs, ours=ours),
-        constants={f"{ours}{name}": value for name, value in _constants(fields, channels).items()},
+        table=(
+            *table(values, original=True, theirs=theirs, ours=ours),
+            *_given(_constants(fields, channels), ours),
+        ),
     )
 
 
@@ -279,7 +289,7 @@ def write(
         "scale_factor_temporal": 2 ** sum(config["temporal"]),
         "scale_factor_spatial": patch * 2 ** len(config["temporal"]),
     }
-    return record, table(config, theirs=theirs, ours=ours)
+    return record, (*table(config, theirs=theirs, ours=ours), *_given(constants, ours))
 
 
 def _short(value: float) -> float:

@@ -19,11 +19,11 @@ from reverie.samplers.configured import SamplerConfig
 from reverie.weights import diffusers_scheduler, video_vae_wan
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Fields, Foreign
+from reverie.weights.places import CONFIG, PIPELINE, SCHEDULER
 from reverie.weights.remap import Rule
 
-CLASS, ORIGINAL, PIPELINE = "WanTransformer3DModel", "WanModel", "WanPipeline"
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
-TRANSFORMER, VAE = "transformer/config.json", "vae/config.json"
+CLASS, ORIGINAL, PIPELINE_CLASS = "WanTransformer3DModel", "WanModel", "WanPipeline"
+TRANSFORMER, VAE = f"transformer/{CONFIG}", f"vae/{CONFIG}"
 CONSTANTS = tuple(f"codec.{name}" for name in video_vae_wan.CONSTANTS)
 _COMMON = {"_class_name", "_diffusers_version", "_name_or_path", "freq_dim", "ffn_dim", "num_layers", "eps"}
 KEYS = _COMMON | {
@@ -179,11 +179,11 @@ def write(
 
 def read_pipeline(records: Mapping[str, Any]) -> Foreign:
     """The system from a pipeline's JSON files, by path. Raises `ModelFileError`."""
-    index = Fields(records[INDEX], where=INDEX)
+    index = Fields(records[PIPELINE], where=PIPELINE)
     second = index.record.get("transformer_2")
     if index.record.get("boundary_ratio") is not None or second not in (None, [None, None]):
         raise ModelFileError(
-            f"{INDEX} has two transformers, as Wan 2.2's; Reverie reads Wan 2.1's, which have one."
+            f"{PIPELINE} has two transformers, as Wan 2.2's; Reverie reads Wan 2.1's, which have one."
         )
     index.unlike({"expand_timesteps": (False, None)})
     for file in (TRANSFORMER, VAE, SCHEDULER):
@@ -198,7 +198,6 @@ def read_pipeline(records: Mapping[str, Any]) -> Foreign:
         system="wan",
         values={"backbone": values, "codec": vae.values, "sampling": _plain(sampling)},
         table=(*table(values, theirs="transformer."), *vae.table),
-        constants=vae.constants,
     )
 
 
@@ -221,7 +220,7 @@ def write_pipeline(
         SamplerConfig(**sampling | {"process": Flow(**sampling["process"])})
     )
     index = {
-        "_class_name": PIPELINE,
+        "_class_name": PIPELINE_CLASS,
         "_diffusers_version": transformer["_diffusers_version"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": [None, None],
@@ -229,7 +228,7 @@ def write_pipeline(
         "transformer": ["diffusers", CLASS],
         "vae": ["diffusers", video_vae_wan.CLASS],
     }
-    return {TRANSFORMER: transformer, VAE: vae, SCHEDULER: scheduler, INDEX: index}, (*rules, *vae_rules)
+    return {TRANSFORMER: transformer, VAE: vae, SCHEDULER: scheduler, PIPELINE: index}, (*rules, *vae_rules)
 
 
 def _plain(sampling: SamplerConfig) -> dict[str, Any]:
