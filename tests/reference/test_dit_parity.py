@@ -227,3 +227,6 @@ def test_what_diffusers_cannot_have_is_refused():
         dit_diffusers.write(asdict(DiffusionTransformerConfig(backbone=DitConfig())))
     with pytest.raises(ModelFileError, match="norm_type"):
         dit_diffusers.read({"config.json": {"norm_type": "layer_norm"}})
+    for key, value in (("_class_name", "SanaTransformer2DModel"), ("attention_type", "gated"), ("bend", 1)):
+        with pytest.raises(ModelFileError, match=key):
+            dit_diffusers.read({"config.json": {key: value}})

@@ -97,11 +97,13 @@ def test_guidance_of_fewer_channels_leaves_the_others(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_codec_is_given_later(name, tmp_path):
+def test_a_codec_is_given_later(name, tmp_path, monkeypatch):
     backbone = dataclasses.replace(CONFIGS[name].backbone, channels=4)
     model = made(name, backbone=backbone)
-    with pytest.raises(InputError, match="attach"):
-        model.generate_image([0])
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "sample", None)  # said before anything is drawn
+        with pytest.raises(InputError, match="attach"):
+            model.generate_image([0])
     with pytest.raises(InputError, match="4 channels"):
         model.attach(Vae(dataclasses.replace(CODEC, channels=3)))
     assert model.attach(Vae(CODEC).eval()).generate_image([0]).shape == (1, 3, 16, 16)

@@ -160,6 +160,9 @@ def test_it_is_saved_and_loaded(wan, tmp_path):
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"guidance": 1e38}, "more than numbers can hold"),
         ({"sampler": "magic"}, "magic"),
+        ({"interval": (0.2,)}, "interval must be two times"),
+        ({"interval": (0.8, 0.2)}, "the lower one first"),
+        ({"rescale": 3}, "rescale 3 is no share"),
         ({"shift": 0}, "shift is 0"),
         ({"seed": "a"}, "seed is 'a'"),
         ({"noise": torch.zeros(1, 4, 2, 4, 4)}, "noise is"),
@@ -207,6 +210,17 @@ def test_prompts_are_cleaned_and_their_encoder_is_asked_for(tmp_path, monkeypatc
     (tmp_path / "text_encoder" / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"reverie\[interop\]"):
+        Umt5(tmp_path).read(["a cat"])
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path):
+    """transformers would make one that knows no word."""
+    pytest.importorskip("transformers")
+    for folder in ("tokenizer", "text_encoder"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text("{}")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(InputError, match=r"tokenizer\.json or spiece\.model"):
         Umt5(tmp_path).read(["a cat"])
 
 

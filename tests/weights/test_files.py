@@ -1,6 +1,7 @@
 """R12: a hostile weight file is refused by its header, quickly, in little memory, and in our own words."""
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -105,6 +106,22 @@ HOSTILE = {
     "a zip": (b"PK\x03\x04" + bytes(100), "convert"),
     "a pickle": (b"\x80\x02}q\x00." + bytes(100), "convert"),
 }
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(length, tmp_path):
+    text = json.dumps({"a": tensor([1], 0, 4)}).encode().ljust(length)
+    (tmp_path / "m.safetensors").write_bytes(raw(text, struct.pack("<f", 2)))
+    assert (tmp_path / "m.safetensors").read_bytes()[0] == 0x80
+    with files.Shards({tmp_path / "m.safetensors": ""}) as weights:
+        assert weights.read("a").item() == 2
+
+
+def test_only_who_allows_it_reads_minus_infinity():
+    assert files.load_json('{"a": -Infinity}', what="a file", infinite=True) == {"a": -math.inf}
+    for word, infinite in (("-Infinity", False), ("Infinity", True), ("NaN", True)):
+        with pytest.raises(files.ModelFileError, match="not valid JSON"):
+            files.load_json(f'{{"a": {word}}}', what="a file", infinite=infinite)
 
 
 @pytest.mark.hostile

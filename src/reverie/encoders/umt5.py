@@ -31,6 +31,7 @@ from reverie.nn.linear import Linear
 from reverie.nn.quantised import Int8Linear, repeated, replace, to_int8
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+VOCABULARIES = ("tokenizer.json", "spiece.model")
 # Of a pipeline's index, where they lie beside it.
 ENTRIES = {
     ENCODER: ["transformers", "UMT5EncoderModel"],
@@ -145,12 +146,21 @@ class Umt5:
                     "reading prompts for this model needs transformers: run `pip install 'reverie[interop]'`, or give"
                     " features in place of prompts."
                 ) from error
+            # Without its vocabulary transformers makes a tokenizer that knows no word, and says nothing.
+            if not any((self.folder / TOKENIZER / file).is_file() for file in VOCABULARIES):
+                raise InputError(
+                    f"{TOKENIZER}/ in {str(self.folder)!r:.80} lacks {' or '.join(VOCABULARIES)}: fetch the folder"
+                    " again."
+                )
             try:
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.folder / TOKENIZER, local_files_only=True, trust_remote_code=False
                 )
+                config = UMT5Config(**_config(self.folder / ENCODER))
+                if len(tokenizer) > config.vocab_size:
+                    raise ValueError(f"{len(tokenizer):,} tokens for an encoder of {config.vocab_size:,}")
                 with torch.device("meta"):
-                    encoder = UMT5EncoderModel(UMT5Config(**_config(self.folder / ENCODER)))
+                    encoder = UMT5EncoderModel(config)
                 self._fill(encoder)
             except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
                 raise InputError(

@@ -9,15 +9,32 @@ nothing. The wrapper asks for the first copy alone where guidance would change n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from reverie.errors import InputError
 from reverie.processes.gaussian import Point, Prediction, from_x0, to_x0
 from reverie.samplers.diffusion import Predict
 
 Weight = float | Callable[[Point], float]
+
+
+def check_options(interval: Any, rescale: Any) -> None:
+    """InputError: `interval` or `rescale` is none that `guided` can follow."""
+
+    def finite(value: Any) -> bool:
+        return isinstance(value, Real) and math.isfinite(value)
+
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(finite, interval)):
+        raise InputError(f"interval must be two times, such as (0.2, 0.8), but is {interval!r:.60}.")
+    if interval[0] > interval[1]:
+        raise InputError(f"interval {tuple(interval)} holds no time: give the lower one first.")
+    if not finite(rescale) or not 0 <= rescale <= 1:
+        raise InputError(f"rescale {rescale!r:.60} is no share: give a number from 0 to 1.")
 
 
 def guided(

@@ -145,6 +145,7 @@ class DiffusionTransformer(nn.Module):
                 "this model learned no variance: choose another sampler than 'ddpm', such as 'ddim'."
             )
         seeds = check_asked(len(numbers), seed, steps, guidance, sampler, tuple(SAMPLERS))
+        check_decodes(self.codec, self.config.backbone.channels)  # before anything is drawn
         shape = latent_shape(self.config.backbone, self.codec, size)
         device = self.backbone.classes.weight.device
         latents = self.sample(
@@ -214,12 +215,17 @@ def initial(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.dev
 
 def decoded(codec: Vae | None, latents: Tensor) -> Tensor:
     """Pictures in [-1, 1]. InputError: latents without a codec."""
-    if codec is None and latents.shape[1] != 3:
+    check_decodes(codec, latents.shape[1])
+    return (latents if codec is None else codec.decode(latents)).clamp(-1, 1)
+
+
+def check_decodes(codec: Vae | None, channels: int) -> None:
+    """InputError: latents without a codec."""
+    if codec is None and channels != 3:
         raise InputError(
             "this model draws latents and has no autoencoder: give it the one that it learnt in, such as"
             " model.attach(reverie.load(FOLDER))."
         )
-    return (latents if codec is None else codec.decode(latents)).clamp(-1, 1)
 
 
 def latent_shape(backbone: DitConfig, codec: Vae | None, size: Any) -> tuple[int, int, int]:

@@ -35,6 +35,7 @@ from reverie.systems.dit import (
     branches,
     check_asked,
     check_codec,
+    check_decodes,
     check_names,
     class_numbers,
     decoded,
@@ -148,6 +149,7 @@ class Sit(nn.Module):
             raise InputError(
                 f"there is no diffusion {diffusion!r:.60}: choose one of {', '.join(DIFFUSIONS)}."
             )
+        check_decodes(self.codec, self.config.backbone.channels)  # before anything is drawn
         shape = latent_shape(self.config.backbone, self.codec, size)
         device = self.backbone.classes.weight.device
         latents = self.sample(

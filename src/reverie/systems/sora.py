@@ -37,7 +37,7 @@ from reverie.pictures import to_signal
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Flow, Point
 from reverie.samplers import diffusion, multistep
-from reverie.samplers.guidance import guided
+from reverie.samplers.guidance import check_options, guided
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": diffusion.euler,
@@ -296,12 +296,7 @@ class Sora(nn.Module):
     def _check_guided(negative: Any, interval: Any, rescale: Any) -> None:
         if negative is not None and not isinstance(negative, str):
             raise InputError(f"negative must be one string, but is {negative!r:.60}.")
-        if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_finite, interval)):
-            raise InputError(f"interval must be two times, such as (0.2, 0.8), but is {interval!r:.60}.")
-        if interval[0] > interval[1]:
-            raise InputError(f"interval {tuple(interval)} holds no time: give the lower one first.")
-        if not _finite(rescale) or not 0 <= rescale <= 1:
-            raise InputError(f"rescale {rescale!r:.60} is no share: give a number from 0 to 1.")
+        check_options(interval, rescale)
 
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace):
         frames = self._check_asked(prompts, frames)

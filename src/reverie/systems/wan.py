@@ -33,7 +33,7 @@ from reverie.objectives.denoising import velocity_loss
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Flow, Point
 from reverie.samplers.configured import SamplerConfig
-from reverie.samplers.guidance import guided
+from reverie.samplers.guidance import check_options, guided
 
 UNIPC = SamplerConfig(process=Flow(shift=3.0), prediction="velocity", sampler="unipc", solver="bh2")
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -195,6 +195,7 @@ class Wan(nn.Module):
             )
         count = int(_number("steps", self.config.steps if steps is None else steps, least=1, whole=True))
         guidance = _number("guidance", self.config.guidance if guidance is None else guidance)
+        check_options(interval, rescale)
         sampling = self._sampling(sampler, shift)
         shape = self.latent_shape(frames, size)
         context = self.read(prompts)

@@ -25,6 +25,14 @@ BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v
 VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}
 SPACINGS = ("leading", "trailing", "linspace")
 CLASSES = (CLASS, "Transformer2DModel")  # the latter is what the published folders of DiT name
+KEYS = (
+    "_class_name", "_diffusers_version", "_name_or_path", "activation_fn", "attention_bias", "attention_head_dim",
+    "attention_type", "caption_channels", "cross_attention_dim", "double_self_attention", "dropout", "in_channels",
+    "interpolation_scale", "norm_elementwise_affine", "norm_eps", "norm_num_groups", "norm_type",
+    "num_attention_heads", "num_embeds_ada_norm", "num_layers", "num_vector_embeds", "only_cross_attention",
+    "out_channels", "patch_size", "sample_size", "upcast_attention", "use_additional_conditions",
+    "use_linear_projection",
+)  # fmt: skip
 EMBEDDINGS = (
     ("timestep_embedder.linear_1.{p}", "time.0.{p}"),
     ("timestep_embedder.linear_2.{p}", "time.2.{p}"),
@@ -110,7 +118,10 @@ def write(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Rule, ...]]:
 
 def _backbone(record: Any) -> dict[str, Any]:
     whole = Fields(record, where=f"the config of {CLASS}")
+    whole.choice("_class_name", CLASS, {name: name for name in CLASSES})
+    whole.only(KEYS)
     whole.unlike({
+        "attention_type": ("default",),
         "norm_type": ("ada_norm_zero",), "activation_fn": ("gelu-approximate",), "attention_bias": (True,),
         "norm_elementwise_affine": (False,), "cross_attention_dim": (None,), "double_self_attention": (False,),
         "only_cross_attention": (False,), "num_vector_embeds": (None,), "dropout": (0.0, 0),
@@ -201,7 +212,7 @@ def _sampling(record: Any) -> dict[str, Any]:
     })  # fmt: skip
     if sampler == "ddim":
         it.unlike({"set_alpha_to_one": (True,)})
-    process = {
+    process: dict[str, Any] = {
         "kind": "ddpm",
         "steps": it.integer("num_train_timesteps", 1000),
         "betas": it.choice("beta_schedule", "linear", BETAS),
@@ -209,8 +220,15 @@ def _sampling(record: Any) -> dict[str, Any]:
         "beta_end": it.number("beta_end", 0.02),
         "zero_snr": False,
     }
-    clips = it.flag("clip_sample", True)
-    offset = it.number("steps_offset", 0)
+    clip = it.number("clip_sample_range", 1.0) if it.flag("clip_sample", True) else None
+    if clip is not None and clip <= 0:
+        raise ModelFileError(f"{it.where} gives clip_sample_range as {clip:g}; it must be above 0.")
+    offset = it.record.get("steps_offset", 0)
+    if type(offset) is not int or not 0 <= offset < process["steps"]:
+        raise ModelFileError(
+            f"{it.where} gives steps_offset as {shorten(offset)}; it must be a whole number from 0, below the number of"
+            " steps."
+        )
     variance = "fixed_small"
     if sampler == "ddpm":
         variance = it.choice("variance_type", "fixed_small", VARIANCES)
@@ -221,9 +239,9 @@ def _sampling(record: Any) -> dict[str, Any]:
         "guidance": 4.0,
         "guided_channels": 0,
         "spacing": it.choice("timestep_spacing", "leading", {name: name for name in SPACINGS}),
-        "offset": int(offset),
+        "offset": offset,
         "variance": variance,
-        "clip": it.number("clip_sample_range", 1.0) if clips else None,
+        "clip": clip,
     }
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -91,7 +91,7 @@ def read(
     """
     path = Path(path)
     with _open(path) as file:
-        entries, start = _header(file, path)
+        entries, start = _header(file, path, path.name)
         if expected is not None:
             check({name: (e.shape, family(e.dtype)) for name, e in entries.items()}, expected, what=path.name)
         file.seek(start)
@@ -117,7 +117,9 @@ class Shards:
         with contextlib.ExitStack() as opened:
             for path, prefix in weights.items():
                 file = opened.enter_context(_open(path))
-                entries, start = _header(file, path)
+                entries, start = _header(
+                    file, path, f"{prefix.removesuffix('.')}/{path.name}" if prefix else path.name
+                )
                 found = {f"{prefix}{name}": entry for name, entry in entries.items()}
                 if twice := self.entries.keys() & found.keys():
                     raise ModelFileError(
@@ -161,7 +163,7 @@ def header(path: str | Path) -> dict[str, Entry]:
     """The checked header of a safetensors file, without its data. Raises `ModelFileError`."""
     path = Path(path)
     with _open(path) as file:
-        return _header(file, path)[0]
+        return _header(file, path, path.name)[0]
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -195,15 +197,22 @@ def check(found: Expected, expected: Expected, *, what: str) -> None:
         )
 
 
-def load_json(text: bytes | str, *, what: str) -> Any:
-    """JSON from a stranger: bounded nesting and structure, no duplicate keys. Raises `ModelFileError`."""
+def load_json(text: bytes | str, *, what: str, infinite: bool = False) -> Any:
+    """JSON from a stranger: bounded nesting and structure, no duplicate keys. Raises `ModelFileError`.
+
+    `infinite`: it may say -Infinity, as diffusers' schedulers do, which is no JSON.
+    """
     raw = text.encode() if isinstance(text, str) else text
     if sum(raw.count(character) for character in (b"{", b"[", b",")) > STRUCTURE:
         raise ModelFileError(
             f"{what} has more than {STRUCTURE:,} JSON parts; no file that Reverie reads needs them."
         )
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_constant)
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_constant=_minus_infinity if infinite else _constant,
+        )
     except _Duplicate as error:
         raise ModelFileError(f"{what} names the key {shorten(error.args[0])} twice; keep one.") from None
     except (ValueError, RecursionError):
@@ -220,8 +229,12 @@ class _Duplicate(Exception):
     pass
 
 
-def _constant(word: str) -> None:
+def _constant(word: str) -> NoReturn:
     raise ValueError(word)  # NaN and Infinity are Python's own, not JSON
+
+
+def _minus_infinity(word: str) -> float:
+    return float(word) if word == "-Infinity" else _constant(word)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -254,19 +267,23 @@ def pickle_message(name: str) -> str:
     )
 
 
-def _header(file: BufferedReader, path: Path) -> tuple[dict[str, Entry], int]:
-    name = path.name
+def _header(file: BufferedReader, path: Path, name: str) -> tuple[dict[str, Entry], int]:
+    """`name` is what messages call it."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
         raise ModelFileError(f"{name} has {size} bytes and is no safetensors file; fetch it again.")
-    if prefix.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    length = int.from_bytes(prefix, "little")
+    # A header of 640, 896, ... bytes begins like a pickle, but no pickle is so small a number.
+    pickled = (
+        prefix.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and length > HEADER_BYTES
+    )
+    if pickled or prefix.startswith(b"PK\x03\x04"):
         raise ModelFileError(pickle_message(name))
     if prefix == b"version ":
         raise ModelFileError(
             f"{name} is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull`, or fetch it."
         )
-    length = int.from_bytes(prefix, "little")
     if length > HEADER_BYTES:
         raise ModelFileError(
             f"{name} claims a header of {length:,} bytes, more than the limit of {HEADER_BYTES:,}; it is no safetensors"

@@ -49,7 +49,7 @@ class Place:
     def what(self) -> str:
         """Its weights, as messages call them."""
         first, *others = (path.name for path in self.weights)
-        return first if not others else f"{first} and its {len(others)} companions"
+        return first if not others else f"{self.path.resolve().name}, in {len(self.weights)} files,"
 
 
 def shipped() -> list[str]:
@@ -124,7 +124,7 @@ def read_json(path: Path, *, most: int = CONFIG_BYTES) -> Any:
         raise ModelFileError(
             f"{path.name} has {path.stat().st_size:,} bytes, more than the limit of {most:,}."
         )
-    return files.load_json(path.read_bytes(), what=path.name)
+    return files.load_json(path.read_bytes(), what=path.name, infinite=path.name == Path(SCHEDULER).name)
 
 
 def _pipeline(path: Path) -> Place:

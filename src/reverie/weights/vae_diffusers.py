@@ -29,6 +29,7 @@ SILENT = (
 def read(record: Any, entries: Collection[str] = ()) -> Foreign:
     """From their config.json; `entries`, the names of the file's tensors, tell old files from new ones."""
     whole = Fields(record, where=f"the config of {CLASS}")
+    whole.choice("_class_name", CLASS, {CLASS: CLASS})
     whole.only((
         *SILENT, "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "latent_channels",
         "norm_num_groups", "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "scaling_factor",
