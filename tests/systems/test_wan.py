@@ -163,6 +163,8 @@ def test_it_is_saved_and_loaded(wan, tmp_path):
         ({"interval": (0.2,)}, "interval must be two times"),
         ({"interval": (0.8, 0.2)}, "the lower one first"),
         ({"rescale": 3}, "rescale 3 is no share"),
+        ({"sampler": SamplerConfig(process=Ddpm())}, "velocity of a flow"),
+        ({"sampler": SamplerConfig(process=Ddpm(), prediction="velocity")}, "velocity of a flow"),
         ({"shift": 0}, "shift is 0"),
         ({"seed": "a"}, "seed is 'a'"),
         ({"noise": torch.zeros(1, 4, 2, 4, 4)}, "noise is"),
@@ -227,6 +229,13 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path):
 def test_shares_of_a_head_are_wans():
     for head, shares in ((128, (44, 42, 42)), (64, (24, 20, 20)), (12, (4, 4, 4))):
         assert WanDitConfig(width=2 * head, heads=2).shares == shares
+
+
+def test_a_sampler_by_its_name_keeps_what_the_folder_says_of_times():
+    sampling = dataclasses.replace(CONFIG.sampling, process=Flow(shift=5.0), times=500, order=3)
+    wan = Wan(dataclasses.replace(CONFIG, sampling=sampling))
+    chosen = wan._sampling("dpmpp_2m", None)
+    assert (chosen.sampler, chosen.process, chosen.times) == ("dpmpp_2m", Flow(shift=5.0), 500)
 
 
 def test_shift_moves_sampling_and_training_alike():

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
     width: int = 32  # channels of the first convolution; they double up to four times that
-    depth: int = (
-        3  # halvings of space; a patch that is judged has 8, 18, 38 or 78 pixels a side at 1, 2, 3 or 4
-    )
+    depth: int = 3  # halvings of space; a judged patch has 8, 18, 38 or 78 pixels a side at 1 to 4
     clips: bool = True  # whether clips are judged too, beside their frames
 
 

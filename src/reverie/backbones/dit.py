@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from reverie.errors import InputError
 from reverie.nn.attention import SelfAttention
+from reverie.nn.block import norm_modulate
 from reverie.nn.linear import Linear, PatchLinear
 from reverie.nn.mlp import Mlp
 from reverie.nn.positions import sinusoidal
@@ -58,13 +59,6 @@ class DitConfig:
             raise InputError(f"size {self.size} is no multiple of the patch, {self.patch}; choose another.")
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """norm(x) (1 + scale) + shift for `b n d` and `b 1 d`; one item's in a single pass."""
-    if len(x) == 1:
-        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
-
-
 class DitBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by a vector (adaLN-zero); a new block is the identity."""
 
@@ -80,8 +74,8 @@ class DitBlock(nn.Module):
         if modulation is None:
             modulation = self.modulation(vector)
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation, "b (six d) -> six b 1 d", six=6)
-        x = torch.addcmul(x, gate1, self.attention(modulated(x, shift1, scale1)))
-        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2, eps=self.mlp_eps)))
+        x = torch.addcmul(x, gate1, self.attention(norm_modulate(x, shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(norm_modulate(x, shift2, scale2, eps=self.mlp_eps)))
 
 
 class Dit(nn.Module):
@@ -156,7 +150,7 @@ class Dit(nn.Module):
                 tokens = block(tokens, modulation=one)
         shift, scale = rearrange(last, "b (two d) -> two b 1 d", two=2)
         return rearrange(
-            self.out(modulated(tokens, shift, scale)),
+            self.out(norm_modulate(tokens, shift, scale)),
             "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=h, ph=patch, pw=patch,
         )  # fmt: skip
 

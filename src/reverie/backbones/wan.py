@@ -22,10 +22,10 @@ from typing import cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reverie.errors import InputError
 from reverie.nn.attention import attend
+from reverie.nn.block import norm_modulate
 from reverie.nn.linear import Linear
 from reverie.nn.mlp import Mlp
 from reverie.nn.patches import patchify, unpatchify
@@ -166,16 +166,9 @@ class WanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(
             self.table + vector, "b six d -> six b 1 d", six=6
         )
-        x = torch.addcmul(x, gate1, self.attention(modulated(x, shift1, scale1, self.eps), turns))
+        x = torch.addcmul(x, gate1, self.attention(norm_modulate(x, shift1, scale1, eps=self.eps), turns))
         x = x + self.cross(self.norm_context(x), keys, values, bias)
-        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2, self.eps)))
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """norm(x) (1 + scale) + shift of `x b n d`, in one pass where one shift and scale, `1 1 d`, hold for all items."""
-    if len(scale) == 1:
-        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+        return torch.addcmul(x, gate2, self.mlp(norm_modulate(x, shift2, scale2, eps=self.eps)))
 
 
 class WanDit(nn.Module):
@@ -234,7 +227,7 @@ class WanDit(nn.Module):
         for block, keys, values in zip(self._blocks(), words.keys, words.values, strict=True):
             tokens = block(tokens, each, turns, keys, values, words.bias)
         shift, scale = rearrange(self.table + rearrange(vector, "b d -> b 1 d"), "b two d -> two b 1 d")
-        return unpatchify(self.out(modulated(tokens, shift, scale, config.eps)), config.patch, shape)
+        return unpatchify(self.out(norm_modulate(tokens, shift, scale, eps=config.eps)), config.patch, shape)
 
 
 @lru_cache(maxsize=8)

@@ -97,9 +97,8 @@ class Conv(nn.Module):
         else:
             y = self.tap(x, 0)
             for back in range(1, reach + 1):
-                for j in range(
-                    max(back - len(before), 0), min(back, len(x) // b)
-                ):  # frames before this chunk
+                # Of frames before this chunk.
+                for j in range(max(back - len(before), 0), min(back, len(x) // b)):
                     y[j * b : (j + 1) * b].add_(self.tap(before[j - back], back))
                 if len(x) > back * b:
                     y[back * b :].add_(self.tap(x[: -back * b], back))
@@ -386,7 +385,7 @@ class Encoder(nn.Module):
         self.out = Conv(2 * config.channels, 2 * config.channels, time=1, side=1)
         with (
             torch.no_grad()
-        ):  # latents begin with little noise: the decoder learns to draw before it learns to guess
+        ):  # latents begin with little noise: first the decoder learns to draw, then to guess
             self.out.weight[..., config.channels :, :, :, :].mul_(0.1)
             self.out.bias[config.channels :] = -6
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reverie.nn.attention import CrossAttention, SelfAttention
 from reverie.nn.linear import Linear
@@ -60,6 +61,13 @@ def pick(x: Tensor, at: Tensor, *, runs: Sequence[tuple[int, int]] | None = None
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift with one shift and scale per item, or per position (`b n d`)."""
     return x * (1 + scale) + shift
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """`modulate` of the norm of `x b n d`, in one pass where one shift and scale, `1 1 d`, hold for all items."""
+    if len(scale) == 1:
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 class ModulatedBlock(nn.Module):

@@ -53,10 +53,9 @@ class SamplerConfig:
     last: Literal["clean", "first"] = "clean"  # the last point: sigma 0, or the table's first level
     # Points of a Flow
     times: int = 1000  # that it was trained at: points lie between 1 and 1 / times, and t counts in 1 / times
-    tokens: tuple[float, float, float, float] | None = None  # the shift by few, many tokens: low, high;
-    tokens_log: bool = (
-        True  # these are logarithms of factors (gaussian.shift_flux), or the factors themselves
-    )
+    # The shift by tokens: few, many, and at these low, high: logarithms of factors (gaussian.shift_flux), or factors.
+    tokens: tuple[float, float, float, float] | None = None
+    tokens_log: bool = True
     # Steps
     order: int = 2  # dpmpp_2m: 1, 2; unipc: 1, 2, 3
     solver: Literal["midpoint", "heun", "bh1", "bh2"] = "midpoint"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -26,19 +26,12 @@ from reverie.codecs.vae import Vae, VaeConfig
 from reverie.errors import InputError
 from reverie.objectives.denoising import variance_bound
 from reverie.processes.gaussian import Ddpm, Point, corrupt, to_x0
-from reverie.samplers import diffusion, multistep
+from reverie.samplers import diffusion
+from reverie.samplers.configured import BY_LAMBDA, FUNCTIONS
 from reverie.samplers.guidance import guided
 
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddpm": diffusion.ddpm,
-    "ddim": diffusion.ddim,
-    "euler_ancestral": diffusion.euler_ancestral,
-    "dpmpp_2m": multistep.dpmpp_2m,
-    "dpmpp_2m_sde": multistep.dpmpp_2m_sde,
-    "unipc": multistep.unipc,
-}
-MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")  # which want one index more, and leave out the last
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +137,7 @@ class DiffusionTransformer(nn.Module):
             raise InputError(
                 "this model learned no variance: choose another sampler than 'ddpm', such as 'ddim'."
             )
-        seeds = check_asked(len(numbers), seed, steps, guidance, sampler, tuple(SAMPLERS))
+        seeds = check_asked(len(numbers), seed, steps, guidance, sampler, SAMPLERS)
         check_decodes(self.codec, self.config.backbone.channels)  # before anything is drawn
         shape = latent_shape(self.config.backbone, self.codec, size)
         device = self.backbone.classes.weight.device
@@ -174,7 +167,7 @@ class DiffusionTransformer(nn.Module):
         """Classes `b` and noise `b c h w` -> latents `b c h w`."""
         config = self.config
         points = config.process.points(
-            steps, spacing=config.spacing, offset=config.offset, beyond=sampler in MULTISTEP
+            steps, spacing=config.spacing, offset=config.offset, beyond=sampler in BY_LAMBDA
         )
         say = branches(self.backbone, classes, [point.t for point in points[:-1]])
         learned = sampler == "ddpm" and config.variance == "learned_range"
@@ -188,7 +181,7 @@ class DiffusionTransformer(nn.Module):
         options: dict[str, Any] = {"variance": config.variance} if sampler == "ddpm" else {}
         if sampler in ("ddpm", "ddim"):
             options["clip"] = config.clip
-        return SAMPLERS[sampler](
+        return FUNCTIONS[sampler](
             guided(predict, guidance, channels=config.guided_channels or channels),
             noise, points, generator=generator, progress=progress, **options,
         )  # fmt: skip

@@ -64,9 +64,8 @@ class SitConfig:
     steps: int = 250
     guidance: float = 4.0
     guided_channels: int = 0  # the first so many; 0: all
-    diffusion: Literal["constant", "sigma", "decreasing", "increasing-decreasing"] = (
-        "sigma"  # w(t) of the SDE
-    )
+    # w(t) of the SDE
+    diffusion: Literal["constant", "sigma", "decreasing", "increasing-decreasing"] = "sigma"
     last: float = 0.04  # the time from which the SDE's last step takes the mean
 
     def __post_init__(self) -> None:

@@ -64,10 +64,16 @@ class WanConfig:
                 f"the codec's latents have {self.codec.channels} channels and the transformer's"
                 f" {self.backbone.channels}; they must be of one model."
             )
-        if self.sampling.prediction != "velocity":
-            raise InputError(
-                f"sampling is of {self.sampling.prediction!r}; Wan predicts the velocity of a flow."
-            )
+        _check_flow(self.sampling)
+
+
+def _check_flow(sampling: Any) -> None:
+    if (
+        not isinstance(sampling, SamplerConfig)
+        or sampling.prediction != "velocity"
+        or not isinstance(sampling.process, Flow)
+    ):
+        raise InputError(f"sampling is {sampling!r:.80}; Wan predicts the velocity of a flow.")
 
 
 MODELS = {name: WanConfig(backbone=shape, codec=WAN) for name, shape in SHAPES.items()}
@@ -144,7 +150,8 @@ class Wan(nn.Module):
         """Standard normal numbers -> times, logit-normal and shifted as sampling's are."""
         t = gaussian.logit_normal(normal, mean=self.config.t_mean, std=self.config.t_std)
         process = self.config.sampling.process
-        return gaussian.shift(t, process.shift if isinstance(process, Flow) else 1.0)
+        assert isinstance(process, Flow)
+        return gaussian.shift(t, process.shift)
 
     # Sampling ------------------------------------------------------------------------------------------------------
 
@@ -265,7 +272,8 @@ class Wan(nn.Module):
                 raise InputError(
                     f"there is no sampler {sampling!r:.40}: choose one of {', '.join(SAMPLERS)}."
                 )
-            sampling = dataclasses.replace(UNIPC, process=self.config.sampling.process, **SAMPLERS[sampling])
+            sampling = dataclasses.replace(self.config.sampling, order=2, **SAMPLERS[sampling])
+        _check_flow(sampling)
         if shift is not None:
             factor = _number("shift", shift, least=0.01)
             sampling = dataclasses.replace(sampling, process=Flow(shift=factor), tokens=None)
@@ -273,7 +281,7 @@ class Wan(nn.Module):
 
     def _computing(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU, products in the precision that the weights are kept in; a CPU does as nn/linear.py says."""
-        dtype = self.backbone.state_dict()["blocks.0.mlp.up.weight"].dtype
+        dtype: torch.dtype = self.backbone.blocks[0].mlp.up.weight.dtype  # type: ignore[union-attr,assignment]
         if self.device.type == "cpu" or dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if dtype == torch.int8 else dtype)

@@ -83,10 +83,7 @@ def read(record: Any) -> SamplerConfig:
     name = given.choice("_class_name", None, {each: each for each in CLASSES})
     given.only(KNOWN)
     given = Fields({key: value for key, value in given.record.items() if key in TAKES[name]}, where=WHERE)
-    for key, allowed in ONLY.items():
-        value = given.record.get(key, allowed[0])
-        if not any(value is each or (value == each and type(value) is type(each)) for each in allowed):
-            raise _refused(key, value, f"it must be {allowed[0]!r}")
+    given.unlike(ONLY)
     try:
         return _flow(name, given) if _is_flow(name, given) else _table(name, given)
     except InputError as error:

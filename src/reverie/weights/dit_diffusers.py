@@ -13,6 +13,7 @@ from typing import Any
 
 from reverie.errors import InputError
 from reverie.weights import remap, vae_diffusers
+from reverie.weights.diffusers_scheduler import BETAS, SPACINGS
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import LAYERS, Fields, Foreign
 from reverie.weights.places import CONFIG, PIPELINE, SCHEDULER
@@ -21,9 +22,7 @@ from reverie.weights.remap import Rule
 CLASS, PIPELINE_CLASS = "DiTTransformer2DModel", "DiTPipeline"
 TRANSFORMER, VAE = f"transformer/{CONFIG}", f"vae/{CONFIG}"
 NULL = 1000  # of the pipeline, whatever the transformer has
-BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}
-SPACINGS = ("leading", "trailing", "linspace")
 CLASSES = (CLASS, "Transformer2DModel")  # the latter is what the published folders of DiT name
 KEYS = (
     "_class_name", "_diffusers_version", "_name_or_path", "activation_fn", "attention_bias", "attention_head_dim",
@@ -238,7 +237,7 @@ def _sampling(record: Any) -> dict[str, Any]:
         "steps": 50,
         "guidance": 4.0,
         "guided_channels": 0,
-        "spacing": it.choice("timestep_spacing", "leading", {name: name for name in SPACINGS}),
+        "spacing": it.choice("timestep_spacing", "leading", SPACINGS),
         "offset": offset,
         "variance": variance,
         "clip": clip,
