@@ -67,6 +67,8 @@ def test_links_of_a_hubs_cache_are_followed_and_no_others(tmp_path):
 )
 def test_nothing_but_sizes_is_taken_from_a_config(config, said, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: [])
+    path = folder(tmp_path, config=config)
+    (path / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=said):
-        Umt5(folder(tmp_path, config=config)).read(["a cat"])
+        Umt5(path).read(["a cat"])
