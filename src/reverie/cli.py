@@ -290,7 +290,7 @@ def data_encode(
     ray: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Encode a folder's pictures and clips by a video autoencoder, and keep the latents there.
+    """Encode a folder's pictures and clips by an autoencoder of either, and keep the latents there.
 
     What was encoded before and has not changed is left alone, so an interrupted command is gone on with.
 
@@ -737,6 +737,10 @@ def sample(
     if first_frame is not None and frames == 1:
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
+        )
+    if best_of > 1 and (number := next((prompt for prompt in prompts if prompt.strip().isdecimal()), None)):
+        raise InputError(
+            f"The judge cannot read {number!r}: give the class by its name, or leave out --best-of."
         )
     system = capable(model, "generate_image", device=device, precision=precision, quantise=quantise)
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None

@@ -194,11 +194,10 @@ def large() -> Iterator[Finding]:
         from reverie.encoders.umt5 import sizes
         from reverie.nn.quantised import repeated
         from reverie.systems.wan import MODELS, Wan
-
-        with torch.device("meta"):
-            wan = Wan(MODELS[LARGE])
     except Exception:  # the import itself has been reported by `installed`
         return
+    with torch.device("meta"):
+        wan = Wan(MODELS[LARGE])
     weights = sum(tensor.numel() for tensor in wan.state_dict().values())
     layers = sum(module.weight.numel() for module in wan.modules() if isinstance(module, torch.nn.Linear))
     blocks = sum(module.weight.numel() for module in repeated(wan).values())

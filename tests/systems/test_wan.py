@@ -13,7 +13,7 @@ from reverie.encoders.umt5 import Umt5, clean
 from reverie.errors import InputError
 from reverie.processes.gaussian import Ddpm, Flow
 from reverie.samplers.configured import SamplerConfig
-from reverie.systems.wan import SAMPLERS, Wan, WanConfig
+from reverie.systems.wan import MODELS, SAMPLERS, Wan, WanConfig
 
 BACKBONE = WanDitConfig(channels=4, width=24, hidden=40, depth=2, heads=2, context_width=12, clock=8)
 CODEC = VideoVaeConfig(channels=4, widths=(8, 8, 8, 8), temporal=(False, True, True), patch=1)
@@ -247,3 +247,12 @@ def test_shift_moves_sampling_and_training_alike():
 
 def test_a_new_network_says_nothing():
     assert WanDit(BACKBONE)(torch.randn(1, 4, 1, 4, 4), torch.tensor([0.5]), features(1)).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584)]
+)
+def test_published_sizes(name, count):
+    with torch.device("meta"):
+        model = WanDit(MODELS[name].backbone)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count

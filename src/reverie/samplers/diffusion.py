@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from reverie.errors import InputError
 from reverie.processes.gaussian import Point, noise_from
 
 Predict = Callable[[Tensor, Point], Tensor]
@@ -60,6 +61,8 @@ def ddim(
     Song et al. 2010.02502, equations 12 and 16. eta 0 is Euler, eta 1 is DDPM with its small variance. `clip` holds x0
     within [-clip, clip], while the noise stays what the network said.
     """
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta {eta:g} is more noise than a step has room for: give a number from 0 to 1.")
     for now, after in steps(points, progress):
         x0 = predict(x, now)
         noise = noise_from(x0, x, now)

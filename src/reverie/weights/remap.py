@@ -132,17 +132,26 @@ def grouped(
 ) -> tuple[list[Group], list[str]]:
     """The names by the rules that claim them, in the names' order; and the names that none claims or ignores."""
     names = list(names)
-    rules = [(rule, [_pattern(source) for source in rule.sources]) for rule in table]
+    exact: dict[str, list[int]] = {}
+    patterns: list[tuple[int, re.Pattern[str]]] = []
+    for number, rule in enumerate(table):
+        for source in rule.sources:
+            if "{" in source:
+                patterns.append((number, _pattern(source)))
+            else:
+                exact.setdefault(source, []).append(number)
     ignored = matching(ignore, names)
     groups: dict[tuple[int, tuple[tuple[str, str], ...]], Group] = {}
     unclaimed: list[str] = []
     for name in names:
-        claims = [
-            (number, tuple(sorted(found.groupdict().items())))
-            for number, (_, patterns) in enumerate(rules)
-            for pattern in patterns
-            if (found := pattern.fullmatch(name))
+        claims: list[tuple[int, tuple[tuple[str, str], ...]]] = [
+            (number, ()) for number in exact.get(name, ())
         ]
+        claims += (
+            (number, tuple(sorted(found.groupdict().items())))
+            for number, pattern in patterns
+            if (found := pattern.fullmatch(name))
+        )
         assert len(claims) <= 1, f"{len(claims)} rules claim {name}"
         if claims and claims[0] not in groups:
             rule, values = table[claims[0][0]], dict(claims[0][1])

@@ -390,7 +390,7 @@ class _Within(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.DRAWN:
+        if func in self.DRAWN or (func is Tensor.zero_ and isinstance(args[0], nn.Parameter)):
             return args[0] if args else kwargs["tensor"]
         if func in self.SIZED:
             size = {"size": kwargs["size"]} if "size" in kwargs else {}
