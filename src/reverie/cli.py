@@ -738,10 +738,9 @@ def sample(
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
         )
-    if best_of > 1 and (number := next((prompt for prompt in prompts if prompt.strip().isdecimal()), None)):
-        raise InputError(
-            f"The judge cannot read {number!r}: give the class by its name, or leave out --best-of."
-        )
+    unread = [prompt for prompt in prompts if prompt.strip().isdecimal()]
+    if best_of > 1 and unread:
+        raise InputError(f"The judge cannot read {unread[0]!r}: name the class, or leave out --best-of.")
     system = capable(model, "generate_image", device=device, precision=precision, quantise=quantise)
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     asked: dict[str, Any] = {
