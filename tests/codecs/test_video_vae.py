@@ -408,3 +408,15 @@ def test_wan_has_its_size():
 def test_what_cannot_be_done_is_said(vae, call, said):
     with pytest.raises(InputError, match=said):
         call(vae)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 16, 16), (3, 1, 16, 16), (0, 3, 1, 16, 16), (1, 3, 1, 0, 16)])
+def test_videos_and_latents_of_other_axes_are_refused(vae, shape):
+    with pytest.raises(InputError, match=r"a video of shape .* give floats `b 3 f h w`"):
+        vae.encode(torch.zeros(shape))
+    with pytest.raises(InputError, match=r"floats"):
+        vae.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
+    # Latents of a picture without frames would stretch over the channels.
+    for latents in (torch.zeros(1, vae.channels, 4, 4), torch.zeros(1, vae.channels + 1, 1, 4, 4)):
+        with pytest.raises(InputError, match=r"latents of shape"):
+            vae.decode(latents)

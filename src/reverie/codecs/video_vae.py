@@ -602,10 +602,12 @@ class VideoVae(nn.Module):
         return (raw - rearrange(self.mean, wide)) / rearrange(self.std, wide)
 
     def _raw(self, latents: Tensor) -> Tensor:
+        _check_axes(latents, self.channels, "latents")
         wide = "c -> 1 c 1 1 1"
         return latents * rearrange(self.std, wide) + rearrange(self.mean, wide)
 
     def _check(self, video: Tensor, frames: int | None = None) -> None:
+        _check_axes(video, 3, "a video")
         frames = frames or video.shape[2]
         (time, space), (h, w) = self.stride, video.shape[3:]
         if frames != self.whole(frames):
@@ -641,6 +643,14 @@ class VideoVae(nn.Module):
         l1 = F.l1_loss(self.draw(raw), batch["video"])
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return {"loss": l1 + kl * divergence, "l1": l1, "kl": divergence}
+
+
+def _check_axes(x: Tensor, channels: int, what: str) -> None:
+    """InputError: no floats `b c f h w`. Unnoticed, other axes would pass where they can be stretched."""
+    if x.ndim != 5 or x.shape[1] != channels or not len(x) or 0 in x.shape[3:] or not x.is_floating_point():
+        raise InputError(
+            f"{what} of shape {tuple(x.shape)} and {x.dtype} cannot be taken: give floats `b {channels} f h w`."
+        )
 
 
 def _spans(size: int, tile: int, overlap: int) -> list[Span]:
