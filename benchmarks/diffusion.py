@@ -28,7 +28,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from turns import Action, running, serve, synchronised
+from turns import Action, by_processor, peak, running, serve
 
 import reverie
 from reverie.train.precision import autocast
@@ -300,22 +299,6 @@ def operations(case: Case) -> float:
     return float(counter.get_total_flops())
 
 
-def peak(case: Case) -> float:
-    """Operations a second of a product of two large matrices."""
-    side = 8192 if case.device == "cuda" else 2048
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    left, right = torch.randn(2, side, side, device=case.device, dtype=dtype)
-    left @ right
-    cpu, at = time.process_time(), synchronised(case.device)
-    left @ right
-    wall, cpu = synchronised(case.device) - at, time.process_time() - cpu
-    return 2.0 * side**3 / (cpu if by_processor(case) else wall)
-
-
-def by_processor(case: Case) -> bool:
-    return case.device == "cpu" and torch.get_num_threads() == 1
-
-
 def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     words = ("forward", "train", "sample")
     taken: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -324,13 +307,13 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     for group in groups:  # a GPU belongs to one side at a time
         with running(__file__, group, json.dumps(asdict(case)), threads=torch.get_num_threads()) as sides:
             for _ in range(rounds):
-                peaks.append(peak(case))
+                peaks.append(peak(case.device, case.precision))
                 for word in words:
                     for one in sides:
                         taken.setdefault((one.name, word), []).append(one.ask(word))
                 print(".", end="", file=sys.stderr, flush=True)
             memory |= {one.name: one.ask("memory")["mib"] for one in sides}
-    clock, work = ("cpu" if by_processor(case) else "wall"), operations(case)
+    clock, work = ("cpu" if by_processor(case.device) else "wall"), operations(case)
     passes = {"forward": 1, "train": 3, "sample": 2 * STEPS}
     rows = []
     for word in words:

@@ -39,7 +39,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ import torch
 from clip import END, VOCAB, arithmetic
 from peers import open_clip, torchvision_loads
 from torch import Tensor, nn
-from turns import Parts, running, serve, synchronised
+from turns import Parts, by_processor, peak, running, serve, synchronised
 
 from reverie import rng
 from reverie.codecs.bpe import Bpe
@@ -397,22 +396,6 @@ def worker(side: str, case: Case) -> None:
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def peak(case: Case) -> float:
-    """Seconds of one product of the size that `speed` divides by."""
-    side = 8192 if case.device == "cuda" else 2048
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    left, right = torch.randn(2, side, side, device=case.device, dtype=dtype)
-    left @ right
-    cpu, at = time.process_time(), synchronised(case.device)
-    left @ right
-    wall, cpu = synchronised(case.device) - at, time.process_time() - cpu
-    return 2.0 * side**3 / (cpu if by_processor(case) else wall)
-
-
-def by_processor(case: Case) -> bool:
-    return case.device == "cpu" and torch.get_num_threads() == 1
-
-
 def measure(case: Case, sides: list[str], rounds: int) -> list[dict[str, Any]]:
     words = ("step", "tower") if case.drop or case.model == "b16" else ("step",)
     taken: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -422,13 +405,13 @@ def measure(case: Case, sides: list[str], rounds: int) -> list[dict[str, Any]]:
     for group in [[side] for side in sides] if case.device == "cuda" else [sides]:
         with running(__file__, group, json.dumps(case.__dict__), threads=torch.get_num_threads()) as found:
             for _ in range(rounds):
-                peaks.append(peak(case))
+                peaks.append(peak(case.device, case.precision))
                 for one in found:
                     for word in words:
                         taken.setdefault((one.name, word), []).append(one.ask(word))
                 print(".", end="", file=sys.stderr, flush=True)
             memory |= {one.name: one.ask("memory")["mib"] for one in found}
-    clock = "cpu" if by_processor(case) else "wall"
+    clock = "cpu" if by_processor(case.device) else "wall"
     rows = []
     for side in sides:
         steps = taken[side, "step"]

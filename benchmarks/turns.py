@@ -30,6 +30,23 @@ def synchronised(device: str = "cpu") -> float:
     return time.perf_counter()
 
 
+def by_processor(device: str) -> bool:
+    """Whether times are the processor's and not the wall's."""
+    return device == "cpu" and torch.get_num_threads() == 1
+
+
+def peak(device: str, precision: str) -> float:
+    """Operations a second of one product of two large matrices."""
+    side = 8192 if device == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
+    left @ right
+    cpu, at = time.process_time(), synchronised(device)
+    left @ right
+    wall, cpu = synchronised(device) - at, time.process_time() - cpu
+    return 2.0 * side**3 / (cpu if by_processor(device) else wall)
+
+
 def held() -> tuple[int, int]:
     """Bytes that this process holds now, and the most that it held."""
     status = Path("/proc/self/status")
