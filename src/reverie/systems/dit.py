@@ -12,23 +12,33 @@ labels are left out in training, so that sampling can be guided away from the nu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from reverie import rng
-from reverie.backbones.dit import Dit, DitConfig, Modulations
-from reverie.codecs.vae import Vae, VaeConfig
+from reverie.backbones.dit import DitConfig
+from reverie.codecs.vae import VaeConfig
 from reverie.errors import InputError
 from reverie.objectives.denoising import variance_bound
 from reverie.processes.gaussian import Ddpm, Point, corrupt, to_x0
 from reverie.samplers import diffusion
 from reverie.samplers.configured import BY_LAMBDA, FUNCTIONS
 from reverie.samplers.guidance import guided
+from reverie.systems.class_conditional import (
+    ClassConditional,
+    branches,
+    check_asked,
+    check_decodes,
+    check_names,
+    class_numbers,
+    finite,
+    initial,
+    latent_shape,
+)
 
 Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
@@ -58,31 +68,13 @@ class DiffusionTransformerConfig:
             )
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(ClassConditional):
     """The network and, in latent space, the codec."""
 
+    config: DiffusionTransformerConfig
+
     def __init__(self, config: DiffusionTransformerConfig):
-        super().__init__()
-        self.config = config
-        self.backbone = Dit(config.backbone)
-        self.codec = None if config.codec is None else Vae(config.codec).requires_grad_(False)
-
-    def attach(self, codec: Vae) -> DiffusionTransformer:
-        """The model with this autoencoder, in place; checkpoints of the authors have none. Returns itself."""
-        check_codec(codec, self.config.backbone)
-        self.config = dataclasses.replace(self.config, codec=codec.config)
-        self.codec = codec.requires_grad_(False)
-        return self
-
-    @torch.no_grad()
-    def encode(self, image: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Pictures `b 3 h w` in [-1, 1] -> latents (the pictures themselves in pixel space)."""
-        return image if self.codec is None else self.codec.encode(image, noise=noise)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pictures in [-1, 1]."""
-        return decoded(self.codec, latents)
+        super().__init__(config)
 
     # Training ------------------------------------------------------------------------------------------------------
 
@@ -185,122 +177,3 @@ class DiffusionTransformer(nn.Module):
             guided(predict, guidance, channels=config.guided_channels or channels),
             noise, points, generator=generator, progress=progress, **options,
         )  # fmt: skip
-
-
-# What DiT and SiT share --------------------------------------------------------------------------------------------
-
-
-def branches(network: Dit, classes: Tensor, times: Sequence[float]) -> Callable[[Tensor, float], Tensor]:
-    """What the network says of a batch at one of `times`: with its classes, and where it comes twice, without them."""
-    both = torch.cat([classes, torch.full_like(classes, network.null)])
-    modulations = Modulations(network, times, both)
-
-    def say(x: Tensor, t: float) -> Tensor:
-        return network(x, modulations=[one[: len(x)] for one in modulations.at(t)])
-
-    return say
-
-
-def initial(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """Noise `b c h w`, an item for each seed."""
-    return torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(device)
-
-
-def decoded(codec: Vae | None, latents: Tensor) -> Tensor:
-    """Pictures in [-1, 1]. InputError: latents without a codec."""
-    check_decodes(codec, latents.shape[1])
-    return (latents if codec is None else codec.decode(latents)).clamp(-1, 1)
-
-
-def check_decodes(codec: Vae | None, channels: int) -> None:
-    """InputError: latents without a codec."""
-    if codec is None and channels != 3:
-        raise InputError(
-            "this model draws latents and has no autoencoder: give it the one that it learnt in, such as"
-            " model.attach(reverie.load(FOLDER))."
-        )
-
-
-def latent_shape(backbone: DitConfig, codec: Vae | None, size: Any) -> tuple[int, int, int]:
-    """(c, h, w) of what is drawn for a picture of `size` (height, width); None: the size of the training."""
-    if size is None:
-        return backbone.channels, backbone.size, backbone.size
-    stride = 1 if codec is None else codec.stride
-    unit = stride * backbone.patch
-    sides = list(size) if isinstance(size, Iterable) else []
-    if len(sides) != 2 or any(not _whole(side) or side < unit or side % unit for side in sides):
-        raise InputError(
-            f"size {size!r:.60} cannot be drawn: give (height, width), both multiples of {unit}."
-        )
-    return backbone.channels, int(sides[0]) // stride, int(sides[1]) // stride
-
-
-def class_numbers(classes: Any, *, count: int, names: Sequence[str]) -> list[int]:
-    """Classes by number or by one of their names. InputError: there is none, or a name means several."""
-    if isinstance(classes, Tensor):
-        classes = classes.tolist()
-    if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:
-        raise InputError(f"classes must be a list of one number or name or more, but is {classes!r:.60}.")
-    meant: dict[str, list[int]] = {}
-    for number, several in enumerate(names):
-        for name in several.split(","):
-            meant.setdefault(name.strip(), []).append(number)
-    numbers = []
-    for one in classes:
-        if isinstance(one, str) and one.strip().isdecimal() and one.strip() not in meant:
-            one = int(one)
-        if isinstance(one, str):
-            found = meant.get(one.strip(), []) if one.strip() else []
-            if not found:
-                some = ", ".join([name for name in meant if name][:5])
-                listed = f"it has {len(names)}, such as {some}" if names else "it has no names, only numbers"
-                raise InputError(f"this model has no class {one!r:.60}: {listed}.")
-            if len(found) > 1:
-                raise InputError(
-                    f"{one!r:.60} means the classes {', '.join(map(str, found))}: give a number."
-                )
-            numbers.append(found[0])
-        elif not _whole(one) or not 0 <= one < count:
-            raise InputError(f"there is no class {one!r:.60}: give 0 to {count - 1}, or a name.")
-        else:
-            numbers.append(int(one))
-    return numbers
-
-
-def check_asked(
-    count: int, seed: Any, steps: Any, guidance: Any, sampler: Any, samplers: Sequence[str]
-) -> list[int]:
-    """The seeds of `count` items. InputError: values that cannot be asked for."""
-    if sampler not in samplers:
-        raise InputError(f"there is no sampler {sampler!r:.60}: choose one of {', '.join(samplers)}.")
-    if not _whole(steps) or steps < 1:
-        raise InputError(f"{steps!r:.60} steps cannot be taken: give a whole number, 1 or more.")
-    if not isinstance(guidance, Real) or not abs(float(guidance)) < float("inf"):
-        raise InputError(f"guidance {guidance!r:.60} cannot be followed: give a finite number.")
-    seeds = [seed + i for i in range(count)] if _whole(seed) else seed
-    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not all(_whole(one) for one in seeds):
-        raise InputError(f"seed {seed!r:.60} is no whole number: give one, or a list with one each.")
-    if len(seeds) != count:
-        raise InputError(f"{len(seeds)} seeds were given for {count} classes: give one seed, or one each.")
-    return [int(one) for one in seeds]
-
-
-def check_names(names: Sequence[str], count: int) -> None:
-    if names and len(names) != count:
-        raise InputError(f"{len(names)} names were given for {count} classes: give one for each, or none.")
-
-
-def check_codec(codec: Any, backbone: DitConfig) -> None:
-    if not isinstance(codec, Vae) or codec.channels != backbone.channels:
-        has = f"{codec.channels} channels" if isinstance(codec, Vae) else type(codec).__name__
-        raise InputError(f"the codec must be a Vae of {backbone.channels} channels, but has {has}.")
-
-
-def finite(latents: Tensor, guidance: float) -> Tensor:
-    if not latents.isfinite().all():
-        raise InputError(f"guidance {guidance:g} is more than numbers can hold: ask for less, such as 4.")
-    return latents
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -20,25 +20,24 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from reverie import rng
-from reverie.backbones.dit import Dit, DitConfig
-from reverie.codecs.vae import Vae, VaeConfig
+from reverie.backbones.dit import DitConfig
+from reverie.codecs.vae import VaeConfig
 from reverie.errors import InputError
 from reverie.objectives.denoising import velocity_loss
 from reverie.processes.gaussian import Flow, Point, corrupt, to_x0, velocity
 from reverie.samplers import diffusion, multistep
 from reverie.samplers.guidance import guided
 from reverie.samplers.interpolants import DIFFUSIONS, euler_maruyama, stochastic_points
-from reverie.systems.dit import (
+from reverie.systems.class_conditional import (
+    ClassConditional,
     branches,
     check_asked,
-    check_codec,
     check_decodes,
     check_names,
     class_numbers,
-    decoded,
     finite,
     initial,
     latent_shape,
@@ -76,31 +75,13 @@ class SitConfig:
             )
 
 
-class Sit(nn.Module):
+class Sit(ClassConditional):
     """The network and, in latent space, the codec."""
 
+    config: SitConfig
+
     def __init__(self, config: SitConfig):
-        super().__init__()
-        self.config = config
-        self.backbone = Dit(config.backbone)
-        self.codec = None if config.codec is None else Vae(config.codec).requires_grad_(False)
-
-    def attach(self, codec: Vae) -> Sit:
-        """The model with this autoencoder, in place; checkpoints of the authors have none. Returns itself."""
-        check_codec(codec, self.config.backbone)
-        self.config = dataclasses.replace(self.config, codec=codec.config)
-        self.codec = codec.requires_grad_(False)
-        return self
-
-    @torch.no_grad()
-    def encode(self, image: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Pictures `b 3 h w` in [-1, 1] -> latents (the pictures themselves in pixel space)."""
-        return image if self.codec is None else self.codec.encode(image, noise=noise)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pictures in [-1, 1]."""
-        return decoded(self.codec, latents)
+        super().__init__(config)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The velocity's mean squared error.
