@@ -124,3 +124,10 @@ def test_what_cannot_be_taken_is_refused():
         VaeConfig(widths=(10, 20))
     with pytest.raises(InputError):
         model.decode(torch.zeros(1, 4, 20, 20), tile=2)
+
+
+@pytest.mark.parametrize("tile", [0, 15, 1])
+def test_a_tile_that_holds_parts_of_latents_is_refused(tile):
+    model = Vae(SMALL).eval()
+    with pytest.raises(InputError, match=f"tile {tile} cannot be drawn: give a multiple of 2"):
+        model.decode(torch.zeros(1, model.channels, 16, 16), tile=tile)

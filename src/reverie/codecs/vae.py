@@ -211,6 +211,8 @@ class Vae(nn.Module):
         raw = latents / self.config.scale + self.config.shift
         if tile is None:
             return self._draw(raw)
+        if tile < self.stride or tile % self.stride:
+            raise InputError(f"tile {tile} cannot be drawn: give a multiple of {self.stride} pixels.")
         return tiled(self._draw, raw, side=tile // self.stride, unit=1, factor=self.stride)
 
     def normalise(self, raw: Tensor) -> Tensor:
