@@ -58,6 +58,7 @@ class SoraConfig:
     t_mean: float = 0.0  # of the logit-normal times
     t_std: float = 1.0
     size: tuple[int, int] = (64, 64)  # what it was trained at; any other may be asked for
+    clip_size: tuple[int, int] | None = None  # of clips; None: as pictures
     frames: int = 16
     fps: float = 12.0
     steps: int = 24  # sampling defaults, measured on docs/systems/sora.md
@@ -107,6 +108,10 @@ class Sora(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> video in [-1, 1]."""
         return (latents if self.codec is None else self.codec.decode(latents)).clamp(-1, 1)
+
+    def size_of(self, frames: int) -> tuple[int, int]:
+        """Height and width that it was trained at: of a picture, or of a clip."""
+        return self.config.size if frames == 1 else self.config.clip_size or self.config.size
 
     def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(c, f, h, w) of the latents of a video of `frames` and `size`."""
@@ -172,7 +177,7 @@ class Sora(nn.Module):
             return self.generate(prompts, frames=frames, **options)
         frames = self._check_asked(prompts, frames)
         if isinstance(first_frame, str | Path | Image.Image):
-            height, width = _sides(options.get("size") or self.config.size)
+            height, width = _sides(options.get("size") or self.size_of(frames))
             first_frame = torch.from_numpy(to_signal(first_frame, size=(height, width)))
         if not isinstance(first_frame, Tensor):
             raise InputError(
@@ -300,7 +305,7 @@ class Sora(nn.Module):
 
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace):
         frames = self._check_asked(prompts, frames)
-        size = _sides(self.config.size if size is None else size)
+        size = _sides(self.size_of(frames) if size is None else size)
         stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
         if len(size) != 2 or any(side < stride or side % stride for side in size):
             raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
