@@ -22,7 +22,7 @@ from torch import Tensor
 import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
-from reverie.data.augment import on_white
+from reverie.data.augment import framed, on_white
 from reverie.data.given import draw_given
 from reverie.data.index import Index
 from reverie.data.latents import Latents
@@ -62,6 +62,14 @@ DIT = {
     "XL": (28, 1152, 16),
 }  # 2212.09748, table 1
 
+FORMATS = (
+    (1, 1.5),
+    (1.5, 1),
+    (0.75, 0.75),
+    (0.75, 1.25),
+    (1.25, 0.75),
+)  # height and width, in the usual side
+
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
     "火箭", "grinning face", "green apple", "blue heart", "cat face", "hot beverage", "rainbow", "orange circle",
@@ -86,6 +94,9 @@ class SoraRun:
     ema: float = 0.999
     drop: float = 0.1  # how often the text is left out
     known: float = 0.5  # how often some of a clip is given (data/given.py)
+    vary: float = (
+        0.0  # how often a step has another format: what is square stands in the middle of it, on white
+    )
     languages: dict[str, float] | None = None
     seed: int = 0
     data: tuple[str, ...] = ()  # digests of the pictures and the clips that it learns from
@@ -151,7 +162,7 @@ def stickers(
     )  # fmt: skip
     config = SoraRun(
         model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
-        clip_frames=9 if codec else frames, languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        clip_frames=9 if codec else frames, vary=0 if latents else 0.4, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, engine=engine)
 
@@ -346,14 +357,14 @@ class Source:
     def __init__(self, index: Index, config: SoraRun, model: Sora, *, frames: int):
         self.index, self.config, self.model, self.frames = index, config, model, frames
         self.home = next(model.parameters()).device
+        self.size = config.model.size if frames == 1 else config.model.clip_size or config.model.size
         self.pixels: Pixels | Latents
         if config.latents and frames == 1:
             if model.codec is None:
                 raise InputError("There are latents only of a codec: give --codec, or leave --latents out.")
-            self.pixels = Latents.open(index, key=key_of(model.codec), size=config.model.size)
+            self.pixels = Latents.open(index, key=key_of(model.codec), size=self.size)
         else:
-            size = config.model.size if frames == 1 else config.model.clip_size or config.model.size
-            self.pixels = decoded(index, size=size, frames=frames)
+            self.pixels = decoded(index, size=self.size, frames=frames)
         bad = {entry.path for entry in self.pixels.bad}
         self.good = [i for i, item in enumerate(index) if item.captions and item.file_name not in bad]
         if not self.good:
@@ -369,7 +380,8 @@ class Source:
 
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
-        return self._batch(keys, self._pictures([i for _, i in keys]), "picture")
+        size = self._format(step, "picture")
+        return self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
 
     def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
@@ -379,8 +391,8 @@ class Source:
         count = min(self.config.clip_frames, (self.frames - 1) // pace + 1)
         span = pace * (count - 1) + 1
         offset = int(u[1] * (self.frames - span + 1))
-        window = slice(offset, offset + span, pace)
-        batch = self._batch(keys, self._encoded([self._video(i, window) for _, i in keys]), "clip")
+        window, size = slice(offset, offset + span, pace), self._format(step, "clip")
+        batch = self._batch(keys, self._encoded([self._video(i, window, size) for _, i in keys]), "clip")
         batch["known"] = torch.stack([self._given(key, batch["latents"].shape[2]) for key in keys])
         return batch | {"pace": float(pace)}
 
@@ -403,21 +415,35 @@ class Source:
             for epoch, place in my_share(step, batch, len(self.good), self.config.seed)
         ]
 
-    def _pictures(self, items: list[int]) -> Tensor:
+    def _format(self, step: int, kind: str) -> tuple[int, int] | None:
+        """Height and width of what a step shows; None: as the pixels are."""
+        u = torch.rand(2, generator=rng.generator(self.config.seed, "format", kind, step))
+        if u[0] >= self.config.vary:
+            return None
+        codec, patch = self.model.config.codec, self.model.config.backbone.patch[1]
+        unit = patch * (1 if codec is None else codec.stride[1])
+        height, width = (
+            max(round(part * side / unit), 1) * unit
+            for part, side in zip(FORMATS[int(u[1] * len(FORMATS))], self.size, strict=True)
+        )
+        return height, width
+
+    def _pictures(self, items: list[int], size: tuple[int, int] | None = None) -> Tensor:
         """Latents of the first frames `b c 1 h w`, kept or encoded now."""
         if isinstance(self.pixels, Latents):
             return torch.stack([self.pixels[self.index[i].hash].float() for i in items]).to(self.home)
-        return self._encoded([self._video(i, slice(0, 1)) for i in items])
+        return self._encoded([self._video(i, slice(0, 1), size) for i in items])
 
     def _encoded(self, videos: list[Tensor]) -> Tensor:
         return self.model.encode(torch.stack(videos).to(self.home))
 
-    def _video(self, i: int, window: slice) -> Tensor:
-        """Frames of `window` out of `self.frames`; a shorter clip repeats frames."""
+    def _video(self, i: int, window: slice, size: tuple[int, int] | None = None) -> Tensor:
+        """Frames of `window` out of `self.frames`, in a picture of `size`; a shorter clip repeats frames."""
         assert isinstance(self.pixels, Pixels)
         frames = self.pixels[i]
         places = torch.linspace(0, len(frames) - 1, self.frames).round().long()[window]
-        return rearrange(on_white(frames[places]), "f c h w -> c f h w")
+        video = on_white(frames[places])
+        return rearrange(video if size is None else framed(video, size), "f c h w -> c f h w")
 
     def _draw(self, purpose: str, epoch: int, i: int) -> float:
         return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()
