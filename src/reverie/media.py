@@ -161,6 +161,25 @@ def probe(path: str | Path | Part, limits: Limits = LIMITS) -> Probe:
         return replace(found, width=width, height=height)
 
 
+def comment(path: str | Path | Part, limits: Limits = LIMITS) -> str | None:
+    """The words that a file carries: PNG's text "Comment", GIF's comment, Exif's description, a clip's tag "comment".
+
+    They are a stranger's words. MediaError: not media, damaged, or beyond `limits`.
+    """
+    path = path if isinstance(path, Part) else Path(path)
+    with _our_words(path), _open(path, limits) as file:
+        found, _ = _header(file, limits)
+        if found.kind in ("mp4", "webm"):
+            with _container(file, found, limits) as (container, _):
+                tags = {key.lower(): value for key, value in container.metadata.items()}
+                return tags.get("comment")
+        with _pillow(file, found, limits) as image:
+            words = image.info.get("Comment") or image.info.get("comment")
+            if words is None and found.kind in ("jpeg", "webp", "avif"):
+                words = image.getexif().get(0x010E)
+        return words.decode("utf-8", "replace") if isinstance(words, bytes) else words and str(words)
+
+
 def on_white(
     image: Image.Image,
     size: int | tuple[int, int] | None = None,
@@ -246,6 +265,23 @@ def _box(size: int | tuple[int, int] | None, fit: str, resample: str) -> tuple[i
 def pick(n: int, k: int | None) -> list[int]:
     """Indices of at most `k` of `n` frames, evenly spaced, the first frame first."""
     return list(range(n)) if k is None or n <= k else [i * n // k for i in range(k)]
+
+
+def whole_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:
+    """The (height, width) that a picture of `height x width` gets near its own aspect: sides in whole patches.
+
+    Sides are rounded, to one patch at least, so that the aspect stays nearest. A picture of more than `area` pixels is
+    reduced until it has no more; a smaller one is not enlarged. InputError: `area` has no room for a patch.
+    """
+    most = area // patch**2
+    if patch < 1 or most < 1:
+        raise InputError(f"an area of {area} pixels has no room for a patch of {patch}: give more.")
+    scale = min(math.sqrt(area / (height * width)), 1.0) / patch
+    less, more = sorted((height * scale, width * scale))
+    shorts = {min(max(side, 1), math.isqrt(most)) for side in (math.floor(less), math.ceil(less))}
+    sides = [(short, min(max(round(more), 1), most // short)) for short in shorts]
+    short, long = min(sides, key=lambda pair: (abs(math.log(pair[1] * less / (pair[0] * more))), -pair[0]))
+    return (patch * long, patch * short) if height > width else (patch * short, patch * long)
 
 
 @lru_cache(maxsize=1)

@@ -226,6 +226,7 @@ class VideoDit(nn.Module):
             out = unpatchify(rearrange(part, "(b n) p -> b n p", b=b), self.config.patch, (f, h, w))
             if self.head is not None:
                 flat = rearrange(out, "b c f h w -> (b f) c h w")
+                flat = flat.contiguous(memory_format=torch.channels_last)  # few channels: nearly twice as fast
                 out = out + rearrange(self.head(flat), "(b f) c h w -> b c f h w", b=b)
             outs.append(out)
         return outs
