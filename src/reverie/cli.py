@@ -758,7 +758,7 @@ def sample(
     if frames > 1 and not hasattr(system, "generate_video"):
         raise InputError(f"{model} draws pictures and no clips: leave out --frames.")
     if first_frame is not None:
-        picture = to_signal(first_frame, size=size or system.config.size)
+        picture = to_signal(first_frame, size=size or system.size_of(frames))
         asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
     out.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):

@@ -248,6 +248,23 @@ def pick(n: int, k: int | None) -> list[int]:
     return list(range(n)) if k is None or n <= k else [i * n // k for i in range(k)]
 
 
+def whole_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:
+    """The (height, width) that a picture of `height x width` gets near its own aspect: sides in whole patches.
+
+    Sides are rounded, to one patch at least, so that the aspect stays nearest. A picture of more than `area` pixels is
+    reduced until it has no more; a smaller one is not enlarged. InputError: `area` has no room for a patch.
+    """
+    most = area // patch**2
+    if patch < 1 or most < 1:
+        raise InputError(f"an area of {area} pixels has no room for a patch of {patch}: give more.")
+    scale = min(math.sqrt(area / (height * width)), 1.0) / patch
+    less, more = sorted((height * scale, width * scale))
+    shorts = {min(max(side, 1), math.isqrt(most)) for side in (math.floor(less), math.ceil(less))}
+    sides = [(short, min(max(round(more), 1), most // short)) for short in shorts]
+    short, long = min(sides, key=lambda pair: (abs(math.log(pair[1] * less / (pair[0] * more))), -pair[0]))
+    return (patch * long, patch * short) if height > width else (patch * short, patch * long)
+
+
 @lru_cache(maxsize=1)
 def tune_allocator() -> None:
     """Keeps large blocks in the heap (glibc): decoding many pictures is then nearly twice as fast."""

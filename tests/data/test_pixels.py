@@ -10,8 +10,10 @@ from reverie.data import pixels as module
 from reverie.data.importers import import_folder
 from reverie.data.index import Index
 from reverie.data.media import decode
-from reverie.data.pixels import Pixels
+from reverie.data.pixels import Native, Pixels
+from reverie.data.streaming import Streamed
 from reverie.errors import InputError
+from reverie.media import whole_patches
 
 
 @pytest.fixture
@@ -180,3 +182,32 @@ def test_the_data_lies_in_a_mapping_and_not_in_memory(index, tmp_path):
     pixels = make_pixels(index, cache=tmp_path / "cache")
     assert isinstance(pixels._data, np.memmap)
     assert not pixels._data.flags.writeable
+
+
+def test_native_sizes_keep_each_items_aspect(index, tmp_path, monkeypatch):
+    native = Native(patch=4, area=20 * 24)
+    pixels = make_pixels(index, size=native, fit="squash", cache=tmp_path / "cache")
+    for i, item in enumerate(index):
+        size = whole_patches(item.height, item.width, patch=4, area=20 * 24)
+        assert pixels.shape(i) == (min(item.frames, 4), *size)
+        assert pixels[i].shape == (min(item.frames, 4), 4, *size)
+        assert pixels[i].equal(decode(index.path(item), size=size, frames=4, fit="squash"))
+    assert len({pixels.sizes[i] for i in pixels.good}) > 2
+    streamed = Streamed(index, size=native, frames=4, fit="squash")
+    assert all(streamed[i].equal(pixels[i]) and streamed.shape(i) == pixels.shape(i) for i in pixels.good)
+    other = make_pixels(index, size=Native(patch=4, area=200), fit="squash", cache=tmp_path / "cache")
+    assert max(h * w for h, w in other.sizes) <= 200
+    forbid(monkeypatch)
+    again = make_pixels(index, size=native, fit="squash", cache=tmp_path / "cache")
+    assert all(again[i].equal(pixels[i]) for i in pixels.good)
+
+
+def test_a_bad_file_has_no_native_pixels_and_the_others_keep_theirs(index, tmp_path):
+    path = index.path(index[3])
+    path.write_bytes(path.read_bytes()[:60])
+    native = Native(patch=8, area=640)
+    pixels = make_pixels(index, size=native, fit="squash", cache=tmp_path / "cache")
+    assert [bad.path for bad in pixels.bad] == [index[3].file_name]
+    assert pixels.shape(3)[0] == 0
+    for i in pixels.good:
+        assert pixels[i].equal(decode(index.path(index[i]), size=pixels.sizes[i], frames=4, fit="squash"))

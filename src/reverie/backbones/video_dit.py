@@ -121,6 +121,7 @@ class VideoDit(nn.Module):
         if self.head is None:
             return out
         flat = rearrange(out, "b c f h w -> (b f) c h w")
+        flat = flat.contiguous(memory_format=torch.channels_last)  # few channels: nearly twice as fast
         return out + rearrange(self.head(flat), "(b f) c h w -> b c f h w", b=len(out))
 
     def without_text(

@@ -1,5 +1,7 @@
 """Every item of an index decoded once, to uint8 RGBA, in one memory-mapped file.
 
+All items have one size, or with `size=Native(...)` each the one of its own aspect.
+
 The cache file is named after what it depends on: the content hashes in their order, size, frames and fit. It is
 written beside its name and renamed when complete, and checked (layout and checksum) each time it is opened; a file
 that fails the check is made again. Layout: the frames `4 h w` of all items one after the other, then a JSON record,
@@ -21,6 +23,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -30,7 +33,7 @@ from reverie import disk, progress
 from reverie.data.index import Index, Item
 from reverie.data.threads import in_order
 from reverie.errors import InputError
-from reverie.media import LIMITS, Limits, MediaError, Unreached, decode_array
+from reverie.media import LIMITS, Limits, MediaError, Unreached, decode_array, whole_patches
 from reverie.progress import track
 
 if TYPE_CHECKING:
@@ -49,6 +52,20 @@ class Bad(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """Sizes at each item's own aspect: sides are multiples of `patch`, a frame has at most `area` pixels.
+
+    Nothing is enlarged beyond that rounding (`media.whole_patches`).
+    """
+
+    patch: int
+    area: int
+
+
+Size = int | tuple[int, int] | Native
+
+
 class Pixels:
     """The decoded media of an index: `pixels[i]` is uint8 `f 4 h w`, f <= frames, for each i in `pixels.good`."""
 
@@ -56,7 +73,7 @@ class Pixels:
         self,
         index: Index,
         *,
-        size: int | tuple[int, int],
+        size: Size,
         frames: int = 1,
         fit: str = "pad",
         cache: str | Path | None = None,
@@ -67,12 +84,12 @@ class Pixels:
     ) -> None:
         """Decodes what the cache does not hold yet.
 
-        size: side of the square, or (height, width). frames: at most so many of a clip, evenly spaced.
+        size: side of the square, (height, width), or `Native`. frames: at most so many of a clip, evenly spaced.
         fit: "pad" or "crop", as in `media.decode`. cache: a folder for the cache file; None decodes into an unnamed
         temporary file. max_bad: InputError when a larger share of the files cannot be decoded. workers: threads.
         Unreached (an InputError): a tar or an address that holds files cannot be read now.
         """
-        self.index, self.size = index, height_and_width(index, size)
+        self.index, self.size, self.sizes = index, size, sizes_of(index, size)
         self.frames, self.fit, self.limits = frames, fit, limits
         self._max_bad = max_bad
         record = (
@@ -83,7 +100,7 @@ class Pixels:
         self._reasons = reasons
         self.bad = [Bad(index[i].file_name, reason) for i, reason in reasons.items()]
         self.good = [i for i in range(len(index)) if i not in reasons]
-        self._starts = np.cumsum([0, *self.counts]).tolist()
+        self._starts = np.cumsum([0, *self._lengths(self.counts)]).tolist()
         self._refuse_too_many(self.bad)
 
     def __len__(self) -> int:
@@ -99,7 +116,12 @@ class Pixels:
             raise InputError(
                 f"{self.index[i].file_name} has no pixels ({self._reasons[i]}): draw samples from `pixels.good`."
             )
-        return torch.from_numpy(np.array(self._data[self._starts[i] : self._starts[i + 1]]))
+        part = np.array(self._data[self._starts[i] : self._starts[i + 1]])
+        return torch.from_numpy(part.reshape(-1, 4, *self.sizes[i]))
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """Frames, height and width of item i, without reading it; no frames if its file is bad."""
+        return (self.counts[i], *self.sizes[i])
 
     def ready(
         self, keys: Sequence[tuple[int, int]], good: Sequence[int]
@@ -123,15 +145,26 @@ class Pixels:
     def _example(bad: list[Bad], reason: str) -> str:
         return next(entry.path for entry in bad if entry.reason == reason)
 
+    def _lengths(self, counts: Sequence[int]) -> list[int]:
+        """Bytes of each item of so many frames."""
+        return [4 * n * height * width for n, (height, width) in zip(counts, self.sizes, strict=True)]
+
+    def _name(self) -> str:
+        """What the items are decoded to."""
+        if isinstance(self.size, Native):
+            return f"native-{self.size.patch}-{self.size.area}"
+        height, width = self.sizes[0]
+        return f"{height}x{width}"
+
     def _key(self) -> str:
-        parts = [*self.size, self.frames, self.fit, *(item.hash for item in self.index)]
+        sizes = [self._name()] if isinstance(self.size, Native) else [*self.sizes[0]]
+        parts = [*sizes, self.frames, self.fit, *(item.hash for item in self.index)]
         return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=10).hexdigest()
 
     # --- the cache file
 
     def _open(self, folder: Path, workers: int | None, quiet: bool) -> dict[str, Any]:
-        height, width = self.size
-        path = folder / f"pixels-{height}x{width}-{self.frames}-{self.fit}-{self._key()}.bin"
+        path = folder / f"pixels-{self._name()}-{self.frames}-{self.fit}-{self._key()}.bin"
         if path.is_file():
             with path.open("rb") as file:
                 record = self._valid(file)
@@ -160,8 +193,8 @@ class Pixels:
         return record
 
     def _map(self, file: BinaryIO, record: dict[str, Any]) -> None:
-        shape = (sum(record["counts"]), 4, *self.size)
-        self._data = np.memmap(file, np.uint8, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint8)
+        whole = sum(self._lengths(record["counts"]))
+        self._data = np.memmap(file, np.uint8, "r", shape=(whole,)) if whole else np.zeros(0, np.uint8)
 
     def _valid(self, file: BinaryIO) -> dict[str, Any] | None:
         """The record of a complete cache file that belongs to this index; None for anything else."""
@@ -183,7 +216,7 @@ class Pixels:
                 and len(counts) == len(self.index)
                 and all(isinstance(n, int) and (n == 0) == (i in bad) for i, n in enumerate(counts))
                 and all(0 <= n <= self.frames for n in counts)
-                and data == sum(counts) * 4 * self.size[0] * self.size[1] == size - _END.size - length
+                and data == sum(self._lengths(counts)) == size - _END.size - length
             )
         except (ValueError, KeyError, TypeError):
             return None
@@ -191,7 +224,7 @@ class Pixels:
 
     def _decode_all(self, file: BinaryIO, workers: int | None, quiet: bool) -> dict[str, Any]:
         counts, bad, crc = [], [], 0
-        steps = in_order(self._frames_of, self.index.items, workers or self.index.readers)
+        steps = in_order(self._frames_of, range(len(self.index)), workers or self.index.readers)
         for i, frames in enumerate(track(steps, total=len(self.index), label="decoding", quiet=quiet)):
             if isinstance(frames, str):
                 counts.append(0)
@@ -207,15 +240,20 @@ class Pixels:
         file.write(text + _END.pack(len(text), _MARK))
         return record
 
-    def _frames_of(self, item: Item) -> np.ndarray | str:
+    def _frames_of(self, i: int) -> np.ndarray | str:
         return decode_item(
-            self.index, item, size=self.size, frames=self.frames, fit=self.fit, limits=self.limits
+            self.index,
+            self.index[i],
+            size=self.sizes[i],
+            frames=self.frames,
+            fit=self.fit,
+            limits=self.limits,
         )
 
     def _refuse_full(self, folder: Path) -> None:
         """InputError: the disk cannot hold the pixels."""
-        count = sum(min(item.frames, self.frames) for item in self.index if item.reject is None)
-        needed, free = 4 * count * self.size[0] * self.size[1], shutil.disk_usage(folder).free
+        counts = [min(item.frames, self.frames) if item.reject is None else 0 for item in self.index]
+        needed, free = sum(self._lengths(counts)), shutil.disk_usage(folder).free
         if needed > free:
             raise InputError(
                 f"The pixels of {self.index.folder} need {progress.size(needed)}, and {folder} has"
@@ -224,11 +262,16 @@ class Pixels:
             )
 
 
-def height_and_width(index: Index, size: int | tuple[int, int]) -> tuple[int, int]:
-    """Of what an index is decoded to. InputError: it has no item."""
+def sizes_of(index: Index, size: Size) -> list[tuple[int, int]]:
+    """(height, width) of what each item of an index is decoded to. InputError: it has no item."""
     if len(index) == 0:
         raise InputError(f"There is nothing to decode in {index.folder}: no item was accepted or selected.")
-    return (size, size) if isinstance(size, int) else size
+    if isinstance(size, Native):
+        return [
+            whole_patches(max(item.height, 1), max(item.width, 1), patch=size.patch, area=size.area)
+            for item in index
+        ]
+    return [(size, size) if isinstance(size, int) else size] * len(index)
 
 
 def decode_item(

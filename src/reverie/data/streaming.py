@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reverie.data.index import Index
-from reverie.data.pixels import Bad, Pixels, cache_of, decode_item, height_and_width
+from reverie.data.pixels import Bad, Pixels, Size, cache_of, decode_item, sizes_of
 from reverie.errors import InputError
 from reverie.media import LIMITS, Limits, tune_allocator
 
@@ -42,14 +42,14 @@ class Streamed:
         self,
         index: Index,
         *,
-        size: int | tuple[int, int],
+        size: Size,
         frames: int = 1,
         fit: str = "pad",
         workers: int | None = None,
         limits: Limits = LIMITS,
     ) -> None:
         """size, frames, fit: as of `Pixels`. workers: threads that decode; one for each processor if not given."""
-        self.index, self.size = index, height_and_width(index, size)
+        self.index, self.size, self.sizes = index, size, sizes_of(index, size)
         self.frames, self.fit, self.limits = frames, fit, limits
         self.bad = [Bad(item.file_name, item.reject) for item in index if item.reject is not None]
         self.good = [i for i, item in enumerate(index) if item.reject is None]
@@ -76,6 +76,10 @@ class Streamed:
                 f"{self.index[i].file_name} has no pixels ({frames}): draw samples from `ready`."
             )
         return torch.from_numpy(frames.copy())
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """Frames, height and width of item i, as the index says; of another, if it cannot be decoded (`ready`)."""
+        return (min(self.index[i].frames, self.frames), *self.sizes[i])
 
     def ready(
         self, keys: Sequence[tuple[int, int]], good: Sequence[int]
@@ -121,14 +125,19 @@ class Streamed:
 
     def _decode(self, i: int) -> np.ndarray | str:
         return decode_item(
-            self.index, self.index[i], size=self.size, frames=self.frames, fit=self.fit, limits=self.limits
+            self.index,
+            self.index[i],
+            size=self.sizes[i],
+            frames=self.frames,
+            fit=self.fit,
+            limits=self.limits,
         )
 
 
 def open_pixels(
     index: Index,
     *,
-    size: int | tuple[int, int],
+    size: Size,
     frames: int = 1,
     fit: str = "pad",
     stream: bool = False,

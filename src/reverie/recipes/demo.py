@@ -263,7 +263,7 @@ def _animate(run: _Run) -> dict[str, Any]:
 def _continue(run: _Run) -> dict[str, Any]:
     """Clips that begin with a picture that the model has never seen, each beside what the artist made of it."""
     clips = []
-    size = run.sora.config.size
+    size = run.sora.size_of(run.sora.config.frames)
     with _stage("continuing a first frame", len(CONTINUE) * run.steps) as stage:
         for number, label in enumerate(CONTINUE):
             begun = time.perf_counter()

@@ -173,7 +173,7 @@ class Drawing:
         self.sora = capable(model, "generate_image" if frames == 1 else "generate_video", device=ask.device)
         self.device = home(ask.device)
         self.frames = frames or self.sora.config.frames
-        self.size, self.fps, self.ask = self.sora.config.size, self.sora.config.fps, ask
+        self.size, self.fps, self.ask = self.sora.size_of(self.frames), self.sora.config.fps, ask
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Any]]:
         with counting("drawing") as progress:

@@ -59,6 +59,7 @@ class SoraConfig:
     t_mean: float = 0.0  # of the logit-normal times
     t_std: float = 1.0
     size: tuple[int, int] = (64, 64)  # what it was trained at; any other may be asked for
+    clip_size: tuple[int, int] | None = None  # of clips; None: as pictures
     frames: int = 16
     fps: float = 12.0
     steps: int = 24  # sampling defaults, measured on docs/systems/sora.md
@@ -113,6 +114,10 @@ class Sora(nn.Module):
     def unit(self) -> int:
         """Pixels a side that a patch stands for: sides are multiples of it."""
         return self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
+
+    def size_of(self, frames: int) -> tuple[int, int]:
+        """Height and width that it was trained at: of a picture, or of a clip."""
+        return self.config.size if frames == 1 else self.config.clip_size or self.config.size
 
     def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(c, f, h, w) of the latents of a video of `frames` and `size`."""
@@ -181,7 +186,7 @@ class Sora(nn.Module):
             return self.generate(prompts, frames=frames, **options)
         frames = self._check_asked(prompts, frames)
         if isinstance(first_frame, str | Path | Image.Image):
-            height, width = _sides(options.get("size") or self.config.size)
+            height, width = _sides(options.get("size") or self.size_of(frames))
             first_frame = torch.from_numpy(to_signal(first_frame, size=(height, width)))
         if not isinstance(first_frame, Tensor):
             raise InputError(
@@ -381,6 +386,9 @@ class Sora(nn.Module):
         frames = self._check_asked(prompts, frames)
         size = _sides(self.config.size if size is None else size)
         stride = self.unit
+
+        size = _sides(self.size_of(frames) if size is None else size)
+        stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
         if len(size) != 2 or any(side < stride or side % stride for side in size):
             raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
         if sampler not in tuple(SAMPLERS):
