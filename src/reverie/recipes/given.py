@@ -132,7 +132,7 @@ def inpaint(
         raise InputError("a box and a mask say both where to draw: give one of them.")
     task = _Task(ask, file)
     given = task.read(file)
-    count, size = given.shape[2], tuple(given.shape[3:])
+    count, size = given.shape[2], (given.shape[3], given.shape[4])
     region = torch.ones(count, *size, dtype=torch.bool)
     if box:
         region &= torch.from_numpy(_box(box, task.found, size))
@@ -194,10 +194,16 @@ class _Task:
         height, width = self.found.height, self.found.width
         asked = self.ask.size
         if asked is not None and min(asked) < 1:
-            raise InputError(f"size is {asked[0]} {asked[1]}: give height and width in pixels, such as 96 96.")
+            raise InputError(
+                f"size is {asked[0]} {asked[1]}: give height and width in pixels, such as 96 96."
+            )
         size = fitted(height, width, like, unit) if asked is None else tuple(_rounded(s, unit) for s in asked)
         if size != (asked or (height, width)):
-            what = f"{self.file.name} is {width} x {height}" if asked is None else f"{asked[1]} x {asked[0]} was asked for"
+            what = (
+                f"{self.file.name} is {width} x {height}"
+                if asked is None
+                else f"{asked[1]} x {asked[0]} was asked for"
+            )
             say(f"{what}: drawn at {size[1]} x {size[0]}, in whole patches of {unit}.")
         return size[0], size[1]
 
@@ -206,7 +212,9 @@ class _Task:
         found = self.found if file == self.file else _probe(file)
         there = -(-found.frames // self.ask.every)
         if there < least:
-            raise InputError(f"{file.name} has {there} frame{'s' * (there != 1)}, but {least} or more are needed.")
+            raise InputError(
+                f"{file.name} has {there} frame{'s' * (there != 1)}, but {least} or more are needed."
+            )
         pixels = flatten(decode_array(file, size=self.size)[:: self.ask.every])
         signal = torch.from_numpy(pixels).float() / 127.5 - 1
         return rearrange(signal, "f h w c -> 1 c f h w")
@@ -221,9 +229,7 @@ class _Task:
         with counting(what) as progress:
             signal = work(prompts=[prompt], progress=progress, **options)[0]
         own = self.found.fps / self.ask.every if self.found.frames > 1 else self.sora.config.fps
-        return Drawn(
-            signal=signal, fps=self.ask.fps or own, name=f"{self.file.stem}-{what}", sora=self.sora
-        )
+        return Drawn(signal=signal, fps=self.ask.fps or own, name=f"{self.file.stem}-{what}", sora=self.sora)
 
 
 def _probe(file: Path) -> Probe:
