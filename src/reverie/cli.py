@@ -694,11 +694,14 @@ def sample(
     best_of: int = 1,
     judge: str = "clip-stickers",
     fps: float | None = None,
+    format: str | None = None,
     precision: str = "fp32",
     quantise: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw a picture, or with --frames a clip, for every prompt.
+
+    Files are numbered on from those that the folder has. `reverie info FILE` says what made one.
 
     Args:
         prompts: What to draw; put each in quotes. For DiT and SiT a class, by its name or number.
@@ -718,16 +721,18 @@ def sample(
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
         fps: Frames per second of the clips; the model's own if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         precision: What weights are kept in, fp32 or bf16, which takes half the memory.
         quantise: int8 keeps the weights of the blocks in eight bits, a quarter of the memory.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     import torch
 
+    from reverie.output import check_format, next_number, store
     from reverie.pictures import to_signal
     from reverie.progress import counting
     from reverie.recipes.given import half, long_clip
-    from reverie.recipes.parts import capable
+    from reverie.recipes.parts import capable, what_made
 
     if not prompts:
         raise InputError('Say what to draw, such as: reverie sample "a red rocket".')
@@ -737,6 +742,8 @@ def sample(
         raise InputError(f"best_of and frames must be at least 1, not {best_of} and {frames}.")
     if fps is not None and not 1 <= fps <= 1000:
         raise InputError(f"fps is {fps:g}: a clip shows from 1 to 1000 frames a second.")
+    if format is not None:
+        check_format(format, frames, fps or 1)
     if first_frame is not None and frames == 1:
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
@@ -768,24 +775,59 @@ def sample(
     if first_frame is not None:
         picture = to_signal(first_frame, size=size or system.size_of(frames))
         asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
-    out.mkdir(parents=True, exist_ok=True)
-    for number, prompt in enumerate(prompts):
+    extra = {"precision": None if precision == "fp32" else precision, "quantise": quantise}
+    made = what_made(system, model, **asked | extra | {"first_frame": first_frame})
+    pace = fps or float(getattr(system.config, "fps", 1.0))
+    for prompt in prompts:
+        stem, best = out / f"{next_number(out):03d}-{_slug(prompt)}", 0
         with counting(prompt) as progress:
             options = asked | {"seed": seed, "progress": progress}
+            if long and clip is None:  # written as it is drawn
+                pieces = long_clip(system, [prompt], frames=frames, **options)
+                print(
+                    store(
+                        (piece[0] for piece in pieces), stem, fps=pace, format=format, made=made(prompt, seed)
+                    )
+                )
+                continue
             if long:
                 drawn = torch.cat([*long_clip(system, [prompt] * best_of, frames=frames, **options)], dim=2)
             elif frames > 1:
                 drawn = system.generate_video([prompt] * best_of, frames=frames, **options)
             else:
                 drawn = system.generate_image([prompt] * best_of, **options)[:, :, None]
-        best = 0
         if clip is not None:
             with torch.no_grad():
                 best = int(
                     (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
                 )
-        stem = out / f"{number:03d}-{_slug(prompt)}"
-        print(_store(drawn[best], stem, fps=fps or float(getattr(system.config, "fps", 1.0))))
+        print(store(drawn[best], stem, fps=pace, format=format, made=made(prompt, seed + best)))
+
+
+def info(files: list[Path], /, *, json: bool = False) -> None:
+    """Say what pictures and clips are, and what made them: prompt, seed, model, weights and the rest.
+
+    Args:
+        files: Files that Reverie wrote, or any others.
+        json: Answer as one JSON list.
+    """
+    from reverie import output
+    from reverie.media import probe
+
+    if not files:
+        raise InputError("Name a file, such as: reverie info samples/000-a-red-rocket.png.")
+    told: list[dict[str, Any]] = []
+    for file in files:
+        found, made = probe(file), output.read(file)
+        seen = {"file": str(file), "kind": found.kind, "width": found.width, "height": found.height}
+        seen |= {"frames": found.frames, "fps": found.fps} if found.frames > 1 else {}
+        told.append(seen | {"made": made and made.values()})
+        if not json:
+            clip = f", {found.frames} frames at {found.fps:.4g} a second" if found.frames > 1 else ""
+            print(f"{file}: {found.kind}, {found.width} x {found.height}{clip}")
+            print(made or "It does not say what made it.")
+    if json:
+        _print_json(told)
 
 
 # ---------------------------------------------------------------- pictures and clips of one's own
@@ -807,13 +849,14 @@ def animate(
     sampler: str | None = None,
     negative: str | None = None,
     fps: float | None = None,
+    format: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw a clip that begins with a picture.
 
     Args:
         picture: The picture; of a clip, its first frame.
-        prompt: What happens, in quotes; without words the picture alone decides.
+        prompt: What happens, in quotes; the words that made the file if not given, or none.
         frames: How many frames the clip has; as many as the model was trained at if not given.
         model: A shipped name, or a folder that a run of Sora wrote.
         out: The folder that the file goes to.
@@ -825,16 +868,17 @@ def animate(
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
         negative: What not to draw: guidance leads away from these words.
         fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.given import Ask
     from reverie.recipes.given import animate as work
 
     ask = Ask(
-        model=model, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, device=device,
+        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
+        negative=negative, fps=fps, format=format, device=device,
     )  # fmt: skip
-    _keep(work(picture, prompt, frames=frames, ask=ask), out)
+    print(work(picture, prompt, frames=frames, ask=ask))
 
 
 def extend(
@@ -854,13 +898,14 @@ def extend(
     sampler: str | None = None,
     negative: str | None = None,
     fps: float | None = None,
+    format: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw what comes after a clip, and what came before it; any number of frames, window by window.
 
     Args:
         clip: The clip; a picture is a clip of one frame.
-        prompt: What it shows, in quotes; without words its frames alone decide.
+        prompt: What it shows, in quotes; the words that made the file if not given, or none.
         forward: How many frames to draw after it.
         backward: How many frames to draw before it.
         model: A shipped name, or a folder that a run of Sora wrote.
@@ -873,16 +918,17 @@ def extend(
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
         negative: What not to draw: guidance leads away from these words.
         fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.given import Ask
     from reverie.recipes.given import extend as work
 
     ask = Ask(
-        model=model, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, device=device,
+        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
+        negative=negative, fps=fps, format=format, device=device,
     )  # fmt: skip
-    _keep(work(clip, prompt, forward=forward, backward=backward, ask=ask), out)
+    print(work(clip, prompt, forward=forward, backward=backward, ask=ask))
 
 
 def loop(
@@ -901,13 +947,14 @@ def loop(
     sampler: str | None = None,
     negative: str | None = None,
     fps: float | None = None,
+    format: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw the frames that lead from a clip's end to its beginning, so that it goes round without a seam.
 
     Args:
         clip: The clip, of two frames or more.
-        prompt: What it shows, in quotes; without words its frames alone decide.
+        prompt: What it shows, in quotes; the words that made the file if not given, or none.
         between: How many frames to draw; as many as see both ends well if not given.
         model: A shipped name, or a folder that a run of Sora wrote.
         out: The folder that the file goes to.
@@ -919,16 +966,17 @@ def loop(
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
         negative: What not to draw: guidance leads away from these words.
         fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.given import Ask
     from reverie.recipes.given import loop as work
 
     ask = Ask(
-        model=model, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, device=device,
+        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
+        negative=negative, fps=fps, format=format, device=device,
     )  # fmt: skip
-    _keep(work(clip, prompt, between=between, ask=ask), out)
+    print(work(clip, prompt, between=between, ask=ask))
 
 
 def connect(
@@ -949,6 +997,7 @@ def connect(
     sampler: str | None = None,
     negative: str | None = None,
     fps: float | None = None,
+    format: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw the frames that lead from one clip or picture over to another.
@@ -956,7 +1005,7 @@ def connect(
     Args:
         first: What it begins with.
         second: What it ends with, at the size of the first.
-        prompt: What it shows, in quotes; without words the frames alone decide.
+        prompt: What it shows, in quotes; the words that made the file if not given, or none.
         between: How many frames to draw; as many as see both ends well if not given.
         start: 1 draws them from noise; below, from a cross-fade of both ends with so much noise.
         model: A shipped name, or a folder that a run of Sora wrote.
@@ -969,21 +1018,22 @@ def connect(
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
         negative: What not to draw: guidance leads away from these words.
         fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.given import Ask
     from reverie.recipes.given import connect as work
 
     ask = Ask(
-        model=model, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, device=device,
+        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
+        negative=negative, fps=fps, format=format, device=device,
     )  # fmt: skip
-    _keep(work(first, second, prompt, between=between, start=start, ask=ask), out)
+    print(work(first, second, prompt, between=between, start=start, ask=ask))
 
 
 def edit(
     file: Path,
-    prompt: str,
+    prompt: str = "",
     /,
     *,
     strength: float = 0.6,
@@ -997,13 +1047,14 @@ def edit(
     sampler: str | None = None,
     negative: str | None = None,
     fps: float | None = None,
+    format: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw a picture or clip again by the words, near to what it was; with --size, a draft in large.
 
     Args:
         file: The picture or clip.
-        prompt: What it shall show, in quotes.
+        prompt: What it shall show, in quotes; the words that made the file if not given.
         strength: How much is drawn anew, above 0 and at most 1, which leaves nothing of it.
         model: A shipped name, or a folder that a run of Sora wrote.
         out: The folder that the file goes to.
@@ -1015,16 +1066,17 @@ def edit(
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
         negative: What not to draw: guidance leads away from these words.
         fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.given import Ask
     from reverie.recipes.given import edit as work
 
     ask = Ask(
-        model=model, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, device=device,
+        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
+        negative=negative, fps=fps, format=format, device=device,
     )  # fmt: skip
-    _keep(work(file, prompt, strength=strength, ask=ask), out)
+    print(work(file, prompt, strength=strength, ask=ask))
 
 
 def inpaint(
@@ -1046,13 +1098,14 @@ def inpaint(
     sampler: str | None = None,
     negative: str | None = None,
     fps: float | None = None,
+    format: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw a part of a picture or clip anew: a box, what a mask shows white, some frames, or both.
 
     Args:
         file: The picture or clip.
-        prompt: What the whole shows, in quotes; without words what is around decides.
+        prompt: What the whole shows, in quotes; the words that made the file if not given, or none.
         box: LEFT TOP RIGHT BOTTOM in the file's pixels.
         mask: A picture of the file's size, white or transparent where to draw.
         frames: The first and the last frame to draw anew, counted from 0 as they are read.
@@ -1067,16 +1120,17 @@ def inpaint(
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
         negative: What not to draw: guidance leads away from these words.
         fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.given import Ask
     from reverie.recipes.given import inpaint as work
 
     ask = Ask(
-        model=model, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, device=device,
+        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
+        negative=negative, fps=fps, format=format, device=device,
     )  # fmt: skip
-    _keep(work(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask), out)
+    print(work(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
 
 
 def search(
@@ -1585,6 +1639,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "runs curves": runs_curves,
     "plan": plan,
     "sample": sample,
+    "info": info,
     "animate": animate,
     "extend": extend,
     "loop": loop,
@@ -1661,28 +1716,6 @@ def _search_json(folder: Path, model: str, found: Any, queries: Sequence[Any], a
         "left_out": [{"path": bad.path, "reason": bad.reason} for bad in found.bad],
     }
     return json.dumps(whole, indent=1, ensure_ascii=False)
-
-
-def _store(signal: Any, stem: Path, *, fps: float) -> Path:
-    """Write a signal `c f h w` in [-1, 1]: one frame as STEM.png, more as a lossless animation STEM.webp."""
-    from einops import rearrange
-    from PIL import Image
-
-    from reverie.pictures import save_clip, to_bytes
-
-    frames = to_bytes(rearrange(signal, "c f h w -> f c h w"))
-    path = stem.with_name(f"{stem.name}.{'png' if len(frames) == 1 else 'webp'}")
-    if len(frames) == 1:
-        Image.fromarray(frames[0]).save(path)
-    else:
-        save_clip(path, frames, fps=fps)
-    return path
-
-
-def _keep(drawn: Any, out: Path) -> None:
-    """Write what was drawn from given frames, and say where."""
-    out.mkdir(parents=True, exist_ok=True)
-    print(_store(drawn.signal, out / drawn.name, fps=drawn.fps))
 
 
 def _slug(text: str) -> str:

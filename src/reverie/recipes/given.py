@@ -1,13 +1,14 @@
 """Pictures and clips of one's own in, clips out: the work behind `reverie animate`, `extend`, `loop` and the rest.
 
 A file is read at the shape that it has and the number of pixels that the model learnt at, its sides rounded to whole
-patches, which is said; its frames are taken as they are. Without words the model goes by the frames alone. The tasks
-themselves are in systems/sora_given.py.
+patches, which is said; its frames are taken as they are. If no words are given, those count that made the file
+(`reverie.output`); without any the model goes by the frames alone. The tasks themselves are in systems/sora_given.py.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from reverie.errors import InputError
 from reverie.media import Probe, decode_array, flatten, probe
+from reverie.output import check_format, next_number, read, store
 from reverie.progress import counting, say
-from reverie.recipes.parts import capable
+from reverie.recipes.parts import capable, what_made
 from reverie.systems.sora import Sora
 
 
@@ -30,6 +32,7 @@ class Ask:
     """How every task is asked for; what is None is the model's own."""
 
     model: str = "sora-stickers"
+    out: Path = Path("samples")
     size: tuple[int, int] | None = None
     every: int = 1  # of the frames of a file one in so many is read
     seed: int = 0
@@ -38,32 +41,25 @@ class Ask:
     sampler: str | None = None
     negative: str | None = None
     fps: float | None = None
+    format: str | None = None
     device: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """What came out: a signal `3 f h w`, its rate, and what its file is called without the ending."""
-
-    signal: Tensor
-    fps: float
-    name: str
-    sora: Sora
-
-
-def animate(picture: Path, prompt: str = "", *, frames: int | None = None, ask: Ask | None = None) -> Drawn:
+def animate(picture: Path, prompt: str = "", *, frames: int | None = None, ask: Ask | None = None) -> Path:
     """A clip of `frames` that begins with a picture (of a clip, with its first frame)."""
     task = _Task(ask, picture, moving=True)
     count = task.sora.config.frames if frames is None else frames
     if count < 2:
         raise InputError(f"a clip of {count} frames does not move: ask for 2 or more.")
     first = task.read(picture)[:, :, :1]
-    return task.draw("animate", prompt, lambda **how: task.sora.extend(first, forward=count - 1, **how))
+    return task.draw(
+        "animate", prompt, lambda **how: task.sora.extend(first, forward=count - 1, **how), frames=count
+    )
 
 
 def extend(
     clip: Path, prompt: str = "", *, forward: int = 0, backward: int = 0, ask: Ask | None = None
-) -> Drawn:
+) -> Path:
     """The clip with frames after it, and before it."""
     if forward < 0 or backward < 0 or not forward + backward:
         raise InputError(
@@ -72,15 +68,21 @@ def extend(
     task = _Task(ask, clip, moving=True)
     given = task.read(clip)
     return task.draw(
-        "extend", prompt, lambda **how: task.sora.extend(given, forward=forward, backward=backward, **how)
+        "extend",
+        prompt,
+        lambda **how: task.sora.extend(given, forward=forward, backward=backward, **how),
+        forward=forward,
+        backward=backward,
     )
 
 
-def loop(clip: Path, prompt: str = "", *, between: int | None = None, ask: Ask | None = None) -> Drawn:
+def loop(clip: Path, prompt: str = "", *, between: int | None = None, ask: Ask | None = None) -> Path:
     """The clip and the frames that lead from its end to its beginning."""
     task = _Task(ask, clip, moving=True)
     given = task.read(clip, least=2)
-    return task.draw("loop", prompt, lambda **how: task.sora.loop(given, between=between, **how))
+    return task.draw(
+        "loop", prompt, lambda **how: task.sora.loop(given, between=between, **how), between=between
+    )
 
 
 def connect(
@@ -91,24 +93,29 @@ def connect(
     between: int | None = None,
     start: float = 1.0,
     ask: Ask | None = None,
-) -> Drawn:
+) -> Path:
     """The first clip, the frames that lead over, and the second clip, which takes the size of the first."""
     _check_share("start", start)
     task = _Task(ask, first, moving=True)
     one, other = task.read(first), task.read(second)
     return task.draw(
-        f"connect-{second.stem}",
+        "connect",
         prompt,
         lambda **how: task.sora.connect(one, other, between=between, start=start, **how),
+        second=second,
+        between=between,
+        start=start,
     )
 
 
-def edit(file: Path, prompt: str, *, strength: float = 0.6, ask: Ask | None = None) -> Drawn:
+def edit(file: Path, prompt: str = "", *, strength: float = 0.6, ask: Ask | None = None) -> Path:
     """A picture or clip drawn again by the words; with a larger size, what a draft shows in large."""
     _check_share("strength", strength)
     task = _Task(ask, file)
     given = task.read(file)
-    return task.draw("edit", prompt, lambda **how: task.sora.edit(given, strength=strength, **how))
+    return task.draw(
+        "edit", prompt, lambda **how: task.sora.edit(given, strength=strength, **how), strength=strength
+    )
 
 
 def inpaint(
@@ -120,7 +127,7 @@ def inpaint(
     frames: tuple[int, int] | None = None,
     strength: float = 1.0,
     ask: Ask | None = None,
-) -> Drawn:
+) -> Path:
     """A box (left, top, right, bottom in the file's pixels), the white of a mask picture, some frames, or both anew."""
     _check_share("strength", strength)
     if not box and mask is None and frames is None:
@@ -149,7 +156,13 @@ def inpaint(
     if not chosen.any():
         raise InputError("what is to be drawn anew lies outside of what is seen: choose another place.")
     return task.draw(
-        "inpaint", prompt, lambda **how: task.sora.inpaint(given, region=chosen, strength=strength, **how)
+        "inpaint",
+        prompt,
+        lambda **how: task.sora.inpaint(given, region=chosen, strength=strength, **how),
+        box=box or None,
+        mask=mask,
+        frames=frames,
+        strength=strength,
     )
 
 
@@ -184,6 +197,8 @@ class _Task:
             raise InputError(f"every is {self.ask.every}: give 1 to read every frame, 2 for every other one.")
         if self.ask.fps is not None and not 1 <= self.ask.fps <= 1000:
             raise InputError(f"fps is {self.ask.fps:g}: a clip shows from 1 to 1000 frames a second.")
+        if self.ask.format is not None:
+            check_format(self.ask.format, 2 if moving else 1, self.ask.fps or 1)
         self.file, self.found = file, _probe(file)
         self.sora: Sora = capable(self.ask.model, "extend", device=self.ask.device)
         frames = 2 if moving else self.found.frames
@@ -219,17 +234,38 @@ class _Task:
         signal = torch.from_numpy(pixels).float() / 127.5 - 1
         return rearrange(signal, "f h w c -> 1 c f h w")
 
-    def draw(self, what: str, prompt: str, work: Callable[..., Tensor]) -> Drawn:
-        """`work` with the options that were asked for."""
-        asked = {
+    def draw(self, what: str, prompt: str, work: Callable[..., Tensor], **told: Any) -> Path:
+        """The file of what `work` gives with the options that were asked for; `told` is written into it as well."""
+        prompt = self.words(prompt)
+        if what == "edit" and not prompt:
+            raise InputError(f"say what {self.file.name} shall show: its own words are not in it.")
+        options = {
             "seed": self.ask.seed, "steps": self.ask.steps, "sampler": self.ask.sampler, "negative": self.ask.negative,
-            "guidance": self.ask.guidance if prompt.strip() else 0.0,  # without words, nothing leads away from none
+            "guidance": self.ask.guidance if prompt else 0.0,  # without words, nothing leads away from none
         }  # fmt: skip
-        options = {name: value for name, value in asked.items() if value is not None}
+        options = {name: value for name, value in options.items() if value is not None}
         with counting(what) as progress:
             signal = work(prompts=[prompt], progress=progress, **options)[0]
+        name = re.sub(r"^\d{3,9}-", "", self.file.stem)  # the number that it has itself
         own = self.found.fps / self.ask.every if self.found.frames > 1 else self.sora.config.fps
-        return Drawn(signal=signal, fps=self.ask.fps or own, name=f"{self.file.stem}-{what}", sora=self.sora)
+        asked = options | {"file": self.file.name, "size": self.size} | told
+        made = what_made(
+            self.sora, self.ask.model, task=what, **{k: v for k, v in asked.items() if k != "seed"}
+        )
+        return store(
+            signal, self.ask.out / f"{next_number(self.ask.out):03d}-{name}-{what}", fps=self.ask.fps or own, format=self.ask.format,
+            made=made(prompt, self.ask.seed),
+        )  # fmt: skip
+
+    def words(self, prompt: str) -> str:
+        """The prompt, or if there is none the one that made the file."""
+        if prompt.strip():
+            return prompt
+        made = read(self.file)
+        if made is None or not made.prompt.strip():
+            return ""
+        say(f"{self.file.name} was made from {made.prompt!r}, which stays the prompt.")
+        return made.prompt
 
 
 def _probe(file: Path) -> Probe:
@@ -271,8 +307,6 @@ def _mask(mask: Path, found: Probe, size: tuple[int, int]) -> np.ndarray:
     """Where a picture is white or transparent, `h w`."""
     own = _probe(mask)
     if (own.width, own.height) != (found.width, found.height):
-        raise InputError(
-            f"{mask.name} is {own.width} x {own.height}, but the file {found.width} x {found.height}: give a mask of its"
-            " size."
-        )
+        sizes = f"{own.width} x {own.height}, but the file {found.width} x {found.height}"
+        raise InputError(f"{mask.name} is {sizes}: give a mask of its size.")
     return flatten(decode_array(mask, size=size, frames=1)[0]).mean(-1) > 127

@@ -26,7 +26,8 @@ from reverie.data.world import World
 from reverie.errors import InputError
 from reverie.evals import generation
 from reverie.evals.world_captions import read_caption
-from reverie.pictures import grid, save_clip, save_png, to_bytes
+from reverie.output import write
+from reverie.pictures import grid, save_png, to_bytes
 from reverie.progress import counting
 from reverie.recipes.measured import Measured, Row, fits, save_figure, share
 from reverie.recipes.parts import capable, home, plain_stickers
@@ -377,6 +378,6 @@ def _histograms(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def _animation(clips: Tensor, titles: Sequence[str], path: Path, *, fps: float) -> None:
     """One moving sheet of clips, WebP."""
-    frames = [grid(to_bytes(clips[:, :, f]), list(titles)) for f in range(clips.shape[2])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_clip(path, frames, fps=fps, quality=80)
+    frames = (grid(to_bytes(clips[:, :, f]), list(titles)) for f in range(clips.shape[2]))
+    write(path, frames, fps=fps, quality=80)

@@ -59,7 +59,7 @@ def extend(
 def loop(
     sora: Sora, clip: Tensor, prompts: Sequence[str], *, between: int | None = None, **options: Any
 ) -> Tensor:
-    """The clip, and after it `between` frames that lead from its end to its beginning, so that it can go round and round.
+    """The clip, and after it `between` frames that lead from its end to its beginning, so that it can go round.
 
     As many as leave `overlap` frames of either end in one window if `between` is not given.
     """
