@@ -81,6 +81,7 @@ class SoraRun:
     batch: int  # pictures of a step
     clips: int  # clips of a step, 0 for none
     clip_frames: int = 8
+    length: int = CLIP_FRAMES  # frames kept of a whole clip; where that is clip_frames, all are seen
     lr: float = 1e-3
     warmup: int = 100
     ema: float = 0.999
@@ -185,8 +186,10 @@ def dit(
 
 
 def world(
-    data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, steps: int = 3000, batch: int = 64,
-    clips: int = 3, lr: float = 1e-3, seed: int = 0,
+    data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, hidden: int = 200, size: int = 64,
+    patch: int = 16, width: int = TINY[1], depth: int = TINY[0], frames: int = 16, steps: int = 3000,
+    batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8,
+    seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The procedural world, which is drawn first if it is not there.
@@ -197,17 +200,28 @@ def world(
         clip: The folder of a CLIP that learnt the world's captions (`reverie train clip-world`).
         count: Pictures of the world, if it is to be drawn.
         moving: Clips of the world, if it is to be drawn.
+        hidden: Clips in which something passes behind a wall, if it is to be drawn.
+        size: Pixels a side, a multiple of the patch.
+        patch: Pixels a side of a patch.
+        width: Channels, a multiple of 64.
+        depth: Blocks.
+        frames: Frames of a clip; it learns from 8 of them at a time.
         steps: How many batches to learn from.
         batch: Pictures of a step; more take longer and need more memory.
         clips: Clips of a step, beside the pictures.
         lr: The highest learning rate.
+        english: The share of captions in English; the rest are in Chinese.
         seed: Another seed, another world, another start and another order.
     """
-    index = open_world(data, count, moving, seed=seed)
+    if not 8 <= frames <= 64:
+        raise InputError(f"frames is {frames}: a clip of the world has 8 to 64 of them.")
+    index = open_world(data, count, moving, hidden, seed=seed, frames=frames, size=size)
     reader = load_clip(clip)
+    model = shape(reader, size=size, patch=patch, sizes=(depth, width, heads_of(width)))
     config = SoraRun(
-        model=shape(reader), clip=clip, steps=steps, batch=batch, clips=clips, lr=lr,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        model=dataclasses.replace(model, frames=frames), clip=clip, length=frames, steps=steps, batch=batch,
+        clips=clips, lr=lr, warmup=min(100, max(steps // 10, 1)), languages={"en": english, "zh": 1 - english},
+        seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index, 16), engine=engine)
 
@@ -261,7 +275,7 @@ def fit(
     )
     pictures = Source(index.select(split="train", video=False), config, model, frames=1)
     moving = index.select(split="train", video=True)
-    clips = Source(moving, config, model, frames=CLIP_FRAMES) if config.clips and len(moving) else None
+    clips = Source(moving, config, model, frames=config.length) if config.clips and len(moving) else None
     val = captioned(index.select(split="val", video=False))
     fixed = Source(val, config, model, frames=1).fixed(64) if len(val) else None
 
@@ -338,9 +352,10 @@ class Source:
         """Every other frame of whole clips, or a run of neighbours; sometimes with the first frame given."""
         keys = self._keys(step, self.config.clips)
         u = torch.rand(2, generator=rng.generator(self.config.seed, "window", step))
-        pace = 2 if u[0] < 0.5 else 1
+        twice = 2 * (self.config.clip_frames - 1) < self.config.length
+        pace = 2 if u[0] < 0.5 and twice else 1
         span = pace * (self.config.clip_frames - 1) + 1
-        offset = int(u[1] * (CLIP_FRAMES - span + 1))
+        offset = int(u[1] * (self.config.length - span + 1))
         window = slice(offset, offset + span, pace)
         batch = self._batch(keys, self._encoded([self._video(i, window) for _, i in keys]), "clip")
         give = torch.tensor([self._draw("known", *key) < self.config.known for key in keys])
