@@ -94,6 +94,7 @@ class SoraRun:
     ema: float = 0.999
     drop: float = 0.1  # how often the text is left out
     known: float = 0.5  # how often some of a clip is given (data/given.py)
+    known_pictures: float = 0.1  # how often a region of a picture is given
     vary: float = (
         0.0  # how often a step has another format: what is square stands in the middle of it, on white
     )
@@ -393,7 +394,8 @@ class Source:
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
         size = self._format(step, "picture")
-        return self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
+        batch = self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
+        return batch | {"known": self._given(keys, batch["latents"], self.config.known_pictures)}
 
     def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
@@ -406,14 +408,25 @@ class Source:
         offset = int(u[1] * (self.frames - span + 1))
         window, size = slice(offset, offset + span, pace), self._format(step, "clip")
         batch = self._batch(keys, self._encoded([self._video(i, window, size) for _, i in keys]), "clip")
-        batch["known"] = torch.stack([self._given(key, batch["latents"].shape[2]) for key in keys])
+        batch["known"] = self._given(keys, batch["latents"], self.config.known)
         return batch | {"pace": float(pace)}
 
-    def _given(self, key: tuple[int, int], frames: int) -> Tensor:
-        """Which frames of an item are given, `f`: none, or as data/given.py draws them."""
-        if self._draw("known", *key) >= self.config.known:
-            return torch.zeros(frames, dtype=torch.bool)
-        return draw_given((frames, 1, 1), rng.generator(self.config.seed, "given", *key))[:, 0, 0]
+    def _given(self, keys: list[tuple[int, int]], latents: Tensor, share: float) -> Tensor:
+        """What is given: nothing, or for this share of the items what data/given.py draws; `b f`, or with regions
+        `b f h w` on the grid of patches."""
+        frames, side = self.model.config.backbone.patch
+        f, h, w = latents.shape[2] // frames, latents.shape[3] // side, latents.shape[4] // side
+        masks = [
+            draw_given((f, h, w), rng.generator(self.config.seed, "given", *key))
+            if self._draw("known", *key) < share
+            else torch.zeros(f, h, w, dtype=torch.bool)
+            for key in keys
+        ]
+        mask = torch.stack(masks)
+        whole = mask.flatten(2)
+        if (whole.any(-1) == whole.all(-1)).all():
+            return whole.all(-1).repeat_interleave(frames, 1)
+        return mask
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""
