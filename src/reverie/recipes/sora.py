@@ -201,8 +201,10 @@ def dit(
 
 
 def world(
-    data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, steps: int = 3000, batch: int = 64,
-    clips: int = 3, lr: float = 1e-3, seed: int = 0,
+    data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, hidden: int = 200, size: int = 64,
+    patch: int = 16, width: int = TINY[1], depth: int = TINY[0], frames: int = 16, steps: int = 3000,
+    batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8,
+    seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The procedural world, which is drawn first if it is not there.
@@ -213,17 +215,27 @@ def world(
         clip: The folder of a CLIP that learnt the world's captions (`reverie train clip-world`).
         count: Pictures of the world, if it is to be drawn.
         moving: Clips of the world, if it is to be drawn.
+        hidden: Clips in which something passes behind a wall, if it is to be drawn.
+        size: Pixels a side, a multiple of the patch.
+        patch: Pixels a side of a patch.
+        width: Channels, a multiple of 64.
+        depth: Blocks.
+        frames: Frames of a clip; it learns from 8 of them at a time.
         steps: How many batches to learn from.
         batch: Pictures of a step; more take longer and need more memory.
         clips: Clips of a step, beside the pictures.
         lr: The highest learning rate.
+        english: The share of captions in English; the rest are in Chinese.
         seed: Another seed, another world, another start and another order.
     """
-    index = open_world(data, count, moving, seed=seed)
+    if not 8 <= frames <= 64:
+        raise InputError(f"frames is {frames}: a clip of the world has 8 to 64 of them.")
+    index = open_world(data, count, moving, hidden, seed=seed, frames=frames, size=size)
     reader = load_clip(clip)
+    model = shape(reader, size=size, patch=patch, frames=frames, sizes=(depth, width, heads_of(width)))
     config = SoraRun(
-        model=shape(reader), clip=clip, steps=steps, batch=batch, clips=clips, lr=lr,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        model=model, clip=clip, steps=steps, batch=batch, clips=clips, lr=lr, warmup=min(100, max(steps // 10, 1)),
+        languages={"en": english, "zh": 1 - english}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index, 16), engine=engine)
 
@@ -387,7 +399,8 @@ class Source:
         """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
         keys = self._keys(step, self.config.clips)
         u = torch.rand(2, generator=rng.generator(self.config.seed, "window", step))
-        pace = 2 if u[0] < 0.5 else 1
+        least = self.config.clip_frames if self.model.codec is not None else min(8, self.config.clip_frames)
+        pace = 2 if u[0] < 0.5 and (self.frames - 1) // 2 + 1 >= least else 1
         count = min(self.config.clip_frames, (self.frames - 1) // pace + 1)
         span = pace * (count - 1) + 1
         offset = int(u[1] * (self.frames - span + 1))
