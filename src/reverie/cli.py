@@ -1486,6 +1486,38 @@ def eval_world(
     print(f"\n{out}")
 
 
+def eval_continuation(
+    model: str,
+    /,
+    *,
+    count: int = 40,
+    batch: int = 4,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    out: Path = Path("runs/eval-continuation"),
+    device: str | None = None,
+) -> None:
+    """Measure how many clips of the procedural world a Sora extends in the direction and at the speed they had.
+
+    Args:
+        model: A shipped name, or the folder of a run of the recipe sora-world.
+        count: How many clips are extended.
+        batch: Clips drawn at a time.
+        steps: Sampling steps; the model's own number if not given.
+        guidance: How strictly to follow the caption; the model's own if not given.
+        seed: Another seed, other noise.
+        out: Where the numbers, the table and the pictures go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.measure_continuation import continuation
+    from reverie.recipes.measure_generators import Ask
+
+    ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
+    print(continuation(out, model=model, ask=ask))
+    print(f"\n{out}")
+
+
 def eval_reconstruction(
     data: Path,
     /,
@@ -1653,6 +1685,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "eval pictures": eval_pictures,
     "eval clips": eval_clips,
     "eval world": eval_world,
+    "eval continuation": eval_continuation,
     "eval reconstruction": eval_reconstruction,
     "demo": demo,
     "convert": convert,

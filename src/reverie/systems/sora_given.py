@@ -40,19 +40,20 @@ def extend(
         raise InputError(
             f"{forward} frames forward and {backward} backward extend nothing: give a number above 0 for one of them."
         )
-    frames = clip.shape[2]
-    progress = options.pop("progress", None)
-    ways = [(count, back) for count, back in ((forward, False), (backward, True)) if count]
-    for number, (count, back) in enumerate(ways):
-        blank = _blank(clip, count)
-        known = torch.zeros(len(prompts), clip.shape[2] + count, dtype=torch.bool)
-        known[:, count:] = back
-        known[:, : clip.shape[2]] |= not back
-        clip = _fill(
-            sora, prompts, torch.cat([blank, clip] if back else [clip, blank], 2), known, backward=back,
-            told=_share(progress, number, len(ways)), **options,
-        )  # fmt: skip
-    assert clip.shape[2] == frames + forward + backward
+    frames, progress = clip.shape[2], options.pop("progress", None)
+    size, overlap = _window(sora, options.get("window"), options.get("overlap"))
+    after = windows([False] * frames + [True] * forward, size, overlap)
+    before = windows([True] * backward + [False] * (frames + forward), size, overlap, backward=True)
+    total = len(after) + len(before)
+    if forward:
+        known = torch.arange(frames + forward).repeat(len(prompts), 1) < frames
+        told = _share(progress, 0, total, of=len(after))
+        clip = _fill(sora, prompts, torch.cat([clip, _blank(clip, forward)], 2), known, told=told, **options)
+    if backward:
+        known = torch.arange(backward + frames + forward).repeat(len(prompts), 1) >= backward
+        told = _share(progress, len(after), total, of=len(before))
+        whole = torch.cat([_blank(clip, backward), clip], 2)
+        clip = _fill(sora, prompts, whole, known, backward=True, told=told, **options)
     return clip
 
 
@@ -317,11 +318,11 @@ def _of_window(seeds: Sequence[int], number: int) -> list[int]:
     return [rng.integer(seed, "window", number) if number else seed for seed in seeds]
 
 
-def _share(progress: Progress | None, number: int, total: int) -> Progress | None:
-    """The progress of part `number` as that of all of them."""
+def _share(progress: Progress | None, number: int, total: int, *, of: int = 1) -> Progress | None:
+    """The progress of `of` parts, from `number` on, as that of all of them."""
     if progress is None:
         return None
-    return lambda done, of: progress(number * of + done, total * of)
+    return lambda done, steps: progress(number * steps // of + done, total * steps // of)
 
 
 def _count(value: Any, name: str) -> int:
