@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reverie import catalog, cli, command
+from reverie import catalog, cli, command, media, output
 from reverie.errors import InputError
 from reverie.train.engine import Engine
 
@@ -502,6 +502,9 @@ class Painter:
     def __init__(self):
         self.asked = []
 
+    def state_dict(self):
+        return {}
+
     def generate_image(self, prompts, *, seed=0, size=(64, 64), progress=None, **flags):
         """Flags as for `generate`."""
         return self.generate_video(prompts, frames=1, seed=seed, size=size, progress=progress, **flags)[
@@ -546,7 +549,7 @@ def test_sample_with_a_real_model(clip_folder, tmp_path, capsys):
         for number, weight in enumerate(sora.backbone.parameters()):
             weight.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     flags = ["--model", package.save(sora, tmp_path / "sora"), "--out", tmp_path, "--steps", 2]
-    picture, moving = tmp_path / "000-a-red-circle.png", tmp_path / "000-a-red-circle.webp"
+    picture, moving = tmp_path / "000-a-red-circle.png", tmp_path / "001-a-red-circle.webp"
     assert reverie("sample", "a red circle", *flags, "--size", 32, 48) == 0
     assert reverie("sample", "a red circle", *flags, "--frames", 4, "--first-frame", picture) == 0
     capsys.readouterr()
@@ -588,10 +591,24 @@ def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):
         "steps": 5,
     }
     assert painter.asked[0] == asked
+    first = files[0].read_bytes()
     finer = ["--sampler", "unipc", "--negative", "a car", "--interval", 0.2, 0.8, "--rescale", 0.5]
     assert reverie("sample", "a red rocket", *flags, *finer) == 0
     extra = {"sampler": "unipc", "negative": "a car", "interval": (0.2, 0.8), "rescale": 0.5}
     assert painter.asked[-1] == asked | extra
+    new = tmp_path / "002-a-red-rocket.png"  # nothing is written over
+    assert capsys.readouterr().out.strip() == str(new)
+    assert files[0].read_bytes() == first
+    assert reverie("info", files[1], new) == 0
+    told = capsys.readouterr().out
+    assert "001-一只猫.png: png, 48 x 32" in told
+    assert all(line in told for line in ("prompt   一只猫\n", "negative  a car\n"))
+    assert reverie("info", files[0], "--json") == 0
+    (what,) = json.loads(capsys.readouterr().out)
+    assert what["made"] | {"reverie": "", "weights": ""} == {
+        "prompt": "a red rocket", "seed": 0, "model": "painter", "weights": "", "steps": 5, "task": "sample",
+        "asked": {"size": [32, 48]}, "reverie": "",
+    }  # fmt: skip
     painter.generate = lambda *, steps, guidance, sampler: None
     assert reverie("sample", "a red rocket", *flags, *finer) == 2
     assert "painter has no negative to choose: leave out --negative." in capsys.readouterr().err
@@ -625,6 +642,15 @@ def test_sample_writes_clips_from_a_first_frame(painter, clip_folder, tmp_path):
         clip.seek(1)
         clip.load()
         assert clip.info["duration"] == 100
+    best = int(output.read(tmp_path / "000-up.webp").seed)
+    assert best in (0, 1, 2)  # of the one that was kept
+    for format in ("gif", "mp4", "webm", "png"):
+        assert reverie(*words[:8], "--format", format) == 0
+        (path,) = tmp_path.glob(f"*-up.{format}")
+        assert media.probe(path).frames == 6
+        assert output.read(path).prompt == "up"
+    assert reverie("sample", "up", "--model", "painter", "--frames", 6, "--format", "jpg") == 2
+    assert reverie("sample", "up", "--model", "painter", "--frames", 6, "--format", "avi") == 2
 
 
 THINGS = '''

@@ -693,11 +693,14 @@ def sample(
     best_of: int = 1,
     judge: str = "clip-stickers",
     fps: float | None = None,
+    format: str | None = None,
     precision: str = "fp32",
     quantise: str | None = None,
     device: str | None = None,
 ) -> None:
     """Draw a picture, or with --frames a clip, for every prompt.
+
+    Files are numbered on from those that the folder has. `reverie info FILE` says what made one.
 
     Args:
         prompts: What to draw; put each in quotes. For DiT and SiT a class, by its name or number.
@@ -716,15 +719,17 @@ def sample(
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
         fps: Frames per second of the clips; the model's own if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         precision: What weights are kept in, fp32 or bf16, which takes half the memory.
         quantise: int8 keeps the weights of the blocks in eight bits, a quarter of the memory.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     import torch
 
+    from reverie.output import check_format, next_number, store
     from reverie.pictures import to_signal
     from reverie.progress import counting
-    from reverie.recipes.parts import capable
+    from reverie.recipes.parts import capable, what_made
 
     if not prompts:
         raise InputError('Say what to draw, such as: reverie sample "a red rocket".')
@@ -734,6 +739,8 @@ def sample(
         raise InputError(f"best_of and frames must be at least 1, not {best_of} and {frames}.")
     if fps is not None and not 1 <= fps <= 1000:
         raise InputError(f"fps is {fps:g}: a clip shows from 1 to 1000 frames a second.")
+    if format is not None:
+        check_format(format, frames, fps or 1)
     if first_frame is not None and frames == 1:
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
@@ -758,10 +765,12 @@ def sample(
     if frames > 1 and not hasattr(system, "generate_video"):
         raise InputError(f"{model} draws pictures and no clips: leave out --frames.")
     if first_frame is not None:
-        picture = to_signal(first_frame, size=size or system.config.size)
+        picture = to_signal(first_frame, size=size or system.size_of(frames))
         asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
-    out.mkdir(parents=True, exist_ok=True)
-    for number, prompt in enumerate(prompts):
+    extra = {"precision": None if precision == "fp32" else precision, "quantise": quantise}
+    made = what_made(system, model, **asked | extra | {"first_frame": first_frame})
+    pace = fps or float(getattr(system.config, "fps", 1.0))
+    for prompt in prompts:
         with counting(prompt) as progress:
             options = asked | {"seed": seed, "progress": progress}
             if frames > 1:
@@ -774,8 +783,34 @@ def sample(
                 best = int(
                     (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
                 )
-        stem = out / f"{number:03d}-{_slug(prompt)}"
-        print(_store(drawn[best], stem, fps=fps or float(getattr(system.config, "fps", 1.0))))
+        stem = out / f"{next_number(out):03d}-{_slug(prompt)}"
+        print(store(drawn[best], stem, fps=pace, format=format, made=made(prompt, seed + best)))
+
+
+def info(files: list[Path], /, *, json: bool = False) -> None:
+    """Say what pictures and clips are, and what made them: prompt, seed, model, weights and the rest.
+
+    Args:
+        files: Files that Reverie wrote, or any others.
+        json: Answer as one JSON list.
+    """
+    from reverie import output
+    from reverie.media import probe
+
+    if not files:
+        raise InputError("Name a file, such as: reverie info samples/000-a-red-rocket.png.")
+    told: list[dict[str, Any]] = []
+    for file in files:
+        found, made = probe(file), output.read(file)
+        seen = {"file": str(file), "kind": found.kind, "width": found.width, "height": found.height}
+        seen |= {"frames": found.frames, "fps": found.fps} if found.frames > 1 else {}
+        told.append(seen | {"made": made and made.values()})
+        if not json:
+            clip = f", {found.frames} frames at {found.fps:.4g} a second" if found.frames > 1 else ""
+            print(f"{file}: {found.kind}, {found.width} x {found.height}{clip}")
+            print(made or "It does not say what made it.")
+    if json:
+        _print_json(told)
 
 
 def search(
@@ -1284,6 +1319,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "runs curves": runs_curves,
     "plan": plan,
     "sample": sample,
+    "info": info,
     "search": search,
     "eval zero-shot": eval_zero_shot,
     "eval retrieval": eval_retrieval,
@@ -1354,22 +1390,6 @@ def _search_json(folder: Path, model: str, found: Any, queries: Sequence[Any], a
         "left_out": [{"path": bad.path, "reason": bad.reason} for bad in found.bad],
     }
     return json.dumps(whole, indent=1, ensure_ascii=False)
-
-
-def _store(signal: Any, stem: Path, *, fps: float) -> Path:
-    """Write a signal `c f h w` in [-1, 1]: one frame as STEM.png, more as a lossless animation STEM.webp."""
-    from einops import rearrange
-    from PIL import Image
-
-    from reverie.pictures import save_clip, to_bytes
-
-    frames = to_bytes(rearrange(signal, "c f h w -> f c h w"))
-    path = stem.with_name(f"{stem.name}.{'png' if len(frames) == 1 else 'webp'}")
-    if len(frames) == 1:
-        Image.fromarray(frames[0]).save(path)
-    else:
-        save_clip(path, frames, fps=fps)
-    return path
 
 
 def _slug(text: str) -> str:

@@ -161,6 +161,25 @@ def probe(path: str | Path | Part, limits: Limits = LIMITS) -> Probe:
         return replace(found, width=width, height=height)
 
 
+def comment(path: str | Path | Part, limits: Limits = LIMITS) -> str | None:
+    """The words that a file carries: PNG's text "Comment", GIF's comment, Exif's description, a clip's tag "comment".
+
+    They are a stranger's words. MediaError: not media, damaged, or beyond `limits`.
+    """
+    path = path if isinstance(path, Part) else Path(path)
+    with _our_words(path), _open(path, limits) as file:
+        found, _ = _header(file, limits)
+        if found.kind in ("mp4", "webm"):
+            with _container(file, found, limits) as (container, _):
+                tags = {key.lower(): value for key, value in container.metadata.items()}
+                return tags.get("comment")
+        with _pillow(file, found, limits) as image:
+            words = image.info.get("Comment") or image.info.get("comment")
+            if words is None and found.kind in ("jpeg", "webp", "avif"):
+                words = image.getexif().get(0x010E)
+        return words.decode("utf-8", "replace") if isinstance(words, bytes) else words and str(words)
+
+
 def on_white(
     image: Image.Image,
     size: int | tuple[int, int] | None = None,

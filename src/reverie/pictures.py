@@ -64,22 +64,6 @@ def to_bytes(signal: Any) -> np.ndarray:
     return np.moveaxis(((values.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8), -3, -1)
 
 
-def save_clip(
-    path: str | Path,
-    frames: np.ndarray | Sequence[np.ndarray | Image.Image],
-    *,
-    fps: float,
-    quality: int | None = None,
-) -> None:
-    """Frames (pictures, or uint8 `f h w 3`) as an animated WebP that goes round and round; lossless if no `quality`."""
-    first, *rest = (
-        frame if isinstance(frame, Image.Image) else Image.fromarray(np.ascontiguousarray(frame))
-        for frame in frames
-    )
-    how: dict[str, Any] = {"lossless": True} if quality is None else {"quality": quality}
-    first.save(path, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **how)
-
-
 def grid(
     images: np.ndarray | Sequence[np.ndarray],
     titles: Sequence[str] | None = None,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie.data.augment import DRAWS, draws, on_white, view
+from reverie.data.augment import DRAWS, draws, framed, on_white, view
 
 
 def pictures(b: int = 4, side: int = 16) -> torch.Tensor:
@@ -181,3 +181,20 @@ def test_a_wiped_rectangle_has_one_colour_and_at_most_a_third_of_the_sides():
         assert 8 <= len(columns) <= 12
         inside = out[i][:, rows[1] : rows[-1], columns[1] : columns[-1]]
         torch.testing.assert_close(inside, colour[:, None, None].expand_as(inside))
+
+
+@pytest.mark.parametrize("size", [(16, 32), (32, 16), (8, 8), (24, 40)])
+def test_a_square_stands_whole_in_the_middle_of_any_format(size):
+    square = torch.full((2, 3, 16, 16), -0.5)
+    out = framed(square, size)
+    side, (height, width) = min(size), size
+    top, left = (height - side) // 2, (width - side) // 2
+    assert out.shape == (2, 3, *size)
+    inner = out[:, :, top : top + side, left : left + side]
+    torch.testing.assert_close(inner, torch.full_like(inner, -0.5))
+    assert (out == 1).sum() == 2 * 3 * (height * width - side * side)
+
+
+def test_a_picture_of_its_own_size_is_left_as_it_is():
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(framed(image, (16, 16)), image)

@@ -88,6 +88,9 @@ class Fake:
     def to(self, device):
         return self
 
+    def size_of(self, frames):
+        return self.config.size
+
     def generate_video(self, prompts, *, frames, seed, **options):
         return torch.stack([self.draws(name, frames, s) for name, s in zip(prompts, seed, strict=True)])
 

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
+import reverie
 from reverie.backbones.video_dit import VideoDit
 from reverie.codecs.bpe import Bpe
 from reverie.data.importers import import_folder
@@ -128,3 +130,24 @@ def test_a_clip_needs_two_to_compare(folder, tmp_path, capsys):
         clip.tiny(folder, tmp_path / "one", steps=1, batch=1, size=16)
     clip.tiny(folder, tmp_path / "all", steps=1, batch=64, size=16)
     assert "there are 6 pictures, so a batch has 6 and not 64" in capsys.readouterr().err
+
+
+def test_patches_of_twice_the_side_begin_from_the_same_drawing(tmp_path):
+    """What was learnt small is taken over larger: equal outputs on what the small one would see."""
+    torch.manual_seed(0)
+    tokenizer = Bpe.train(["a b c"], vocab=600)
+    text = TextConfig(vocab=tokenizer.vocab, length=8, width=16, depth=1, heads=1, end=tokenizer.end)
+    image = VitConfig(size=16, patch=16, width=16, depth=1, heads=1)
+    reader = Clip(ClipConfig(image=image, text=text, width=16), tokenizer)
+    small = Sora(sora.shape(reader, size=16, sizes=(1, 64, 1), patch=8), reader.tokenizer)
+    for parameter in small.backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    reverie.save(small, tmp_path / "small")
+    large = Sora(sora.shape(reader, size=32, sizes=(1, 64, 1), patch=16, head=8), reader.tokenizer)
+    sora.take_over(large, tmp_path / "small")
+    small.backbone.head = large.backbone.head = None
+    x, t = torch.randn(2, 3, 1, 32, 32), torch.rand(2, 1)
+    words = small.read(["a", "b"])
+    one = small.backbone(F.avg_pool2d(x[:, :, 0], 2)[:, :, None], t, *words)
+    two = large.backbone(x, t, *words)
+    torch.testing.assert_close(F.interpolate(one[:, :, 0], scale_factor=2)[:, :, None], two)

@@ -630,8 +630,14 @@ class VideoVae(nn.Module):
         return self.config.channels, 1 + -(-(frames - 1) // time), size[0] // space, size[1] // space
 
     def latent_mask(self, mask: Tensor) -> Tensor:
-        """`b f` -> `b g`, for clips that fill their latent frames: True where every frame that one stands for is."""
-        rest = rearrange(mask[:, 1:], "b (g time) -> b g time", time=self.config.stride[0]).all(-1)
+        """`b f` -> `b g`, for clips that fill their latent frames: True where every frame that one stands for is.
+
+        So is a mask of pixels, `b f h w`, where all that a latent stands for is True.
+        """
+        time, side = self.config.stride
+        if mask.ndim == 4:
+            mask = rearrange(mask, "b f (h q) (w r) -> b f h w (q r)", q=side, r=side).all(-1)
+        rest = rearrange(mask[:, 1:], "b (g time) ... -> b g time ...", time=time).all(2)
         return torch.cat([mask[:, :1], rest], dim=1)
 
     # Training -------------------------------------------------------------------------------------------------------

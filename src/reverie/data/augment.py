@@ -31,6 +31,16 @@ def on_white(rgba: Tensor) -> Tensor:
     return (colour * alpha + 1 - alpha) * 2 - 1
 
 
+def framed(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """`b 3 h w` in [-1, 1] as large as fits into `size`, in the middle of it, on white."""
+    h, w = images.shape[-2:]
+    scale = min(size[0] / h, size[1] / w)
+    inner = round(h * scale), round(w * scale)
+    images = F.interpolate(images, size=inner, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    return F.pad(images, (left, size[1] - inner[1] - left, top, size[0] - inner[0] - top), value=1.0)
+
+
 def view(rgba: Tensor, u: Tensor, *, strength: float = 1.0) -> Tensor:
     """uint8 `b 4 h w` and `u b DRAWS` -> float `b 3 h w` in [-1, 1].
 

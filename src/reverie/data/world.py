@@ -16,13 +16,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from reverie import rng
+from reverie import output, rng
 from reverie.data.index import Caption, Index, Item
 from reverie.data.world_captions import Draw, captions
 from reverie.data.world_render import render
 from reverie.errors import InputError
+from reverie.media import probe
 from reverie.scene import (
     BACKGROUNDS,
     BOUNCES,
@@ -358,19 +358,8 @@ def write(
         for i in range(count):
             example = examples[i]
             name = f"media/{i:06d}.png"
-            pictures = [Image.fromarray(frame) for frame in example.pixels[:, :3].permute(0, 2, 3, 1).numpy()]
-            if frames == 1:
-                pictures[0].save(folder / name)
-            else:
-                pictures[0].save(
-                    folder / name,
-                    save_all=True,
-                    append_images=pictures[1:],
-                    duration=round(1000 / fps),
-                    blend=[
-                        k % 2 for k in range(frames)
-                    ],  # or Pillow joins equal frames; opaque ones blend alike
-                )
+            pictures = example.pixels[:, :3].permute(0, 2, 3, 1).numpy()
+            output.write(folder / name, pictures, fps=fps, durable=False)
             data = (folder / name).read_bytes()
             truths.write(json.dumps({"file_name": name} | asdict(example.scene)) + "\n")
             items.append(
@@ -381,7 +370,7 @@ def write(
                     width=size[1],
                     height=size[0],
                     frames=frames,
-                    fps=0.0 if frames == 1 else 1000 / round(1000 / fps),
+                    fps=probe(folder / name).fps,
                     split={0: "val", 1: "test"}.get(rng.integer(seed, "world split", i) % 20, "train"),
                     captions=tuple(example.captions),
                     label=_label(example.scene),

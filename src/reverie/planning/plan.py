@@ -31,7 +31,6 @@ from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
 from reverie.planning.roofline import Memory, Setup, Time, Weights
 from reverie.recipes import clip, clip_finetune, dit, judge, sora, video_vae
-from reverie.recipes.parts import CLIP_FRAMES
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
@@ -151,7 +150,8 @@ def _clip(name: str, config: ClipConfig, how: How, *, batch: int, steps: int, em
 
 def _sora_loss(model: Sora, items: int, how: How, peers: Peers, *, frames: int) -> Tensor:
     config = model.config
-    latents = _empty(items, *model.latent_shape(frames, config.size))
+    size = config.size if frames == 1 else config.clip_size or config.size
+    latents = _empty(items, *model.latent_shape(frames, size))
     return model.loss(
         {
             "latents": latents,
@@ -165,18 +165,12 @@ def _sora_loss(model: Sora, items: int, how: How, peers: Peers, *, frames: int) 
 
 
 def _sora(name: str, config: SoraConfig, *, batch: int, clips: int, clip_frames: int, steps: int) -> Subject:
-    pixels = config.size[0] * config.size[1]
-    parts = [Part(what="pictures", batch=batch, pixels=pixels, loss=partial(_sora_loss, frames=1))]
+    loss = partial(_sora_loss, frames=1)
+    parts = [Part(what="pictures", batch=batch, pixels=math.prod(config.size), loss=loss)]
     if clips:
-        frames = CLIP_FRAMES if clip_frames == 8 else clip_frames
-        parts.append(
-            Part(
-                what="clips",
-                batch=clips,
-                pixels=pixels * frames,
-                loss=partial(_sora_loss, frames=clip_frames),
-            )
-        )
+        pixels = config.frames * math.prod(config.clip_size or config.size)  # the whole clip is decoded
+        loss = partial(_sora_loss, frames=clip_frames)
+        parts.append(Part(what="clips", batch=clips, pixels=pixels, loss=loss))
     return Subject(name=name, build=lambda: Sora(config), parts=tuple(parts), steps=steps)
 
 
@@ -313,9 +307,13 @@ def subject(
                 Clip(ClipConfig()) if kind == "sora-dit" else Clip(clip.shape(VOCAB, VOCAB - 1))
             )  # whose text tower reads
         sizes = sora.DIT[scale or own["scale"]] if kind == "sora-dit" else sora.TINY
-        config = sora.shape(reader, size=size or own.get("size", 64), sizes=sizes)
-        clips = own["clips"] if clips is None else clips
-        return _sora(name, config, batch=batch, clips=clips, clip_frames=8, steps=steps)
+        size, clips = size or own.get("size", 64), own["clips"] if clips is None else clips
+        if name == "sora-stickers":
+            config = sora.stickers_shape(reader, size=size, clip_size=own["clip_size"], frames=own["frames"])
+        else:
+            config = sora.shape(reader, size=size, sizes=sizes)
+        clip_frames = own.get("frames", 8)
+        return _sora(name, config, batch=batch, clips=clips, clip_frames=clip_frames, steps=steps)
     if kind in ("dit-world", "dit-imagenet"):
         return _dit(name, own, batch=batch, steps=steps, size=size or own["size"])
     if kind == "judge-stickers":

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.evals.zero_shot import class_embeddings, zero_shot
 from reverie.media import decode_array, flatten
-from reverie.pictures import save_clip, to_bytes, to_signal
+from reverie.output import Made, write
+from reverie.pictures import to_bytes, to_signal
 from reverie.progress import counting
 from reverie.recipes import gallery
-from reverie.recipes.parts import capable, home
+from reverie.recipes.parts import capable, home, what_made
 from reverie.train import memory
 
 Pair = tuple[str, str]  # words and, for those who do not read Chinese, what they mean
@@ -85,7 +86,8 @@ def demo(
         painter = capable(sora, "generate_video", device=device)
         index = Index.read(sample_folder()).select()
         judge = Judge(reader, index)
-    run = _Run(out, index, judge, reader, painter, seed, steps or painter.config.steps)
+    made = what_made(painter, sora, steps=steps)
+    run = _Run(out, index, judge, reader, painter, seed, steps or painter.config.steps, made)
     results: dict[str, Any] = {
         "reverie": reverie.__version__,
         "seed": seed,
@@ -172,6 +174,7 @@ class _Run:
     sora: Any
     seed: int
     steps: int
+    made: Callable[[str, int], Made]
     rows: list[gallery.Row] = field(default_factory=list)  # of the preview
     best: list[tuple[str, str, Tensor]] = field(default_factory=list)  # prompt, file and picture `3 h w`
 
@@ -193,11 +196,11 @@ class _Run:
         gallery.save_picture(self.out / name, flatten(decode_array(self.index.media(item), frames=1)[0]))
         return {"file": name, "label": item.label or "", "source": item.source or ""}
 
-    def clip_files(self, stem: str, video: Tensor) -> dict[str, Any]:
+    def clip_files(self, stem: str, video: Tensor, made: Made) -> dict[str, Any]:
         """A clip `3 f h w` as a moving picture, its middle frame, and a strip of frames."""
         frames = to_bytes(rearrange(video, "c f h w -> f c h w"))
         moving, poster, strip = (f"moving/{stem}{end}" for end in (".webp", "-still.png", "-frames.png"))
-        save_clip(self.out / moving, frames, fps=self.sora.config.fps)
+        write(self.out / moving, frames, fps=self.sora.config.fps, made=made)
         gallery.save_picture(self.out / poster, frames[len(frames) // 2])
         some = frames[np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)]
         gallery.save_picture(self.out / strip, rearrange(some, "f h w c -> h (f w) c"))
@@ -224,7 +227,7 @@ def _draw(run: _Run) -> dict[str, Any]:
             drawings = []
             for i, (pixels, opinion) in enumerate(zip(to_bytes(pictures), opinions, strict=True)):
                 file = f"drawn/{number:02d}-{i}.png"
-                gallery.save_picture(run.out / file, pixels)
+                write(run.out / file, [pixels], made=run.made(words, run.seed + i))
                 drawings.append({"file": file, "seed": run.seed + i, **opinion})
             run.best.append((words, drawings[best]["file"], pictures[best]))
             prompts.append(
@@ -249,7 +252,7 @@ def _animate(run: _Run) -> dict[str, Any]:
             clips.append(
                 {
                     **run.prompt(words, meaning),
-                    **run.clip_files(f"animated-{number}", video[0]),
+                    **run.clip_files(f"animated-{number}", video[0], run.made(words, run.seed)),
                     "seed": run.seed,
                     **run.judge(video, words)[0],
                     "seconds": time.perf_counter() - begun,
@@ -263,7 +266,7 @@ def _animate(run: _Run) -> dict[str, Any]:
 def _continue(run: _Run) -> dict[str, Any]:
     """Clips that begin with a picture that the model has never seen, each beside what the artist made of it."""
     clips = []
-    size = run.sora.config.size
+    size = run.sora.size_of(run.sora.config.frames)
     with _stage("continuing a first frame", len(CONTINUE) * run.steps) as stage:
         for number, label in enumerate(CONTINUE):
             begun = time.perf_counter()
@@ -272,13 +275,14 @@ def _continue(run: _Run) -> dict[str, Any]:
             video = run.sora.generate_video(
                 [label], first_frame=given, seed=run.seed, steps=run.steps, progress=stage.tick
             )
+            made = replace(run.made(label, run.seed), asked={"first_frame": Path(item.file_name).name})
             original = flatten(decode_array(run.index.media(item)))
             file = f"sample/original-{number}.webp"
-            save_clip(run.out / file, original, fps=item.fps)
+            write(run.out / file, original, fps=item.fps)
             clips.append(
                 {
                     **run.prompt(label, ""),
-                    **run.clip_files(f"continued-{number}", video[0]),
+                    **run.clip_files(f"continued-{number}", video[0], made),
                     "given": run.show(item),
                     "original": file,
                     "split": item.split,

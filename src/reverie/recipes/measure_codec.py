@@ -18,7 +18,8 @@ from torch import Tensor
 from reverie.data.index import Index
 from reverie.errors import InputError
 from reverie.evals import reconstruction
-from reverie.pictures import grid, save_clip, save_png, to_bytes
+from reverie.output import write
+from reverie.pictures import grid, save_png, to_bytes
 from reverie.progress import counting
 from reverie.recipes.measure_generators import Real
 from reverie.recipes.measured import Measured, Row, fits
@@ -140,4 +141,4 @@ def _show(real: Real, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], ki
     both = torch.cat([true, drawn])
     frames = [grid(to_bytes(both[:, :, f]), columns=len(true)) for f in range(both.shape[2])]
     out.mkdir(parents=True, exist_ok=True)
-    save_clip(out / "clips.webp", frames, fps=8.0, quality=90)
+    write(out / "clips.webp", frames, fps=8.0, quality=90)

@@ -26,7 +26,8 @@ from reverie.data.world import World
 from reverie.errors import InputError
 from reverie.evals import generation
 from reverie.evals.world_captions import read_caption
-from reverie.pictures import grid, save_clip, save_png, to_bytes
+from reverie.output import write
+from reverie.pictures import grid, save_png, to_bytes
 from reverie.progress import counting
 from reverie.recipes.measured import Measured, Row, fits, save_figure, share
 from reverie.recipes.parts import capable, home, plain_stickers
@@ -173,7 +174,7 @@ class Drawing:
         self.sora = capable(model, "generate_image" if frames == 1 else "generate_video", device=ask.device)
         self.device = home(ask.device)
         self.frames = frames or self.sora.config.frames
-        self.size, self.fps, self.ask = self.sora.config.size, self.sora.config.fps, ask
+        self.size, self.fps, self.ask = self.sora.size_of(self.frames), self.sora.config.fps, ask
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Any]]:
         with counting("drawing") as progress:
@@ -377,6 +378,6 @@ def _histograms(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def _animation(clips: Tensor, titles: Sequence[str], path: Path, *, fps: float) -> None:
     """One moving sheet of clips, WebP."""
-    frames = [grid(to_bytes(clips[:, :, f]), list(titles)) for f in range(clips.shape[2])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_clip(path, frames, fps=fps, quality=80)
+    frames = (grid(to_bytes(clips[:, :, f]), list(titles)) for f in range(clips.shape[2]))
+    write(path, frames, fps=fps, quality=80)

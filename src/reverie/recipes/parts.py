@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from reverie.data.remote import address, local
 from reverie.data.streaming import Streamed
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
+from reverie.output import Made
 from reverie.systems.clip import Clip
 from reverie.train.engine import home
 from reverie.train.log import Run
 from reverie.train.loop import Player
 from reverie.train.parallel import team, whole
+from reverie.weights.store import hash_of
 
 CLIP_FRAMES = 16  # of the whole clip; a batch sees some of them
 
@@ -154,6 +157,35 @@ def capable(
             f"{name_or_folder} is a {type(system).__name__}, which cannot {capability.replace('_', ' ')}."
         )
     return system.to(place)
+
+
+def what_made(
+    system: Any, model: str | Path, *, task: str = "sample", **asked: Any
+) -> Callable[[str, int], Made]:
+    """`made(prompt, seed)` for `reverie.output`, of what a system draws when it is asked so; hashed once.
+
+    asked: what the caller was asked for, by the names that `generate` has; None is the model's own. A path becomes the
+    name of its file.
+    """
+    config = system.config
+    own = getattr(config, "sampler", None) or getattr(getattr(config, "sampling", None), "sampler", None)
+    if own is None and hasattr(system, "generate"):
+        default = inspect.signature(system.generate).parameters["sampler"].default
+        own = default if isinstance(default, str) else None
+    asked = {key: value for key, value in asked.items() if value is not None}
+    asked = {key: value.name if isinstance(value, Path) else value for key, value in asked.items()}
+    settings = {
+        "steps": asked.pop("steps", getattr(config, "steps", None)),
+        "guidance": asked.pop("guidance", getattr(config, "guidance", None)),
+        "sampler": asked.pop("sampler", own),
+        "asked": {key: list(value) if isinstance(value, tuple) else value for key, value in asked.items()},
+    }
+    name, weights = Path(model).resolve().name if Path(model).exists() else str(model), hash_of(system)
+
+    def made(prompt: str, seed: int) -> Made:
+        return Made(prompt=prompt, seed=seed, model=name, weights=weights, task=task, **settings)
+
+    return made
 
 
 def load_clip(name_or_folder: str, *, trainable: bool = False) -> Clip:

@@ -22,7 +22,8 @@ from torch import Tensor
 import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
-from reverie.data.augment import on_white
+from reverie.data.augment import framed, on_white
+from reverie.data.given import draw_given
 from reverie.data.index import Index
 from reverie.data.latents import Latents
 from reverie.data.pixels import Pixels
@@ -30,7 +31,6 @@ from reverie.data.wording import draw_caption
 from reverie.errors import InputError
 from reverie.pictures import grid, to_bytes
 from reverie.recipes.parts import (
-    CLIP_FRAMES,
     averaged,
     captioned,
     decoded,
@@ -62,6 +62,14 @@ DIT = {
     "XL": (28, 1152, 16),
 }  # 2212.09748, table 1
 
+FORMATS = (
+    (1, 1.5),
+    (1.5, 1),
+    (0.75, 0.75),
+    (0.75, 1.25),
+    (1.25, 0.75),
+)  # height and width, in the usual side
+
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
     "火箭", "grinning face", "green apple", "blue heart", "cat face", "hot beverage", "rainbow", "orange circle",
@@ -80,12 +88,15 @@ class SoraRun:
     steps: int
     batch: int  # pictures of a step
     clips: int  # clips of a step, 0 for none
-    clip_frames: int = 8
+    clip_frames: int = 8  # that a batch sees of the model's frames
     lr: float = 1e-3
     warmup: int = 100
     ema: float = 0.999
     drop: float = 0.1  # how often the text is left out
-    known: float = 0.3  # how often a clip's first frame is given
+    known: float = 0.5  # how often some of a clip is given (data/given.py)
+    vary: float = (
+        0.0  # how often a step has another format: what is square stands in the middle of it, on white
+    )
     languages: dict[str, float] | None = None
     seed: int = 0
     data: tuple[str, ...] = ()  # digests of the pictures and the clips that it learns from
@@ -120,8 +131,8 @@ def tiny(
 
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
-    lr: float = 1e-3, codec: str = "", latents: bool = False, start: str = "", width: int = TINY[1],
-    depth: int = TINY[0], seed: int = 0,
+    lr: float = 1e-3, size: int = 128, clip_size: int = 96, frames: int = 24, codec: str = "", latents: bool = False,
+    start: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
@@ -134,6 +145,9 @@ def stickers(
         batch: Pictures of a step; more take longer and need more memory.
         clips: Clips of a step, beside the pictures.
         lr: The highest learning rate.
+        size: Pixels a side of pictures, a multiple of 32.
+        clip_size: Pixels a side of clips, a multiple of 32.
+        frames: Frames of a clip.
         codec: The folder of a video autoencoder (video-vae-stickers); without it, it draws pixels.
         latents: Take the latents of pictures from where reverie data encode kept them.
         start: The folder of a Sora whose weights to begin from; random weights if not given.
@@ -143,10 +157,12 @@ def stickers(
     """
     reader = load_clip(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
+    model = stickers_shape(
+        reader, size=size, clip_size=clip_size, frames=frames, codec=codec, sizes=(depth, width, heads_of(width))
+    )  # fmt: skip
     config = SoraRun(
-        model=shape(reader, codec=codec, sizes=(depth, width, heads_of(width))),
-        clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
-        clip_frames=9 if codec else 8, languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
+        clip_frames=9 if codec else frames, vary=0 if latents else 0.4, languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, engine=engine)
 
@@ -213,25 +229,35 @@ def world(
 
 
 def shape(
-    reader: Clip, *, size: int = 64, sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16
-) -> SoraConfig:
-    """Pixels in patches of 16 through a bottleneck, or latents of `codec` in patches of 2."""
+    reader: Clip, *, size: int = 64, clip_size: int | None = None, frames: int = 16,
+    sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16, head: int = 16,
+    shift: float = 1.0,
+) -> SoraConfig:  # fmt: skip
+    """Pixels in patches of `patch` through a bottleneck, or latents of `codec` in patches of 2."""
     depth, width, heads = sizes
     stored = reverie.load(codec).config if codec else None
     side = patch if stored is None else 2 * stored.stride[1]
-    if size < side or size % side:
-        raise InputError(f"size {size} cannot be trained: give a multiple of {side}.")
+    for name, pixels in (("size", size), ("clip_size", clip_size)):
+        if pixels is not None and (pixels < side or pixels % side):
+            raise InputError(f"{name} {pixels} cannot be trained: give a multiple of {side}.")
     return SoraConfig(
         backbone=VideoDitConfig(
             channels=3 if stored is None else stored.channels,
             patch=(1, patch) if stored is None else (1, 2),
             bottleneck=128 if stored is None else 0,
             waves=8,
-            head=16 if stored is None else 0,
+            head=head if stored is None else 0,
             width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
         ),
-        text=reader.config.text, codec=stored, size=(size, size), t_mean=0.8, t_std=1.5, prediction="x0",
+        text=reader.config.text, codec=stored, size=(size, size),
+        clip_size=None if clip_size in (None, size) else (clip_size, clip_size), frames=frames,
+        t_mean=0.8, t_std=1.5, shift=shift, prediction="x0",
     )  # fmt: skip
+
+
+def stickers_shape(reader: Clip, **how: Any) -> SoraConfig:
+    """`shape` with patches twice as wide, and so times nearer to noise, as larger pictures ask (2403.03206, 5.3.2)."""
+    return shape(reader, patch=32, head=8, shift=2.0, **how)
 
 
 def fit(
@@ -261,7 +287,9 @@ def fit(
     )
     pictures = Source(index.select(split="train", video=False), config, model, frames=1)
     moving = index.select(split="train", video=True)
-    clips = Source(moving, config, model, frames=CLIP_FRAMES) if config.clips and len(moving) else None
+    clips = (
+        Source(moving, config, model, frames=config.model.frames) if config.clips and len(moving) else None
+    )
     val = captioned(index.select(split="val", video=False))
     fixed = Source(val, config, model, frames=1).fixed(64) if len(val) else None
 
@@ -294,8 +322,19 @@ def fit(
 
 
 def take_over(model: Sora, folder: str) -> None:
-    """Take over the weights of a saved Sora; parts that it lacks (such as a new head) stay as they are."""
-    own, theirs = model.state_dict(), reverie.load(folder).state_dict()
+    """Take over the weights of a saved Sora; what it lacks, or a head of another width, begins anew.
+
+    Of one with patches of half the side, each pixel's weights serve four: so it draws the same, larger.
+    """
+    own, start = model.state_dict(), reverie.load(folder)
+    theirs = start.state_dict()
+    if model.config.backbone.head != start.config.backbone.head:
+        theirs = {name: value for name, value in theirs.items() if not name.startswith("backbone.head.")}
+    if model.config.backbone.patch[1] == 2 * start.config.backbone.patch[1]:
+        inward = "backbone.embed.0.weight" if model.config.backbone.bottleneck else "backbone.embed.weight"
+        theirs[inward] = _four_of_one(theirs[inward].T, model).T / 4
+        for name in ("backbone.out.weight", "backbone.out.bias"):
+            theirs[name] = _four_of_one(theirs[name], model)
     strange = [name for name, value in theirs.items() if name not in own or own[name].shape != value.shape]
     if strange:
         raise InputError(
@@ -304,19 +343,28 @@ def take_over(model: Sora, folder: str) -> None:
     model.load_state_dict(own | theirs)
 
 
+def _four_of_one(weights: Tensor, model: Sora) -> Tensor:
+    """`(c f h w) ...`, one row for each value of a patch -> `(c f 2h 2w) ...`."""
+    side = model.config.backbone.patch[1] // 2
+    rows = rearrange(weights, "(c h w) ... -> c h w ...", h=side, w=side)
+    rows = rows.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    return rearrange(rows, "c h w ... -> (c h w) ...")
+
+
 class Source:
     """Batches of one kind of item. Every draw is keyed by (seed, purpose, epoch, item) or by the step."""
 
     def __init__(self, index: Index, config: SoraRun, model: Sora, *, frames: int):
         self.index, self.config, self.model, self.frames = index, config, model, frames
         self.home = next(model.parameters()).device
+        self.size = config.model.size if frames == 1 else config.model.clip_size or config.model.size
         self.pixels: Pixels | Latents
         if config.latents and frames == 1:
             if model.codec is None:
                 raise InputError("There are latents only of a codec: give --codec, or leave --latents out.")
-            self.pixels = Latents.open(index, key=key_of(model.codec), size=config.model.size)
+            self.pixels = Latents.open(index, key=key_of(model.codec), size=self.size)
         else:
-            self.pixels = decoded(index, size=config.model.size, frames=frames)
+            self.pixels = decoded(index, size=self.size, frames=frames)
         bad = {entry.path for entry in self.pixels.bad}
         self.good = [i for i, item in enumerate(index) if item.captions and item.file_name not in bad]
         if not self.good:
@@ -332,20 +380,27 @@ class Source:
 
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
-        return self._batch(keys, self._pictures([i for _, i in keys]), "picture")
+        size = self._format(step, "picture")
+        return self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
 
     def clips(self, step: int) -> dict[str, Any]:
-        """Every other frame of whole clips, or a run of neighbours; sometimes with the first frame given."""
+        """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
         keys = self._keys(step, self.config.clips)
         u = torch.rand(2, generator=rng.generator(self.config.seed, "window", step))
         pace = 2 if u[0] < 0.5 else 1
-        span = pace * (self.config.clip_frames - 1) + 1
-        offset = int(u[1] * (CLIP_FRAMES - span + 1))
-        window = slice(offset, offset + span, pace)
-        batch = self._batch(keys, self._encoded([self._video(i, window) for _, i in keys]), "clip")
-        give = torch.tensor([self._draw("known", *key) < self.config.known for key in keys])
-        batch["known"][:, 0] = give
+        count = min(self.config.clip_frames, (self.frames - 1) // pace + 1)
+        span = pace * (count - 1) + 1
+        offset = int(u[1] * (self.frames - span + 1))
+        window, size = slice(offset, offset + span, pace), self._format(step, "clip")
+        batch = self._batch(keys, self._encoded([self._video(i, window, size) for _, i in keys]), "clip")
+        batch["known"] = torch.stack([self._given(key, batch["latents"].shape[2]) for key in keys])
         return batch | {"pace": float(pace)}
+
+    def _given(self, key: tuple[int, int], frames: int) -> Tensor:
+        """Which frames of an item are given, `f`: none, or as data/given.py draws them."""
+        if self._draw("known", *key) >= self.config.known:
+            return torch.zeros(frames, dtype=torch.bool)
+        return draw_given((frames, 1, 1), rng.generator(self.config.seed, "given", *key))[:, 0, 0]
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""
@@ -360,21 +415,35 @@ class Source:
             for epoch, place in my_share(step, batch, len(self.good), self.config.seed)
         ]
 
-    def _pictures(self, items: list[int]) -> Tensor:
+    def _format(self, step: int, kind: str) -> tuple[int, int] | None:
+        """Height and width of what a step shows; None: as the pixels are."""
+        u = torch.rand(2, generator=rng.generator(self.config.seed, "format", kind, step))
+        if u[0] >= self.config.vary:
+            return None
+        codec, patch = self.model.config.codec, self.model.config.backbone.patch[1]
+        unit = patch * (1 if codec is None else codec.stride[1])
+        height, width = (
+            max(round(part * side / unit), 1) * unit
+            for part, side in zip(FORMATS[int(u[1] * len(FORMATS))], self.size, strict=True)
+        )
+        return height, width
+
+    def _pictures(self, items: list[int], size: tuple[int, int] | None = None) -> Tensor:
         """Latents of the first frames `b c 1 h w`, kept or encoded now."""
         if isinstance(self.pixels, Latents):
             return torch.stack([self.pixels[self.index[i].hash].float() for i in items]).to(self.home)
-        return self._encoded([self._video(i, slice(0, 1)) for i in items])
+        return self._encoded([self._video(i, slice(0, 1), size) for i in items])
 
     def _encoded(self, videos: list[Tensor]) -> Tensor:
         return self.model.encode(torch.stack(videos).to(self.home))
 
-    def _video(self, i: int, window: slice) -> Tensor:
-        """Frames of `window` out of `self.frames`; a shorter clip repeats frames."""
+    def _video(self, i: int, window: slice, size: tuple[int, int] | None = None) -> Tensor:
+        """Frames of `window` out of `self.frames`, in a picture of `size`; a shorter clip repeats frames."""
         assert isinstance(self.pixels, Pixels)
         frames = self.pixels[i]
         places = torch.linspace(0, len(frames) - 1, self.frames).round().long()[window]
-        return rearrange(on_white(frames[places]), "f c h w -> c f h w")
+        video = on_white(frames[places])
+        return rearrange(video if size is None else framed(video, size), "f c h w -> c f h w")
 
     def _draw(self, purpose: str, epoch: int, i: int) -> float:
         return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()

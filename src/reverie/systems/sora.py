@@ -38,6 +38,7 @@ from reverie.processes import gaussian
 from reverie.processes.gaussian import Flow, Point
 from reverie.samplers import diffusion, multistep
 from reverie.samplers.guidance import check_options, guided
+from reverie.systems import sora_given
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": diffusion.euler,
@@ -58,6 +59,7 @@ class SoraConfig:
     t_mean: float = 0.0  # of the logit-normal times
     t_std: float = 1.0
     size: tuple[int, int] = (64, 64)  # what it was trained at; any other may be asked for
+    clip_size: tuple[int, int] | None = None  # of clips; None: as pictures
     frames: int = 16
     fps: float = 12.0
     steps: int = 24  # sampling defaults, measured on docs/systems/sora.md
@@ -108,6 +110,10 @@ class Sora(nn.Module):
         """Latents -> video in [-1, 1]."""
         return (latents if self.codec is None else self.codec.decode(latents)).clamp(-1, 1)
 
+    def size_of(self, frames: int) -> tuple[int, int]:
+        """Height and width that it was trained at: of a picture, or of a clip."""
+        return self.config.size if frames == 1 else self.config.clip_size or self.config.size
+
     def latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(c, f, h, w) of the latents of a video of `frames` and `size`."""
         if self.codec is None:
@@ -150,6 +156,9 @@ class Sora(nn.Module):
 
     # Sampling ------------------------------------------------------------------------------------------------------
 
+    extend, loop, connect = sora_given.extend, sora_given.loop, sora_given.connect
+    edit, inpaint, stream = sora_given.edit, sora_given.inpaint, sora_given.stream
+
     def generate_image(self, prompts: Sequence[str], **options) -> Tensor:
         """Prompts -> pictures `b 3 h w` in [-1, 1]; options as for `generate`."""
         return rearrange(self.generate(prompts, frames=1, **options), "b c 1 h w -> b c h w")
@@ -172,7 +181,7 @@ class Sora(nn.Module):
             return self.generate(prompts, frames=frames, **options)
         frames = self._check_asked(prompts, frames)
         if isinstance(first_frame, str | Path | Image.Image):
-            height, width = _sides(options.get("size") or self.config.size)
+            height, width = _sides(options.get("size") or self.size_of(frames))
             first_frame = torch.from_numpy(to_signal(first_frame, size=(height, width)))
         if not isinstance(first_frame, Tensor):
             raise InputError(
@@ -210,28 +219,78 @@ class Sora(nn.Module):
         negative: str | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         rescale: float = 0.0,
+        together: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Prompts -> `b 3 f h w` in [-1, 1]. One interface for every task:
 
         text alone          nothing is known
         first frame given   `known b 3 f h w` holds it, `known_mask b f` is True there; so for any other frames
+        a region given      `known_mask b f h w` is True at its pixels
         video to video      `known` whole, `known_mask` all False, `start` < 1: from its corruption to that time
 
-        `pace` is the time between frames: 2 shows the same motion in half the frames. Item i has the seed `seed + i`,
-        so a batch equals its items drawn alone. Guidance leads away from no text, or from the text `negative`, at times
-        within `interval`; a share `rescale` of the contrast that it adds is taken back (samplers/guidance.py). Raises
-        InputError for sizes that are no multiple of the patch, unknown samplers, and an empty list of prompts.
+        What is known comes back unchanged. What is made of these values, such as `extend`, is in systems/sora_given.py.
+        `pace` is the time between frames: 2 shows the same motion in half the frames. Item i has the seed `seed + i`.
+        `together` draws the items in one batch, which is quicker and rounds otherwise; on a CPU they are drawn one by
+        one unless it is True, so that a seed gives the same bytes whatever the batch. Guidance leads away from no text,
+        or from the text `negative`, at times within `interval`; a share `rescale` of the contrast that it adds is taken
+        back (samplers/guidance.py). Raises InputError for sizes that are no multiple of the patch, unknown samplers,
+        and an empty list of prompts.
         """
         frames, size, seeds, known_mask = self._check(
             prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace
         )
         self._check_guided(negative, interval, rescale)
-        guidance = self.config.guidance if guidance is None else float(guidance)
+        points = Flow(shift=self.config.shift).points(
+            self.config.steps if steps is None else int(steps), start=start
+        )
+        low, high = map(float, interval)
+        weight = self.config.guidance if guidance is None else float(guidance)
+        alone = self.backbone.null_context.device.type == "cpu" if together is None else not together
+        batches = [slice(i, i + 1) for i in range(len(prompts))] if alone else [slice(0, len(prompts))]
+
+        def told(number: int) -> Callable[[int, int], None] | None:
+            """The progress of batch `number` as that of all."""
+            if progress is None:
+                return None
+            return lambda done, total: progress(number * total + done, len(batches) * total)
+
+        drawn = [
+            self._draw(
+                prompts[some], frames, size, seeds[some], known if known is None else known[some], known_mask[some],
+                points=points, pace=pace, negative=negative, sampler=SAMPLERS[sampler], progress=told(number),
+                guidance=weight, interval=(low, high), rescale=float(rescale),
+            )
+            for number, some in enumerate(batches)
+        ]  # fmt: skip
+        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+
+    def _draw(
+        self,
+        prompts: Sequence[str] | Tensor,
+        frames: int,
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        known: Tensor | None,
+        known_mask: Tensor,
+        *,
+        points: Sequence[Point],
+        pace: float,
+        negative: str | None,
+        sampler: Callable[..., Tensor],
+        guidance: float,
+        interval: tuple[float, float],
+        rescale: float,
+        progress: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """One batch of `generate`."""
         device = self.backbone.null_context.device
+        asked, pixels = known, known_mask.to(device)
         if self.codec is not None:  # fill the last latent frame; what is too much is cut off at the end
             known_mask = self._fill(known_mask, 1, frames)
             known = None if known is None else self._fill(known, 2, frames)
+            if known is not None and points[0].t == 1:
+                known = _covered(known, known_mask.to(known.device))
         shape = self.latent_shape(frames, size)
         noise = torch.stack([torch.randn(shape, generator=rng.generator(s, "noise")) for s in seeds]).to(
             device
@@ -240,7 +299,8 @@ class Sora(nn.Module):
         mask = known_mask.to(device)
         if self.codec is not None:
             mask = self.codec.latent_mask(mask)
-        wide = rearrange(mask, "b f -> b 1 f 1 1")
+        whole = self._whole(mask)  # the patches that enter clean
+        wide, clean = _wide(mask), self._within(whole)
         if negative is None:
             text = self.read(prompts)
             everywhere = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -250,31 +310,50 @@ class Sora(nn.Module):
             both = self.read(torch.cat(list(map(self._tokens, (prompts, [negative] * len(prompts))))))
 
         def predict(x: Tensor, point: Point) -> Tensor:
-            """x0 of `x`: the prompts with their text, and where they come twice, the second time without."""
+            """x0 of `x`: the prompts with their text, and where they come twice, the second time without.
+
+            A patch of which only a part is known is corrupted as all others are, its known part with the rest.
+            """
             copies = len(x) // len(prompts)
-            given2, wide2, mask2 = (torch.cat([part] * copies) for part in (given, wide, mask))
-            x = torch.where(wide2, given2, x)
-            t = point.t * (~mask2).float()
+            given2, wide2, clean2, whole2 = (torch.cat([part] * copies) for part in (given, wide, clean, whole))
+            x = torch.where(clean2, given2, x)
+            t = point.t * (~whole2).float()
             out = self.backbone(x, t, *(part[: len(x)] for part in both), pace=pace)
-            velocity = self._velocity(out, x, rearrange(t, "b f -> b 1 f 1 1"))
+            velocity = self._velocity(out, x, point.t * (~clean2).float())
             return torch.where(wide2, given2, x - point.t * velocity)
 
-        points = Flow(shift=self.config.shift).points(
-            self.config.steps if steps is None else int(steps), start=start
-        )
-        x = gaussian.corrupt(given, noise, points[0]) if start < 1 else noise
-        low, high = map(float, interval)
-        led = guided(predict, guidance, interval=(low, high), rescale=float(rescale))
-        x = SAMPLERS[sampler](
+        x = gaussian.corrupt(given, noise, points[0]) if points[0].t < 1 else noise
+        partly = wide & ~clean
+        x = torch.where(partly, gaussian.corrupt(given, noise, points[0]), torch.where(clean, given, x))
+        led = guided(predict, guidance, interval=interval, rescale=rescale)
+        x = sampler(
             lambda x, point: torch.where(wide, given, led(x, point)),  # what is known is not rescaled
-            torch.where(wide, given, x),
+            x,
             points,
             generator=[rng.generator(s, "sampling") for s in seeds],
             progress=progress,
         )
         if not x.isfinite().all():
             raise InputError(f"guidance {guidance:g} is more than numbers can hold: ask for less, such as 4.")
-        return self.decode(x)[:, :, :frames]
+        drawn = self.decode(torch.where(wide, given, x))[:, :, :frames]
+        return drawn if asked is None else torch.where(_wide(pixels), asked.to(drawn).clamp(-1, 1), drawn)
+
+    def _whole(self, mask: Tensor) -> Tensor:
+        """Known places `b f` or `b f h w` of the latents -> the patches of which all is known, on their grid."""
+        frames, side = self.config.backbone.patch
+        if mask.ndim == 2:
+            together = rearrange(mask, "b (f p) -> b f p", p=frames).all(-1)
+            return together.repeat_interleave(frames, 1)  # the backbone takes a time for each frame
+        blocks = rearrange(mask, "b (f p) (h q) (w r) -> b f h w (p q r)", p=frames, q=side, r=side)
+        return blocks.all(-1)
+
+    def _within(self, whole: Tensor) -> Tensor:
+        """What `_whole` gives -> `b 1 f h w` of the latents, or what broadcasts to it."""
+        if whole.ndim == 2:
+            return _wide(whole)
+        frames, side = self.config.backbone.patch
+        grown = whole.repeat_interleave(frames, 1).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        return _wide(grown)
 
     def _fill(self, tensor: Tensor, dim: int, frames: int) -> Tensor:
         """Repeat the last frame up to a whole number of latent frames."""
@@ -300,7 +379,7 @@ class Sora(nn.Module):
 
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace):
         frames = self._check_asked(prompts, frames)
-        size = _sides(self.config.size if size is None else size)
+        size = _sides(self.size_of(frames) if size is None else size)
         stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
         if len(size) != 2 or any(side < stride or side % stride for side in size):
             raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
@@ -332,7 +411,7 @@ class Sora(nn.Module):
             known_mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
         for name, tensor, shape in (
             ("known", known, (len(prompts), 3, frames, *size)),
-            ("known_mask", known_mask, (len(prompts), frames)),
+            ("known_mask", known_mask, (len(prompts), frames, *size)[: 4 if _of_pixels(known_mask) else 2]),
         ):
             if tensor is not None and not isinstance(tensor, Tensor):
                 raise InputError(
@@ -346,9 +425,28 @@ class Sora(nn.Module):
             raise InputError("known holds NaN or infinity: give frames in [-1, 1].")
         if known_mask.dtype != torch.bool:
             raise InputError(
-                f"known_mask must be bool, True where a frame is known, but is {known_mask.dtype}."
+                f"known_mask must be bool, True where a frame or pixel is known, but is {known_mask.dtype}."
             )
         return frames, size, seeds, known_mask
+
+
+def _wide(mask: Tensor) -> Tensor:
+    """`b f` or `b f h w` -> what broadcasts to `b c f h w`."""
+    return rearrange(mask, "b f -> b 1 f 1 1" if mask.ndim == 2 else "b f h w -> b 1 f h w")
+
+
+def _of_pixels(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 4
+
+
+def _covered(known: Tensor, mask: Tensor) -> Tensor:
+    """What a codec may see of a video `b 3 f h w`: unknown pixels grey, unknown frames like the nearest known one."""
+    seen = torch.where(_wide(mask), known, 0.0)
+    there = mask if mask.ndim == 2 else mask.flatten(2).any(-1)
+    places = torch.arange(there.shape[1], device=known.device)
+    far = (rearrange(places, "f -> f 1") - places).abs() + len(places) * rearrange(~there, "b f -> b 1 f")
+    nearest = far.argmin(-1)
+    return torch.stack([video[:, frames] for video, frames in zip(seen, nearest, strict=True)])
 
 
 def _sides(size: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ annotated with its config's dataclass, which keeps both under these names.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -162,6 +163,16 @@ def _layout(
         return MODEL, *clip_transformers.write(config)
     own = tokenizer is not None and not (isinstance(tokenizer, Bpe) and tokenizer.is_clip())
     return clip_open_clip.MODEL, *clip_open_clip.write(config, own_words=own)
+
+
+def hash_of(system: nn.Module) -> str:
+    """16 hexadecimal digits of every weight (name, type, shape, bytes), wherever and however it was stored."""
+    whole = hashlib.sha256()
+    for name, value in sorted(system.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        whole.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        whole.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:16]
 
 
 def load(
