@@ -26,11 +26,9 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from reverie.errors import InputError
-from reverie.nn.attention import SelfAttention
+from reverie.nn.attention import Runs, SelfAttention
 from reverie.nn.linear import Linear, linear
 from reverie.nn.mlp import ACTIVATIONS
-
-Runs = list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +165,14 @@ class Navit(nn.Module):
         sizes = [self._grid(image) for image in images]
         lengths = [h * w for h, w in sizes] if keep is None else [len(kept) for kept in keep]
         order = sorted(range(len(images)), key=lengths.__getitem__)
-        x = self.stem(torch.cat([self._patches(images[i], keep and keep[i]) for i in order]))
-        x = x + self._positions([sizes[i] for i in order], keep and [keep[i] for i in order]).to(x.dtype)
+        patches = [self._patches(images[i]) for i in order]
+        places = self._positions([sizes[i] for i in order])
+        if keep is not None:
+            patches, places = (
+                [part[keep[i]] for part, i in zip(parts, order, strict=True)] for parts in (patches, places)
+            )
+        x = self.stem(torch.cat(patches))
+        x = x + torch.cat(places).to(x.dtype)
         runs = [(len(list(group)), length) for length, group in groupby(lengths[i] for i in order)]
         for block in self.blocks:
             x = block(x, runs)
@@ -185,23 +189,19 @@ class Navit(nn.Module):
             )
         return height // p, width // p
 
-    def _patches(self, image: Tensor, keep: Tensor | None) -> Tensor:
+    def _patches(self, image: Tensor) -> Tensor:
         p = self.config.patch
-        patches = rearrange(image, "c (h ph) (w pw) -> (h w) (c ph pw)", ph=p, pw=p)
-        return patches if keep is None else patches[keep]
+        return rearrange(image, "c (h ph) (w pw) -> (h w) (c ph pw)", ph=p, pw=p)
 
-    def _positions(self, sizes: Sequence[tuple[int, int]], keep: Sequence[Tensor] | None) -> Tensor:
-        """What is added to each patch, `t d`; each side is read off its table once, however many pictures have it."""
+    def _positions(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """What is added to the patches of pictures of these grids, `n d` each; a side is read off its table once."""
         rows = {h: self._side(self.rows, h) for h in sorted({h for h, _ in sizes})}
         columns = {w: self._side(self.columns, w) for w in sorted({w for _, w in sizes})}
         grids = {
             (h, w): rearrange(rows[h][:, None] + columns[w][None], "h w d -> (h w) d")
             for h, w in sorted(set(sizes))
         }
-        whole = [grids[size] for size in sizes]
-        return torch.cat(
-            whole if keep is None else [grid[kept] for grid, kept in zip(whole, keep, strict=True)]
-        )
+        return [grids[size] for size in sizes]
 
     def _side(self, table: Tensor, n: int) -> Tensor:
         """Of a side of n patches, `n d`: the first rows of the table, or n places spread evenly over all of it."""
