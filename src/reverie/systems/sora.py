@@ -110,6 +110,11 @@ class Sora(nn.Module):
         """Latents -> video in [-1, 1]."""
         return (latents if self.codec is None else self.codec.decode(latents)).clamp(-1, 1)
 
+    @property
+    def unit(self) -> int:
+        """Pixels a side that a patch stands for: sides are multiples of it."""
+        return self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
+
     def size_of(self, frames: int) -> tuple[int, int]:
         """Height and width that it was trained at: of a picture, or of a clip."""
         return self.config.size if frames == 1 else self.config.clip_size or self.config.size
@@ -398,7 +403,7 @@ class Sora(nn.Module):
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace):
         frames = self._check_asked(prompts, frames)
         size = _sides(self.size_of(frames) if size is None else size)
-        stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
+        stride = self.unit
         if len(size) != 2 or any(side < stride or side % stride for side in size):
             raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
         if sampler not in tuple(SAMPLERS):
