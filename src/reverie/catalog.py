@@ -88,6 +88,7 @@ RECIPES: dict[str, str] = {
     "clip-stickers": "reverie.recipes.clip:stickers",
     "clip-world": "reverie.recipes.clip:world",
     "clip-paper-b32": "reverie.recipes.clip:paper_b32",
+    "clip-native": "reverie.recipes.clip_native:native",
     "clip-finetune": "reverie.recipes.clip_finetune:finetune",
     "sora-tiny": "reverie.recipes.sora:tiny",
     "sora-stickers": "reverie.recipes.sora:stickers",
