@@ -8,11 +8,13 @@ noise; the text comes in twice, pooled into the modulation and word by word thro
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from reverie.nn.cache import Cache, through
 from reverie.nn.block import ModulatedBlock, modulate
 from reverie.nn.patches import patchify, unpatchify
 from reverie.nn.positions import grid, rotary, sinusoidal
@@ -97,6 +99,7 @@ class VideoDit(nn.Module):
         context_mask: Tensor,
         *,
         pace: float = 1.0,
+        cache: Cache | None = None,
     ) -> Tensor:
         """`pace` is the time between frames, in frames at the usual rate. Rotary time knows differences alone."""
         frames, side = self.config.patch
@@ -111,8 +114,11 @@ class VideoDit(nn.Module):
         clock = sinusoidal(rearrange(t, "b f -> (b f)"), 256, scale=1000.0).to(tokens.dtype)
         vector = rearrange(self.time(clock), "(b f) d -> b f d", b=len(x))
         vector = vector[:, ::frames] + rearrange(self.pooled(pooled), "b d -> b 1 d")
-        for block in self.blocks:
-            tokens = block(tokens, vector, context, context_mask, rotary=turns)
+        blocks = [
+            partial(block, vector=vector, context=context, context_mask=context_mask, rotary=turns)
+            for block in self.blocks
+        ]
+        tokens = through(tokens, blocks, cache)
         shift, scale = rearrange(
             self.modulation(vector), "b f (two d) -> two b f d", two=2
         ).repeat_interleave(h * w, dim=2)
