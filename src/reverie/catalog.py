@@ -94,6 +94,7 @@ RECIPES: dict[str, str] = {
     "sora-stickers": "reverie.recipes.sora:stickers",
     "sora-world": "reverie.recipes.sora:world",
     "sora-dit": "reverie.recipes.sora:dit",
+    "sora-distil": "reverie.recipes.distil:sora",
     "dit-world": "reverie.recipes.dit:world",
     "dit-imagenet": "reverie.recipes.dit:imagenet",
     "video-vae-stickers": "reverie.recipes.video_vae:stickers",
