@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="the model's own if not given")
     asked = parser.parse_args()
     sora = reverie.load(asked.model)
-    options = {"seed": 1, "guidance": asked.guidance}
+    options = {"seed": 1, "guidance": asked.guidance, "together": True}
     exact = sora.generate_image(PROMPTS, sampler="heun", steps=200, **options)
     print("evaluations", *asked.evaluations, sep="\t")
     for sampler in ("euler", "heun", "dpmpp_2m", "unipc"):

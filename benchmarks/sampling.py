@@ -32,10 +32,11 @@ def measure(case: argparse.Namespace) -> dict[str, object]:
     taken = []
     for run in range(case.runs + 1):
         begun = time.perf_counter()
+        options = {"seed": run, "steps": case.steps, "together": True}
         if case.frames == 1:
-            drawn = sora.generate_image([PROMPT] * case.batch, seed=run, steps=case.steps)
+            drawn = sora.generate_image([PROMPT] * case.batch, **options)
         else:
-            drawn = sora.generate_video([PROMPT] * case.batch, frames=case.frames, seed=run, steps=case.steps)
+            drawn = sora.generate_video([PROMPT] * case.batch, frames=case.frames, **options)
         drawn.cpu()
         taken.append(time.perf_counter() - begun)
     peak = peak_memory(home())

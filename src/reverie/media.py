@@ -278,7 +278,7 @@ def pick(n: int, k: int | None) -> list[int]:
 def whole_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:
     """The (height, width) that a picture of `height x width` gets near its own aspect: sides in whole patches.
 
-    Sides are rounded, to one patch at least, so that the aspect stays nearest. A picture of more than `area` pixels is
+    Sides are rounded up or down, to one patch at least, so that the aspect stays nearest. A picture of more than `area` pixels is
     reduced until it has no more; a smaller one is not enlarged. InputError: `area` has no room for a patch.
     """
     most = area // patch**2
@@ -287,7 +287,8 @@ def whole_patches(height: int, width: int, *, patch: int, area: int) -> tuple[in
     scale = min(math.sqrt(area / (height * width)), 1.0) / patch
     less, more = sorted((height * scale, width * scale))
     shorts = {min(max(side, 1), math.isqrt(most)) for side in (math.floor(less), math.ceil(less))}
-    sides = [(short, min(max(round(more), 1), most // short)) for short in shorts]
+    longs = {max(side, 1) for side in (math.floor(more), math.ceil(more))}
+    sides = [(short, min(long, most // short)) for short in shorts for long in longs]
     short, long = min(sides, key=lambda pair: (abs(math.log(pair[1] * less / (pair[0] * more))), -pair[0]))
     return (patch * long, patch * short) if height > width else (patch * short, patch * long)
 

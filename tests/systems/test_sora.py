@@ -256,10 +256,9 @@ def test_a_batch_is_its_items_drawn_alone(kind, sampler, request):
     options = {"frames": 2, "sampler": sampler, "steps": 3}
     batch = model.generate(PROMPTS, seed=4, **options)
     for i, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(model.generate([prompt], seed=4 + i, **options)[0], batch[i], **near)
-    torch.testing.assert_close(
-        model.generate(PROMPTS[::-1], seed=[6, 5, 4], **options).flip(0), batch, **near
-    )
+        assert model.generate([prompt], seed=4 + i, **options)[0].equal(batch[i])  # to the bit
+    assert model.generate(PROMPTS[::-1], seed=[6, 5, 4], **options).flip(0).equal(batch)
+    torch.testing.assert_close(model.generate(PROMPTS, seed=4, together=True, **options), batch, **near)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (16, 4)])
@@ -324,6 +323,9 @@ def test_pace_is_heard(sora, tokenizer):
 
 def test_progress_and_steps(sora):
     told = []
+    sora.generate_image(PROMPTS[:2], steps=2, progress=lambda done, of: told.append((done, of)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    told.clear()
     sora.generate_image(PROMPTS[:1], steps=3, progress=lambda done, of: told.append((done, of)))
     sora.generate_image(PROMPTS[:1], progress=lambda done, of: told.append((done, of)))
     assert told == [(1, 3), (2, 3), (3, 3)] + [(i + 1, 6) for i in range(6)]

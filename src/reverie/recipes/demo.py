@@ -220,7 +220,7 @@ def _draw(run: _Run) -> dict[str, Any]:
         for number, (words, meaning) in enumerate(DRAW):
             begun = time.perf_counter()
             pictures = run.sora.generate_image(
-                [words] * SEVERAL, seed=run.seed, steps=run.steps, progress=stage.tick
+                [words] * SEVERAL, seed=run.seed, steps=run.steps, together=True, progress=stage.tick
             )
             opinions = run.judge(pictures[:, :, None], words)
             best = max(range(SEVERAL), key=lambda i: opinions[i]["score"])

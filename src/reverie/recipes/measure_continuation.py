@@ -38,7 +38,9 @@ def continuation(out: Path, *, model: str, world_seed: int = 0, ask: Ask | None 
         raise InputError(f"{model} takes no given frames: name a Sora, such as a run of sora-world.")
     frames, size = sora.config.frames, sora.size_of(sora.config.frames)
     if frames < 8:
-        raise InputError(f"{model} draws clips of {frames} frames, but 8 are the least that show a motion twice.")
+        raise InputError(
+            f"{model} draws clips of {frames} frames, but 8 are the least that show a motion twice."
+        )
     clips, things, prompts = _moving(ask.count, frames, size, world_seed)
     half = frames // 2
     before = [_velocity(clip[:, :half], thing) for clip, thing in zip(clips, things, strict=True)]

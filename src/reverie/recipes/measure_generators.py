@@ -33,6 +33,7 @@ from reverie.pictures import grid, save_png, to_bytes
 from reverie.progress import counting
 from reverie.recipes.measured import Measured, Row, fits, save_figure, share
 from reverie.recipes.parts import capable, home, plain_stickers
+from reverie.systems.sora import Sora
 from reverie.train import memory
 
 JUDGES = ("clip-stickers", "judge-stickers")
@@ -192,6 +193,8 @@ class Drawing:
 
     def generate(self, prompts: list[str], seeds: list[int]) -> Tensor:
         options = {"seed": seeds, "size": self.size, "steps": self.ask.steps, "guidance": self.ask.guidance}
+        if isinstance(self.sora, Sora):
+            options["together"] = True
         if self.frames == 1:
             return self.sora.generate_image(prompts, **options)
         return self.sora.generate_video(prompts, frames=self.frames, **options)

@@ -354,7 +354,7 @@ def fit(
                         for t in (0.2, 0.4, 0.6, 0.8)
                     ]
                     run.log(step.number, {"val_loss": float(sum(losses) / len(losses))})
-                images = whole.generate_image(list(prompts), seed=0)
+                images = whole.generate_image(list(prompts), seed=0, together=True)
                 grid(to_bytes(images), list(prompts)).save(run.sample_path(step.number))
             run.curves()
     with averaged(player) as whole:
