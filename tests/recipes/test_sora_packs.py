@@ -19,6 +19,7 @@ from reverie.errors import InputError
 from reverie.recipes import sora
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
+from reverie.train.engine import Engine
 
 SIZES = ((32, 32), (48, 16), (16, 48), (32, 48), (64, 16), (32, 16))  # width, height
 
@@ -151,3 +152,6 @@ def test_what_cannot_be_packed_is_said(folder, reader):
         packs_of(folder, reader, budget=4).batch(0)
     with pytest.raises(InputError, match="leave --latents out, or --native"):
         packs_of(folder, reader, latents=True)
+    clip = reverie.load(reader)
+    with pytest.raises(InputError, match="leave --compile out, or --native"):
+        sora.fit(config_of(clip), clip, Index.read(folder), folder, prompts=(), engine=Engine(compile=True))

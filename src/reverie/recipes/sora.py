@@ -306,6 +306,8 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Sora:
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
+    if config.native and engine.compile:
+        raise InputError("Every pack would be compiled anew: leave --compile out, or --native.")
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
     model.text.load_state_dict(reader.text.state_dict())
