@@ -37,15 +37,30 @@ class VideoDitConfig:
     context_width: int = 512
     waves: int = 0  # per axis, of the absolute places that are added to the patches; 0: rotary alone
     head: int = 0  # channels of convolutions that smooth the seams between patches (U-ViT, 2209.12152, 3.1)
+    zoom: int = (
+        1  # input and time are told, and seams smoothed, as at 1 / zoom of the size: see `_as_smaller`
+    )
 
 
-def smoothing(channels: int, width: int) -> nn.Sequential:
-    """Three 3 x 3 convolutions on pictures, whose output starts at zero."""
+def smoothing(channels: int, width: int, zoom: int = 1) -> nn.Sequential:
+    """Three 3 x 3 convolutions on pictures, squares of zoom x zoom being one place. Its output starts at zero."""
+    channels *= zoom**2
     last = nn.Conv2d(width, channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
     first, second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
+
+
+def _as_smaller(t: Tensor, zoom: int) -> tuple[Tensor, Tensor]:
+    """How much x_t is to be enlarged, and its time, for a network that sees it `zoom` times smaller.
+
+    In the mean of zoom x zoom pixels noise is zoom times weaker beside the picture ("simple diffusion", 2301.11093,
+    section 3.1): (1 - t) x0 + (t / zoom) noise, which is x_t at another time, t / (t + zoom (1 - t)), but for its
+    size. So a network of small pictures begins as one of large ones, and no noise level is new to it.
+    """
+    size = 1 - t + t / zoom
+    return 1 / size, t / zoom / size
 
 
 def _whereabouts(f: int, h: int, w: int, waves: int) -> Tensor:
@@ -147,7 +162,7 @@ class VideoDit(nn.Module):
         modulation = nn.Linear(config.width, 2 * config.width)
         self.modulation = nn.Sequential(nn.SiLU(), modulation)
         self.out = nn.Linear(config.width, contents)
-        self.head = smoothing(config.channels, config.head) if config.head else None
+        self.head = smoothing(config.channels, config.head, config.zoom) if config.head else None
         for zero in (modulation, self.out):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
@@ -168,7 +183,9 @@ class VideoDit(nn.Module):
         Rotary time knows differences alone. With `cache`, deep features may be those of a step before.
         """
         if isinstance(x, Tensor) and isinstance(t, Tensor) and isinstance(pace, int | float):
-            return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask, cache)[0]
+            return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask, cache)[
+                0
+            ]
         paces = [float(pace)] * len(x) if isinstance(pace, int | float) else [float(one) for one in pace]
         groups = _alike(x, t, paces, self.config.patch)
         outs = self._packed(groups, pooled, context, context_mask, cache)
@@ -196,7 +213,12 @@ class VideoDit(nn.Module):
         grids = [_patches(group.x, self.config.patch) for group in groups]
         counts = [len(group.x) for group in groups]
         contents = [rearrange(patchify(group.x, self.config.patch), "b n p -> (b n) p") for group in groups]
-        tokens = self.embed(contents[0] if len(contents) == 1 else torch.cat(contents))
+        patches = contents[0] if len(contents) == 1 else torch.cat(contents)
+        times, items, rows = _times(groups, grids, frames)
+        if self.config.zoom > 1:
+            enlarge, times = _as_smaller(times, self.config.zoom)
+            patches = patches * enlarge[rows, None].to(patches.dtype)
+        tokens = self.embed(patches)
 
         # Where a patch stands is computed once for all items that are alike; `spots t` says which place each has.
         ends = [*itertools.accumulate(map(math.prod, grids), initial=0)]
@@ -212,7 +234,6 @@ class VideoDit(nn.Module):
         cos, sin = rotary(torch.cat(places), self.config.width // self.config.heads)
         turns = cos[spots], sin[spots]
 
-        times, items, rows = _times(groups, grids, frames)
         clock = sinusoidal(times, 256, scale=1000.0).to(tokens.dtype)
         vector = self.time(clock) + self.pooled(pooled)[items]
         alike = itertools.groupby(zip(counts, grids, strict=True), lambda pair: math.prod(pair[1]))
@@ -237,8 +258,14 @@ class VideoDit(nn.Module):
             out = unpatchify(rearrange(part, "(b n) p -> b n p", b=b), self.config.patch, (f, h, w))
             if self.head is not None:
                 flat = rearrange(out, "b c f h w -> (b f) c h w")
-                flat = flat.contiguous(memory_format=torch.channels_last)  # few channels: nearly twice as fast
-                out = out + rearrange(self.head(flat), "(b f) c h w -> b c f h w", b=b)
+                flat = flat.contiguous(
+                    memory_format=torch.channels_last
+                )  # few channels: nearly twice as fast
+                if (zoom := self.config.zoom) > 1:
+                    flat = F.pixel_shuffle(self.head(F.pixel_unshuffle(flat, zoom)), zoom)
+                else:
+                    flat = self.head(flat)
+                out = out + rearrange(flat, "(b f) c h w -> b c f h w", b=b)
             outs.append(out)
         return outs
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 import reverie
@@ -265,10 +265,12 @@ def world(
 
 def shape(
     reader: Clip, *, size: int = 64, clip_size: int | None = None, frames: int = 16,
-    sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16, head: int = 16,
-    shift: float = 1.0,
+    sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16, zoom: int = 1,
 ) -> SoraConfig:  # fmt: skip
-    """Pixels in patches of `patch` through a bottleneck, or latents of `codec` in patches of 2."""
+    """Pixels in patches of `patch` through a bottleneck, or latents of `codec` in patches of 2.
+
+    With `zoom`, patches are of a picture that the network sees so many times smaller, and times are nearer to noise.
+    """
     depth, width, heads = sizes
     stored = reverie.load(codec).config if codec else None
     side = patch if stored is None else 2 * stored.stride[1]
@@ -281,18 +283,19 @@ def shape(
             patch=(1, patch) if stored is None else (1, 2),
             bottleneck=128 if stored is None else 0,
             waves=8,
-            head=head if stored is None else 0,
+            head=16 if stored is None else 0,
+            zoom=zoom if stored is None else 1,
             width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
         ),
         text=reader.config.text, codec=stored, size=(size, size),
         clip_size=None if clip_size in (None, size) else (clip_size, clip_size), frames=frames,
-        t_mean=0.8, t_std=1.5, shift=shift, prediction="x0",
+        t_mean=0.8, t_std=1.5, shift=float(zoom), prediction="x0",
     )  # fmt: skip
 
 
 def stickers_shape(reader: Clip, **how: Any) -> SoraConfig:
-    """`shape` with patches twice as wide, and so times nearer to noise, as larger pictures ask (2403.03206, 5.3.2)."""
-    return shape(reader, patch=32, head=8, shift=2.0, **how)
+    """`shape` for twice the usual size at the usual number of patches."""
+    return shape(reader, patch=32, zoom=2, **how)
 
 
 def fit(
@@ -362,19 +365,27 @@ def fit(
 
 
 def take_over(model: Sora, folder: str) -> None:
-    """Take over the weights of a saved Sora; what it lacks, or a head of another width, begins anew.
+    """Take over the weights of a saved Sora; parts that it lacks (such as a new head) stay as they are.
 
-    Of one with patches of half the side, each pixel's weights serve four: so it draws the same, larger.
+    Of one that saw its pictures `zoom` times smaller, each pixel's weights serve zoom x zoom: it draws the same, larger.
     """
     own, start = model.state_dict(), reverie.load(folder)
-    theirs = start.state_dict()
-    if model.config.backbone.head != start.config.backbone.head:
-        theirs = {name: value for name, value in theirs.items() if not name.startswith("backbone.head.")}
-    if model.config.backbone.patch[1] == 2 * start.config.backbone.patch[1]:
-        inward = "backbone.embed.0.weight" if model.config.backbone.bottleneck else "backbone.embed.weight"
-        theirs[inward] = _four_of_one(theirs[inward].T, model).T / 4
+    theirs, config = start.state_dict(), model.config.backbone
+    zoom = config.zoom
+    if (
+        zoom > 1
+        and start.config.backbone.zoom == 1
+        and config.patch[1] == zoom * start.config.backbone.patch[1]
+    ):
+        side = start.config.backbone.patch[1]
+        embed = "backbone.embed.0.weight" if config.bottleneck else "backbone.embed.weight"
+        theirs[embed] = _spread(theirs[embed].T, zoom, side, side).T / zoom**2
         for name in ("backbone.out.weight", "backbone.out.bias"):
-            theirs[name] = _four_of_one(theirs[name], model)
+            theirs[name] = _spread(theirs[name], zoom, side, side)
+        if config.head and start.config.backbone.head:
+            first, *last = "backbone.head.0.weight", "backbone.head.4.weight", "backbone.head.4.bias"
+            theirs[first] = _spread(theirs[first].transpose(0, 1), zoom).transpose(0, 1) / zoom**2
+            theirs |= {name: _spread(theirs[name], zoom) for name in last}
     strange = [name for name, value in theirs.items() if name not in own or own[name].shape != value.shape]
     if strange:
         raise InputError(
@@ -383,12 +394,9 @@ def take_over(model: Sora, folder: str) -> None:
     model.load_state_dict(own | theirs)
 
 
-def _four_of_one(weights: Tensor, model: Sora) -> Tensor:
-    """`(c f h w) ...`, one row for each value of a patch -> `(c f 2h 2w) ...`."""
-    side = model.config.backbone.patch[1] // 2
-    rows = rearrange(weights, "(c h w) ... -> c h w ...", h=side, w=side)
-    rows = rows.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    return rearrange(rows, "c h w ... -> (c h w) ...")
+def _spread(rows: Tensor, zoom: int, h: int = 1, w: int = 1) -> Tensor:
+    """One row for each pixel, `(c h w) ...`, to one for each of zoom x zoom in its place, `(c h zoom w zoom) ...`."""
+    return repeat(rows, "(c h w) ... -> (c h y w x) ...", h=h, w=w, y=zoom, x=zoom)
 
 
 class Source:
