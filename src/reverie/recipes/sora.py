@@ -105,6 +105,7 @@ class SoraRun:
     vary: float = (
         0.0  # how often a step has another format: what is square stands in the middle of it, on white
     )
+    crop: bool = False  # of what is not square, the middle; else all of it, on white
     native: str = ""  # "packs" or "buckets" of items at their own aspect and length; "": batches of one shape
     budget: int = 0  # tokens of a pack
     packs: int = 1  # of a step
@@ -417,7 +418,8 @@ class Source:
             own = Native(patch=self.model.unit, area=math.prod(self.size))
             self.pixels = decoded(index, size=own, frames=frames, fit="squash")
         else:
-            self.pixels = decoded(index, size=self.size, frames=frames)
+            fit = "crop" if config.crop else "pad"
+            self.pixels = decoded(index, size=self.size, frames=frames, fit=fit)
         bad = {entry.path for entry in self.pixels.bad}
         self.good = [i for i, item in enumerate(index) if item.captions and item.file_name not in bad]
         if not self.good:
