@@ -253,8 +253,8 @@ class _Task:
             self.sora, self.ask.model, task=what, **{k: v for k, v in asked.items() if k != "seed"}
         )
         return store(
-            signal, self.ask.out / f"{next_number(self.ask.out):03d}-{name}-{what}", fps=self.ask.fps or own, format=self.ask.format,
-            made=made(prompt, self.ask.seed),
+            signal, self.ask.out / f"{next_number(self.ask.out):03d}-{name}-{what}", fps=self.ask.fps or own,
+            format=self.ask.format, made=made(prompt, self.ask.seed),
         )  # fmt: skip
 
     def words(self, prompt: str) -> str:
