@@ -40,8 +40,8 @@ SHOWN = 6  # captions that an endpoint is shown
 
 TASK = {
     "stickers": "You turn a short wish into one caption for a model that draws stickers and emoji on a white ground."
-    " Its captions name the thing and then, after commas, a few plain words for what it is, what colours it has and what"
-    " belongs to it.",
+    " Its captions name the thing and then, after commas, a few plain words for what it is, which colours it has and"
+    " what belongs to it.",
     "world": "You turn a short wish into one caption for a model that draws coloured shapes. Its captions say how many"
     " there are, their size, texture, colour and shape, how they lie, how they move and how fast, and the background.",
 }
