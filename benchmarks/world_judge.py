@@ -4,8 +4,8 @@
     python benchmarks/world_judge.py --picture docs/images/world.png
 
 Prints the tables of docs/world.md: percent of scenes read right, one attribute a column; half the scenes are images,
-half are clips of 8 frames, or all are of one kind. Noise is Gaussian of the given standard deviation, blur Gaussian of the given radius in
-pixels, pixels being in [-1, 1].
+half are clips of 8 frames, or all are of one kind. Noise is Gaussian of the given standard deviation, blur Gaussian of
+the given radius in pixels, pixels being in [-1, 1].
 """
 
 from __future__ import annotations

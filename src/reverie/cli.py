@@ -20,6 +20,9 @@ from typing import Any
 from reverie.command import Command, asks_for_help, did_you_mean, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
+from reverie.recipes.asked import Ask
+
+ASK = Ask()
 
 # ---------------------------------------------------------------- data
 
@@ -887,18 +890,7 @@ def animate(
     /,
     *,
     frames: int | None = None,
-    model: str = "sora-stickers",
-    out: Path = Path("samples"),
-    size: tuple[int, int] | None = None,
-    every: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    negative: str | None = None,
-    fps: float | None = None,
-    format: str | None = None,
-    device: str | None = None,
+    ask: Ask = ASK,
 ) -> None:
     """Draw a clip that begins with a picture.
 
@@ -906,27 +898,10 @@ def animate(
         picture: The picture; of a clip, its first frame.
         prompt: What happens, in quotes; the words that made the file if not given, or none.
         frames: How many frames the clip has; as many as the model was trained at if not given.
-        model: A shipped name, or a folder that a run of Sora wrote.
-        out: The folder that the file goes to.
-        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
-        every: Take one of so many frames of a clip.
-        seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the words; the model's own if not given.
-        sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
-        negative: What not to draw: guidance leads away from these words.
-        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
-        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
-        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.given import Ask
-    from reverie.recipes.given import animate as work
+    from reverie.recipes import given
 
-    ask = Ask(
-        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, format=format, device=device,
-    )  # fmt: skip
-    print(work(picture, prompt, frames=frames, ask=ask))
+    print(given.animate(picture, prompt, frames=frames, ask=ask))
 
 
 def extend(
@@ -936,18 +911,7 @@ def extend(
     *,
     forward: int = 0,
     backward: int = 0,
-    model: str = "sora-stickers",
-    out: Path = Path("samples"),
-    size: tuple[int, int] | None = None,
-    every: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    negative: str | None = None,
-    fps: float | None = None,
-    format: str | None = None,
-    device: str | None = None,
+    ask: Ask = ASK,
 ) -> None:
     """Draw what comes after a clip, and what came before it; any number of frames, window by window.
 
@@ -956,27 +920,10 @@ def extend(
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
         forward: How many frames to draw after it.
         backward: How many frames to draw before it.
-        model: A shipped name, or a folder that a run of Sora wrote.
-        out: The folder that the file goes to.
-        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
-        every: Take one of so many frames of a clip.
-        seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the words; the model's own if not given.
-        sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
-        negative: What not to draw: guidance leads away from these words.
-        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
-        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
-        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.given import Ask
-    from reverie.recipes.given import extend as work
+    from reverie.recipes import given
 
-    ask = Ask(
-        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, format=format, device=device,
-    )  # fmt: skip
-    print(work(clip, prompt, forward=forward, backward=backward, ask=ask))
+    print(given.extend(clip, prompt, forward=forward, backward=backward, ask=ask))
 
 
 def loop(
@@ -985,18 +932,7 @@ def loop(
     /,
     *,
     between: int | None = None,
-    model: str = "sora-stickers",
-    out: Path = Path("samples"),
-    size: tuple[int, int] | None = None,
-    every: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    negative: str | None = None,
-    fps: float | None = None,
-    format: str | None = None,
-    device: str | None = None,
+    ask: Ask = ASK,
 ) -> None:
     """Draw the frames that lead from a clip's end to its beginning, so that it goes round without a seam.
 
@@ -1004,27 +940,10 @@ def loop(
         clip: The clip, of two frames or more.
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
         between: How many frames to draw; as many as see both ends well if not given.
-        model: A shipped name, or a folder that a run of Sora wrote.
-        out: The folder that the file goes to.
-        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
-        every: Take one of so many frames of a clip.
-        seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the words; the model's own if not given.
-        sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
-        negative: What not to draw: guidance leads away from these words.
-        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
-        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
-        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.given import Ask
-    from reverie.recipes.given import loop as work
+    from reverie.recipes import given
 
-    ask = Ask(
-        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, format=format, device=device,
-    )  # fmt: skip
-    print(work(clip, prompt, between=between, ask=ask))
+    print(given.loop(clip, prompt, between=between, ask=ask))
 
 
 def connect(
@@ -1035,18 +954,7 @@ def connect(
     *,
     between: int | None = None,
     start: float = 1.0,
-    model: str = "sora-stickers",
-    out: Path = Path("samples"),
-    size: tuple[int, int] | None = None,
-    every: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    negative: str | None = None,
-    fps: float | None = None,
-    format: str | None = None,
-    device: str | None = None,
+    ask: Ask = ASK,
 ) -> None:
     """Draw the frames that lead from one clip or picture over to another.
 
@@ -1056,27 +964,10 @@ def connect(
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
         between: How many frames to draw; as many as see both ends well if not given.
         start: 1 draws them from noise; below, from a cross-fade of both ends with so much noise.
-        model: A shipped name, or a folder that a run of Sora wrote.
-        out: The folder that the file goes to.
-        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
-        every: Take one of so many frames of a clip.
-        seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the words; the model's own if not given.
-        sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
-        negative: What not to draw: guidance leads away from these words.
-        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
-        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
-        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.given import Ask
-    from reverie.recipes.given import connect as work
+    from reverie.recipes import given
 
-    ask = Ask(
-        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, format=format, device=device,
-    )  # fmt: skip
-    print(work(first, second, prompt, between=between, start=start, ask=ask))
+    print(given.connect(first, second, prompt, between=between, start=start, ask=ask))
 
 
 def edit(
@@ -1085,18 +976,7 @@ def edit(
     /,
     *,
     strength: float = 0.6,
-    model: str = "sora-stickers",
-    out: Path = Path("samples"),
-    size: tuple[int, int] | None = None,
-    every: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    negative: str | None = None,
-    fps: float | None = None,
-    format: str | None = None,
-    device: str | None = None,
+    ask: Ask = ASK,
 ) -> None:
     """Draw a picture or clip again by the words, near to what it was; with --size, a draft in large.
 
@@ -1104,27 +984,10 @@ def edit(
         file: The picture or clip.
         prompt: What it shall show, in quotes; the words that made the file if not given.
         strength: How much is drawn anew, above 0 and at most 1, which leaves nothing of it.
-        model: A shipped name, or a folder that a run of Sora wrote.
-        out: The folder that the file goes to.
-        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
-        every: Take one of so many frames of a clip.
-        seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the words; the model's own if not given.
-        sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
-        negative: What not to draw: guidance leads away from these words.
-        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
-        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
-        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.given import Ask
-    from reverie.recipes.given import edit as work
+    from reverie.recipes import given
 
-    ask = Ask(
-        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, format=format, device=device,
-    )  # fmt: skip
-    print(work(file, prompt, strength=strength, ask=ask))
+    print(given.edit(file, prompt, strength=strength, ask=ask))
 
 
 def inpaint(
@@ -1136,18 +999,7 @@ def inpaint(
     mask: Path | None = None,
     frames: tuple[int, int] | None = None,
     strength: float = 1.0,
-    model: str = "sora-stickers",
-    out: Path = Path("samples"),
-    size: tuple[int, int] | None = None,
-    every: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    negative: str | None = None,
-    fps: float | None = None,
-    format: str | None = None,
-    device: str | None = None,
+    ask: Ask = ASK,
 ) -> None:
     """Draw a part of a picture or clip anew: a box, what a mask shows white, some frames, or both.
 
@@ -1158,27 +1010,10 @@ def inpaint(
         mask: A picture of the file's size, white or transparent where to draw.
         frames: The first and the last frame to draw anew, counted from 0 as they are read.
         strength: Below 1, what stands there now shows through.
-        model: A shipped name, or a folder that a run of Sora wrote.
-        out: The folder that the file goes to.
-        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
-        every: Take one of so many frames of a clip.
-        seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the words; the model's own if not given.
-        sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
-        negative: What not to draw: guidance leads away from these words.
-        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
-        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
-        device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.given import Ask
-    from reverie.recipes.given import inpaint as work
+    from reverie.recipes import given
 
-    ask = Ask(
-        model=model, out=out, size=size, every=every, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
-        negative=negative, fps=fps, format=format, device=device,
-    )  # fmt: skip
-    print(work(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
+    print(given.inpaint(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
 
 
 def search(

@@ -180,6 +180,14 @@ def comment(path: str | Path | Part, limits: Limits = LIMITS) -> str | None:
         return words.decode("utf-8", "replace") if isinstance(words, bytes) else words and str(words)
 
 
+def shown(image: str | Path | Part | Image.Image) -> tuple[int, int]:
+    """The (height, width) of a picture or a file as it will be shown. MediaError: as `probe`."""
+    if isinstance(image, Image.Image):
+        return image.size if _orientation(image) >= 5 else (image.height, image.width)
+    found = probe(image)
+    return found.height, found.width
+
+
 def on_white(
     image: Image.Image,
     size: int | tuple[int, int] | None = None,
@@ -270,7 +278,7 @@ def pick(n: int, k: int | None) -> list[int]:
 def whole_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:
     """The (height, width) that a picture of `height x width` gets near its own aspect: sides in whole patches.
 
-    Sides are rounded, to one patch at least, so that the aspect stays nearest. A picture of more than `area` pixels is
+    Sides are rounded up or down, to one patch at least, so that the aspect stays nearest. A picture of more than `area` pixels is
     reduced until it has no more; a smaller one is not enlarged. InputError: `area` has no room for a patch.
     """
     most = area // patch**2
@@ -279,7 +287,8 @@ def whole_patches(height: int, width: int, *, patch: int, area: int) -> tuple[in
     scale = min(math.sqrt(area / (height * width)), 1.0) / patch
     less, more = sorted((height * scale, width * scale))
     shorts = {min(max(side, 1), math.isqrt(most)) for side in (math.floor(less), math.ceil(less))}
-    sides = [(short, min(max(round(more), 1), most // short)) for short in shorts]
+    longs = {max(side, 1) for side in (math.floor(more), math.ceil(more))}
+    sides = [(short, min(long, most // short)) for short in shorts for long in longs]
     short, long = min(sides, key=lambda pair: (abs(math.log(pair[1] * less / (pair[0] * more))), -pair[0]))
     return (patch * long, patch * short) if height > width else (patch * short, patch * long)
 

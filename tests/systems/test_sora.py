@@ -171,6 +171,54 @@ def test_the_loss_is_that_of_the_velocity_on_unknown_frames(sora, tokenizer):
     assert sora.loss(batch | {"known": torch.ones(2, 3, dtype=torch.bool)})["loss"] == 0
 
 
+def pack_of(tokenizer) -> dict:
+    """A picture, a clip with given frames, and one with a given region: three shapes."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((1, 8, 12), (3, 4, 8), (2, 8, 8))
+    known = [torch.zeros(1, dtype=torch.bool), torch.tensor([True, False, True])]
+    known.append(torch.tensor([[[True, False], [False, False]]]).repeat(2, 1, 1))
+    return {
+        "latents": [torch.rand(3, *shape, generator=generator) for shape in shapes],
+        "noise": [torch.randn(3, *shape, generator=generator) for shape in shapes],
+        "known": known,
+        "t": torch.tensor([0.3, 0.9, 0.6]),
+        "drop": torch.tensor([False, True, False]),
+        "tokens": tokenizer.encode(PROMPTS),
+        "pace": [1.0, 2.0, 1.0],
+    }
+
+
+def test_the_loss_of_a_pack_is_that_of_its_items_by_their_places(sora, tokenizer):
+    pack = pack_of(tokenizer)
+    pace = pack.pop("pace")
+    items = [{name: part[i][None] for name, part in pack.items()} | {"pace": pace[i]} for i in range(3)]
+    pack["pace"] = pace
+    places = torch.tensor([8 * 12.0, 4 * 8, 2 * 8 * 8 * 3 / 4])  # of which each item's loss is the mean
+    packed = sora.loss(pack)["loss"]
+    alone = (torch.stack([sora.loss(item)["loss"] for item in items]) * places).sum() / places.sum()
+    torch.testing.assert_close(packed, alone)
+    parameters = [p for p in sora.backbone.parameters() if p.requires_grad]
+    for ours, theirs in zip(
+        torch.autograd.grad(packed, parameters), torch.autograd.grad(alone, parameters), strict=True
+    ):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_one_batch_has_one_loss_packed_or_not(latent, tokenizer):
+    generator = torch.Generator().manual_seed(3)
+    batch = {
+        "latents": torch.randn(2, 4, 2, 4, 8, generator=generator),
+        "noise": torch.randn(2, 4, 2, 4, 8, generator=generator),
+        "known": torch.tensor([[True, False], [False, False]]),
+        "normal": torch.randn(2, generator=generator),
+        "drop": torch.zeros(2, dtype=torch.bool),
+        "tokens": tokenizer.encode(PROMPTS[:2]),
+    }
+    packed = batch | {name: list(batch[name]) for name in ("latents", "noise", "known")}
+    torch.testing.assert_close(latent.loss(packed), latent.loss(batch))
+
+
 def test_times_are_logit_normal_and_shifted(sora, config, tokenizer):
     normal = torch.linspace(-2, 2, 9)
     shifted = Sora(dataclasses.replace(config, t_mean=0.4, t_std=0.5, shift=3.0), tokenizer)

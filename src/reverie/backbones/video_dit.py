@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from reverie.nn.attention import Words
 from reverie.nn.block import ModulatedBlock, modulate, spread
+from reverie.nn.cache import Cache, through
 from reverie.nn.patches import patchify, unpatchify
 from reverie.nn.positions import grid, rotary, sinusoidal
 
@@ -159,16 +161,17 @@ class VideoDit(nn.Module):
         context_mask: Tensor,
         *,
         pace: float | Sequence[float] | Tensor = 1.0,
+        cache: Cache | None = None,
     ) -> Any:
         """`pace` is the time between frames, in frames at the usual rate: one, or one for each item.
 
-        Rotary time knows differences alone.
+        Rotary time knows differences alone. With `cache`, deep features may be those of a step before.
         """
         if isinstance(x, Tensor) and isinstance(t, Tensor) and isinstance(pace, int | float):
-            return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask)[0]
+            return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask, cache)[0]
         paces = [float(pace)] * len(x) if isinstance(pace, int | float) else [float(one) for one in pace]
         groups = _alike(x, t, paces, self.config.patch)
-        outs = self._packed(groups, pooled, context, context_mask)
+        outs = self._packed(groups, pooled, context, context_mask, cache)
         of = {
             i: one
             for group, out in zip(groups, outs, strict=True)
@@ -178,7 +181,12 @@ class VideoDit(nn.Module):
         return torch.stack(back) if isinstance(x, Tensor) else back
 
     def _packed(
-        self, groups: Sequence[_Like], pooled: Tensor, context: Tensor, context_mask: Tensor
+        self,
+        groups: Sequence[_Like],
+        pooled: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+        cache: Cache | None,
     ) -> list[Tensor]:
         """The one path: the patches of all items one after the other, `t d`; the output of each group."""
         (frames, side), device = self.config.patch, groups[0].x.device
@@ -213,8 +221,11 @@ class VideoDit(nn.Module):
             words = Words.of(context, context_mask)
         else:  # to know how many there are would keep the GPU waiting
             words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
-        for block in self.blocks:
-            tokens = block(tokens, vector, words, rows=rows, runs=runs, rotary=turns)
+        blocks = [
+            partial(block, vector=vector, context=words, rows=rows, runs=runs, rotary=turns)
+            for block in self.blocks
+        ]
+        tokens = through(tokens, blocks, cache)
         shift, scale = spread(self.modulation(vector), rows, 2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
 

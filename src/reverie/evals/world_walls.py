@@ -1,7 +1,8 @@
 """Walls of the procedural world in pixels, and whether what goes behind one comes out again: the judge's permanence.
 
 A wall is a bar of one colour from edge to edge, there in every frame. It is read off the two edges that it touches and
-taken off the frames, its soft rims unmixed; what is left are the things, cut off where the wall was. A thing that is cut is placed by what is seen of it beside the same thing whole.
+taken off the frames, its soft rims unmixed; what is left are the things, cut off where the wall
+was. A thing that is cut is placed by what is seen of it beside the same thing whole.
 
 Conventions: pixels in [0, 1]; "along" is the axis that the wall does not span; lengths in pixels.
 """

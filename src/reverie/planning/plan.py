@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from reverie.backbones.dit import SCALES, DitConfig
 from reverie.codecs.video_vae import VideoVae
 from reverie.data.dropping import check_share
+from reverie.encoders.clip_resnet import ClipResnetConfig
+from reverie.encoders.navit import NavitConfig
 from reverie.encoders.text import Text
-from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import Peers
 from reverie.objectives.perceptual import tiled
@@ -30,7 +31,7 @@ from reverie.planning import roofline
 from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
 from reverie.planning.roofline import Memory, Setup, Time, Weights
-from reverie.recipes import clip, clip_finetune, dit, judge, sora, video_vae
+from reverie.recipes import clip, clip_finetune, clip_native, dit, judge, sora, video_vae
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
@@ -109,9 +110,9 @@ def _clip_batch(model: Clip, items: int, how: How) -> dict[str, Tensor]:
         "tokens": _empty(items, _kept(words, how.drop_text), dtype=torch.long),
     }
     if how.drop:
-        if not isinstance(image, VitConfig):
+        if isinstance(image, ClipResnetConfig):
             raise InputError(f"drop is {how.drop}, but a ResNet has no patches to drop: give 0.")
-        batch["keep"] = _empty(items, _kept(image.patches, how.drop), dtype=torch.long)
+        batch["keep"] = _empty(items, _kept((image.size // image.patch) ** 2, how.drop), dtype=torch.long)
     return batch
 
 
@@ -257,6 +258,7 @@ _RECIPES: dict[str, Callable[..., Any]] = {
     "clip-stickers": clip.stickers,
     "clip-world": clip.world,
     "clip-paper-b32": clip.paper_b32,
+    "clip-native": clip_native.native,
     "clip-finetune": clip_finetune.finetune,
     "sora-tiny": sora.tiny,
     "sora-stickers": sora.stickers,
@@ -282,6 +284,7 @@ def subject(
     if kind == "clip" and rest in MODELS:
         shape = MODELS[rest]
         if size is not None:
+            assert not isinstance(shape.image, NavitConfig), "no public shape"
             shape = replace(shape, image=replace(shape.image, size=size))
         paper = _defaults(clip.paper_b32)
         return _clip(
@@ -295,6 +298,11 @@ def subject(
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names())}."
         raise InputError(f"There is no recipe {name!r} to plan: {hint}")
     own = _defaults(_RECIPES[kind if scale else name])
+    if kind == "clip-native":  # of the largest pictures
+        native = clip_native.shape(VOCAB, VOCAB - 1, size=size or own["size"])
+        assert isinstance(native.image, NavitConfig)
+        many = own["packs"] * own["budget"] // native.image.patches
+        return _clip(name, native, how, batch=batch or many, steps=steps or own["steps"], ema=True)
     batch, steps = batch or own["batch"], steps or own["steps"]
     if kind.startswith("clip"):
         if name == "clip-paper-b32":

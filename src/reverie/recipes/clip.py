@@ -25,8 +25,10 @@ from reverie.codecs.bpe import Bpe
 from reverie.data.augment import draws, on_white, view
 from reverie.data.dropping import check_share, drop_tokens, kept_patches
 from reverie.data.index import Index, Item
+from reverie.data.pixels import Native
 from reverie.data.streaming import open_pixels
 from reverie.data.wording import draw_caption
+from reverie.encoders.navit import NavitConfig
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
@@ -102,6 +104,10 @@ def shape(
 ) -> ClipConfig:
     """A small CLIP for a CPU: 16 patches of 16 pixels behind a conv stem; 4 million parameters by default."""
     heads = heads_of(width)
+    if depth < 2:
+        raise InputError(
+            f"depth is {depth}: the text tower has half as many blocks and needs one, so give 2 or more."
+        )
     if loss not in LOSSES:
         raise InputError(f"loss is {loss!r}: give {' or '.join(LOSSES)}.")
     return ClipConfig(
@@ -479,9 +485,13 @@ def _texts(index: Index) -> list[str]:
     return [caption.text for item in index for caption in item.captions]
 
 
-def _signals(index: Index, size: int) -> tuple[Tensor, list[Item]]:
-    """The pictures of an index on white, and the items they belong to."""
-    pixels = decoded(index, size=size, quiet=True)
+def _signals(index: Index, model: Clip) -> tuple[Tensor | list[Tensor], list[Item]]:
+    """The pictures of an index on white, as the image tower reads them, and the items they belong to."""
+    image = model.config.image
+    if isinstance(image, NavitConfig):
+        pixels = decoded(index, size=Native(patch=image.patch, area=image.area), fit="squash", quiet=True)
+        return [on_white(pixels[i][0]) for i in pixels.good], [index[i] for i in pixels.good]
+    pixels = decoded(index, size=image.size, quiet=True)
     return on_white(torch.stack([pixels[i][0] for i in pixels.good])), [index[i] for i in pixels.good]
 
 
@@ -489,7 +499,7 @@ def zero_shot_of(model: Clip, *, val: Index) -> dict[str, float]:
     """Top-1 and top-5 among all labels of `val`."""
     val = Index(val.folder, [item for item in val if item.label])
     names = sorted({str(item.label) for item in val})
-    images, items = _signals(val, model.config.image.size)
+    images, items = _signals(val, model)
     labels = [names.index(str(item.label)) for item in items]
     found = zero_shot(model.embed_image, model.embed_text, images, labels, names)
     return {key: found[key] for key in ("top1", "top5")}
@@ -503,7 +513,7 @@ def val_of(index: Index) -> dict[str, Measure]:
 
 def _retrieval(model: Clip, *, val: Index) -> dict[str, float]:
     """Recall at 1 and 5, pictures to captions and back."""
-    images, items = _signals(val, model.config.image.size)
+    images, items = _signals(val, model)
     captions = [[caption.text for caption in item.captions] for item in items]
     found = retrieval(model.embed_image, model.embed_text, images, captions, ks=(1, 5))
     return {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,12 @@ from reverie.errors import InputError
 from reverie.media import Probe, decode_array, flatten, probe
 from reverie.output import check_format, next_number, read, store
 from reverie.progress import counting, say
+from reverie.recipes.asked import Ask
 from reverie.recipes.parts import capable, what_made
 from reverie.systems.sora import Sora
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """How every task is asked for; what is None is the model's own."""
-
-    model: str = "sora-stickers"
-    out: Path = Path("samples")
-    size: tuple[int, int] | None = None
-    every: int = 1  # of the frames of a file one in so many is read
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    negative: str | None = None
-    fps: float | None = None
-    format: str | None = None
-    device: str | None = None
-
-
-def animate(picture: Path, prompt: str = "", *, frames: int | None = None, ask: Ask | None = None) -> Path:
+def animate(picture: Path, prompt: str = "", *, frames: int | None = None, ask: Ask) -> Path:
     """A clip of `frames` that begins with a picture (of a clip, with its first frame)."""
     task = _Task(ask, picture, moving=True)
     count = task.sora.config.frames if frames is None else frames
@@ -57,9 +39,7 @@ def animate(picture: Path, prompt: str = "", *, frames: int | None = None, ask: 
     )
 
 
-def extend(
-    clip: Path, prompt: str = "", *, forward: int = 0, backward: int = 0, ask: Ask | None = None
-) -> Path:
+def extend(clip: Path, prompt: str = "", *, forward: int = 0, backward: int = 0, ask: Ask) -> Path:
     """The clip with frames after it, and before it."""
     if forward < 0 or backward < 0 or not forward + backward:
         raise InputError(
@@ -76,7 +56,7 @@ def extend(
     )
 
 
-def loop(clip: Path, prompt: str = "", *, between: int | None = None, ask: Ask | None = None) -> Path:
+def loop(clip: Path, prompt: str = "", *, between: int | None = None, ask: Ask) -> Path:
     """The clip and the frames that lead from its end to its beginning."""
     task = _Task(ask, clip, moving=True)
     given = task.read(clip, least=2)
@@ -92,7 +72,7 @@ def connect(
     *,
     between: int | None = None,
     start: float = 1.0,
-    ask: Ask | None = None,
+    ask: Ask,
 ) -> Path:
     """The first clip, the frames that lead over, and the second clip, which takes the size of the first."""
     _check_share("start", start)
@@ -108,7 +88,7 @@ def connect(
     )
 
 
-def edit(file: Path, prompt: str = "", *, strength: float = 0.6, ask: Ask | None = None) -> Path:
+def edit(file: Path, prompt: str = "", *, strength: float = 0.6, ask: Ask) -> Path:
     """A picture or clip drawn again by the words; with a larger size, what a draft shows in large."""
     _check_share("strength", strength)
     task = _Task(ask, file)
@@ -126,7 +106,7 @@ def inpaint(
     mask: Path | None = None,
     frames: tuple[int, int] | None = None,
     strength: float = 1.0,
-    ask: Ask | None = None,
+    ask: Ask,
 ) -> Path:
     """A box (left, top, right, bottom in the file's pixels), the white of a mask picture, some frames, or both anew."""
     _check_share("strength", strength)
@@ -191,8 +171,8 @@ def fitted(height: int, width: int, like: tuple[int, int], unit: int) -> tuple[i
 class _Task:
     """A loaded model, and the first file that it is asked about."""
 
-    def __init__(self, ask: Ask | None, file: Path, *, moving: bool = False):
-        self.ask = ask or Ask()
+    def __init__(self, ask: Ask, file: Path, *, moving: bool = False):
+        self.ask = ask
         if self.ask.every < 1:
             raise InputError(f"every is {self.ask.every}: give 1 to read every frame, 2 for every other one.")
         if self.ask.fps is not None and not 1 <= self.ask.fps <= 1000:
@@ -252,10 +232,9 @@ class _Task:
         made = what_made(
             self.sora, self.ask.model, task=what, **{k: v for k, v in asked.items() if k != "seed"}
         )
-        return store(
-            signal, self.ask.out / f"{next_number(self.ask.out):03d}-{name}-{what}", fps=self.ask.fps or own,
-            format=self.ask.format, made=made(prompt, self.ask.seed),
-        )  # fmt: skip
+        stem = self.ask.out / f"{next_number(self.ask.out):03d}-{name}-{what}"
+        seen = made(prompt, self.ask.seed)
+        return store(signal, stem, fps=self.ask.fps or own, format=self.ask.format, made=seen)
 
     def words(self, prompt: str) -> str:
         """The prompt, or if there is none the one that made the file."""

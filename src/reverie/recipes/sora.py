@@ -5,13 +5,17 @@
     world     the procedural world, scored by its exact judge         reverie train sora-world FOLDER --clip CLIP
     dit       any captioned folder, at the sizes of DiT's paper       reverie train sora-dit FOLDER --clip CLIP
 
-Every step has one batch of pictures and, where the data has clips, one of clips; their losses count equally.
+Every step has one batch of pictures and, where the data has clips, one of clips; their losses count equally. With
+`native`, a step has packs instead: pictures and clips together, each at its own aspect and length, as many as a budget
+of tokens holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,8 @@ from reverie.data.augment import framed, on_white
 from reverie.data.given import draw_given
 from reverie.data.index import Index
 from reverie.data.latents import Latents
-from reverie.data.pixels import Pixels
+from reverie.data.packing import Plan, bucketed, packed
+from reverie.data.pixels import Native, Pixels
 from reverie.data.wording import draw_caption
 from reverie.errors import InputError
 from reverie.pictures import grid, to_bytes
@@ -47,11 +52,13 @@ from reverie.recipes.parts import (
 from reverie.recipes.search import key_of
 from reverie.systems.clip import Clip
 from reverie.systems.sora import Sora, SoraConfig
+from reverie.train.batches import moved
 from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
+from reverie.train.parallel import team
 from reverie.train.schedule import cosine
 
 TINY = (6, 256, 4)  # depth, width, heads
@@ -94,9 +101,13 @@ class SoraRun:
     ema: float = 0.999
     drop: float = 0.1  # how often the text is left out
     known: float = 0.5  # how often some of a clip is given (data/given.py)
+    known_pictures: float = 0.1  # how often a region of a picture is given
     vary: float = (
         0.0  # how often a step has another format: what is square stands in the middle of it, on white
     )
+    native: str = ""  # "packs" or "buckets" of items at their own aspect and length; "": batches of one shape
+    budget: int = 0  # tokens of a pack
+    packs: int = 1  # of a step
     languages: dict[str, float] | None = None
     seed: int = 0
     data: tuple[str, ...] = ()  # digests of the pictures and the clips that it learns from
@@ -104,7 +115,7 @@ class SoraRun:
 
 def tiny(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int = 32, clips: int = 2,
-    size: int = 64, lr: float = 1e-3, seed: int = 0,
+    size: int = 64, native: str = "", budget: int = 1024, lr: float = 1e-3, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A small model from random weights on any captioned folder; its text tower is that of a CLIP.
@@ -117,6 +128,9 @@ def tiny(
         batch: Pictures of a step; more take longer and need more memory.
         clips: Clips of a step, beside the pictures, where the folder has clips.
         size: Pixels a side that it learns to draw, a multiple of 16.
+        native: packs or buckets: every item at its own aspect and length, with no more pixels than a square of that
+            size; packs mix all shapes, a bucket has one. Without it, squares.
+        budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
         lr: The highest learning rate.
         seed: Another seed, another start and another order.
     """
@@ -124,7 +138,7 @@ def tiny(
     index = open_index(data)
     config = SoraRun(
         model=shape(reader, size=size), clip=clip, steps=steps, batch=batch,
-        clips=clips if index.select(video=True) else 0, lr=lr, seed=seed,
+        clips=clips if index.select(video=True) else 0, native=native, budget=budget if native else 0, lr=lr, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
@@ -132,7 +146,7 @@ def tiny(
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
     lr: float = 1e-3, size: int = 128, clip_size: int = 96, frames: int = 24, codec: str = "", latents: bool = False,
-    start: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
+    native: str = "", budget: int = 1024, start: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
@@ -150,6 +164,9 @@ def stickers(
         frames: Frames of a clip.
         codec: The folder of a video autoencoder (video-vae-stickers); without it, it draws pixels.
         latents: Take the latents of pictures from where reverie data encode kept them.
+        native: packs or buckets: every item at its own aspect and length, with no more pixels than a square of that
+            size; packs mix all shapes, a bucket has one. Without it, squares.
+        budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
         start: The folder of a Sora whose weights to begin from; random weights if not given.
         width: Channels, a multiple of 64.
         depth: Blocks.
@@ -162,14 +179,16 @@ def stickers(
     )  # fmt: skip
     config = SoraRun(
         model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
-        clip_frames=9 if codec else frames, vary=0 if latents else 0.4, languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        clip_frames=9 if codec else frames, vary=0 if latents else 0.4, native=native, budget=budget if native else 0,
+        languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, engine=engine)
 
 
 def dit(
     data: Path, out: Path, *, clip: str, codec: str = "", latents: bool = False, scale: str = "XL", size: int = 256,
-    steps: int = 400_000, batch: int = 256, clips: int = 16, lr: float = 1e-4, seed: int = 0,
+    steps: int = 400_000, batch: int = 256, clips: int = 16, native: str = "", budget: int = 65_536, packs: int = 1,
+    lr: float = 1e-4, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """Any captioned folder at DiT's sizes and learning rate (2212.09748, table 1 and section 4). Not yet run by us.
@@ -185,6 +204,10 @@ def dit(
         steps: How many batches to learn from.
         batch: Pictures of a step; more take longer and need more memory.
         clips: Clips of a step, beside the pictures; 0 for none.
+        native: packs or buckets: every item at its own aspect and length, with no more pixels than a square of that
+            size; packs mix all shapes, a bucket has one. Without it, squares.
+        budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
+        packs: Packs of a step, with native: a multiple of the processes.
         lr: The highest learning rate.
         seed: Another seed, another start and another order.
     """
@@ -194,8 +217,8 @@ def dit(
     index = open_index(data)
     config = SoraRun(
         model=shape(reader, size=size, codec=codec, sizes=DIT[scale]), clip=clip, codec=codec, latents=latents,
-        steps=steps, batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8, lr=lr,
-        ema=0.9999, seed=seed,
+        steps=steps, batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8,
+        native=native, budget=budget if native else 0, packs=packs, lr=lr, ema=0.9999, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
@@ -304,13 +327,18 @@ def fit(
     )
     val = captioned(index.select(split="val", video=False))
     fixed = Source(val, config, model, frames=1).fixed(64) if len(val) else None
+    sources = [source for source in (pictures, clips) if source is not None]
+    packs = Packs(sources, config) if config.native else None
 
     def batches(step: int, micro: int) -> dict[str, Any]:
+        if packs is not None:
+            return packs.batch(step)
         return pictures.pictures(step) if clips is None or not micro else clips.clips(step)
 
-    sources = [source for source in (pictures, clips) if source is not None]
     run = Run(out, dataclasses.replace(config, data=tuple(source.digest for source in sources)))
-    for step in train([player], batches, run=run, steps=config.steps, accumulate=1 if clips is None else 2,
+    if packs is not None:
+        run.say(packs.told())
+    for step in train([player], batches, run=run, steps=config.steps, accumulate=len(sources) if packs is None else 1,
                       seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2,
                       **engine.loop):  # fmt: skip
         if step.number == 1:
@@ -372,9 +400,14 @@ class Source:
         self.size = config.model.size if frames == 1 else config.model.clip_size or config.model.size
         self.pixels: Pixels | Latents
         if config.latents and frames == 1:
+            if config.native:
+                raise InputError("Latents are kept of squares: leave --latents out, or --native.")
             if model.codec is None:
                 raise InputError("There are latents only of a codec: give --codec, or leave --latents out.")
             self.pixels = Latents.open(index, key=key_of(model.codec), size=self.size)
+        elif config.native:
+            own = Native(patch=self.model.unit, area=math.prod(self.size))
+            self.pixels = decoded(index, size=own, frames=frames, fit="squash")
         else:
             self.pixels = decoded(index, size=self.size, frames=frames)
         bad = {entry.path for entry in self.pixels.bad}
@@ -393,7 +426,8 @@ class Source:
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
         size = self._format(step, "picture")
-        return self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
+        batch = self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
+        return batch | {"known": self.given(keys, batch["latents"], self.config.known_pictures)}
 
     def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
@@ -406,21 +440,62 @@ class Source:
         offset = int(u[1] * (self.frames - span + 1))
         window, size = slice(offset, offset + span, pace), self._format(step, "clip")
         batch = self._batch(keys, self._encoded([self._video(i, window, size) for _, i in keys]), "clip")
-        batch["known"] = torch.stack([self._given(key, batch["latents"].shape[2]) for key in keys])
+        batch["known"] = self.given(keys, batch["latents"], self.config.known)
         return batch | {"pace": float(pace)}
 
-    def _given(self, key: tuple[int, int], frames: int) -> Tensor:
-        """Which frames of an item are given, `f`: none, or as data/given.py draws them."""
-        if self._draw("known", *key) >= self.config.known:
-            return torch.zeros(frames, dtype=torch.bool)
-        return draw_given((frames, 1, 1), rng.generator(self.config.seed, "given", *key))[:, 0, 0]
+    def given(self, keys: list[tuple[int, int]], latents: Tensor, share: float) -> Tensor:
+        """What is given: nothing, or for this share of the items what data/given.py draws; `b f`, or with regions
+        `b f h w` on the grid of patches."""
+        frames, side = self.model.config.backbone.patch
+        f, h, w = latents.shape[2] // frames, latents.shape[3] // side, latents.shape[4] // side
+        masks = [
+            draw_given((f, h, w), rng.generator(self.config.seed, "given", *key))
+            if self._draw("known", *key) < share
+            else torch.zeros(f, h, w, dtype=torch.bool)
+            for key in keys
+        ]
+        mask = torch.stack(masks)
+        whole = mask.flatten(2)
+        if (whole.any(-1) == whole.all(-1)).all():
+            return whole.all(-1).repeat_interleave(frames, 1)
+        return mask
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""
         some = self.good[:count]
-        batch = self._batch([(0, i) for i in some], self._pictures(some), "fixed")
-        batch["drop"] = torch.zeros(len(some), dtype=torch.bool)
-        return {name: part.to(self.home) for name, part in batch.items() if isinstance(part, Tensor)}
+        if self.config.native:
+            latents: Tensor | list[Tensor] = [self._encoded([self._video(i, slice(0, 1))])[0] for i in some]
+        else:
+            latents = self._pictures(some)
+        batch = self._batch([(0, i) for i in some], latents, "fixed")
+        del batch["ids"]
+        return moved(batch | {"drop": torch.zeros(len(some), dtype=torch.bool)}, self.home)
+
+    def view(self, epoch: int, i: int) -> View:
+        """What item i shows this time at its own size and length: the whole of it, or another format or stretch."""
+        assert isinstance(self.pixels, Pixels)
+
+        def u(purpose: str) -> float:
+            return rng.integer(self.config.seed, purpose, epoch, i) / 2**63
+
+        frames, *sides = self.pixels.shape(i)
+        vary = self.config.vary > 0 and u("vary") < self.config.vary
+        size = self._sides(FORMATS[int(u("format") * len(FORMATS))], sides) if vary else None
+        pace, count, offset = 1, 1, 0
+        if self.frames > 1:
+            pace = 2 if frames > 2 and u("pace") < 0.5 else 1
+            count = min(self.config.clip_frames, (frames - 1) // pace + 1)
+            if self.model.codec is not None:
+                count -= (count - 1) % self.model.codec.config.stride[0]  # whole latent frames
+            offset = int(u("offset") * (frames - pace * (count - 1)))
+        window = slice(offset, offset + pace * (count - 1) + 1, pace)
+        height, width = size or sides
+        shape = self.model.latent_shape(count, (height, width))
+        return View(window=window, pace=pace, size=size, latents=shape)
+
+    def one(self, i: int, view: View) -> Tensor:
+        """The latents `c f h w` of what item i shows."""
+        return self._encoded([self._video(i, view.window, view.size)])[0]
 
     def _keys(self, step: int, batch: int) -> list[tuple[int, int]]:
         return [
@@ -433,11 +508,13 @@ class Source:
         u = torch.rand(2, generator=rng.generator(self.config.seed, "format", kind, step))
         if u[0] >= self.config.vary:
             return None
-        codec, patch = self.model.config.codec, self.model.config.backbone.patch[1]
-        unit = patch * (1 if codec is None else codec.stride[1])
+        return self._sides(FORMATS[int(u[1] * len(FORMATS))], self.size)
+
+    def _sides(self, part: tuple[float, float], size: Sequence[int]) -> tuple[int, int]:
+        """Parts of a height and a width, in whole patches."""
         height, width = (
-            max(round(part * side / unit), 1) * unit
-            for part, side in zip(FORMATS[int(u[1] * len(FORMATS))], self.size, strict=True)
+            max(round(one * side / self.model.unit), 1) * self.model.unit
+            for one, side in zip(part, size, strict=True)
         )
         return height, width
 
@@ -451,42 +528,112 @@ class Source:
         return self.model.encode(torch.stack(videos).to(self.home))
 
     def _video(self, i: int, window: slice, size: tuple[int, int] | None = None) -> Tensor:
-        """Frames of `window` out of `self.frames`, in a picture of `size`; a shorter clip repeats frames."""
+        """Frames of `window` out of `self.frames`, in a picture of `size`; a shorter clip repeats frames.
+
+        At its own length, out of the frames that it has.
+        """
         assert isinstance(self.pixels, Pixels)
         frames = self.pixels[i]
-        places = torch.linspace(0, len(frames) - 1, self.frames).round().long()[window]
+        count = len(frames) if self.config.native else self.frames
+        places = torch.linspace(0, len(frames) - 1, count).round().long()[window]
         video = on_white(frames[places])
         return rearrange(video if size is None else framed(video, size), "f c h w -> c f h w")
 
     def _draw(self, purpose: str, epoch: int, i: int) -> float:
         return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()
 
-    def _batch(self, keys: list[tuple[int, int]], latents: Tensor, kind: str) -> dict[str, Any]:
-        assert self.model.tokenizer is not None
-        texts = [
-            draw_caption(
-                self.index[i],
-                rng.generator(self.config.seed, "caption", epoch, i),
-                languages=self.config.languages,
-            )
-            for epoch, i in keys
-        ]
-        normals = [
-            torch.randn(
-                1 + latents[0].numel(), generator=rng.generator(self.config.seed, "noise", kind, epoch, i)
-            )
-            for epoch, i in keys
-        ]
-        flat = torch.stack(normals)
+    def _batch(
+        self, keys: list[tuple[int, int]], latents: Tensor | list[Tensor], kind: str
+    ) -> dict[str, Any]:
+        return batched(
+            [self.item(*key, one, kind) for key, one in zip(keys, latents, strict=True)], self.model
+        )
+
+    def item(self, epoch: int, i: int, latents: Tensor, kind: str) -> dict[str, Any]:
+        """All that `Sora.loss` wants of one item, whose latents are `c f h w`; its text as a string."""
+        words = rng.generator(self.config.seed, "caption", epoch, i)
+        draws = rng.generator(self.config.seed, "noise", kind, epoch, i)
+        flat = torch.randn(1 + latents.numel(), generator=draws)
         return {
             "latents": latents,
-            "normal": flat[:, 0],
-            "noise": flat[:, 1:].reshape(latents.shape),
-            "tokens": self.model.tokenizer.encode(texts, length=self.config.model.text.length),
-            "drop": torch.tensor([self._draw("drop", *key) < self.config.drop for key in keys]),
-            "known": torch.zeros(len(keys), latents.shape[2], dtype=torch.bool),
-            "ids": [self.index[i].file_name for _, i in keys],
+            "normal": flat[0],
+            "noise": flat[1:].reshape(latents.shape),
+            "text": draw_caption(self.index[i], words, languages=self.config.languages),
+            "drop": torch.tensor(self._draw("drop", epoch, i) < self.config.drop),
+            "known": torch.zeros(latents.shape[1], dtype=torch.bool),
+            "id": self.index[i].file_name,
         }
+
+
+def batched(items: Sequence[dict[str, Any]], model: Sora) -> dict[str, Any]:
+    """Items as `Sora.loss` takes them: as tensors where all are of one shape, else packed, as lists."""
+    assert model.tokenizer is not None
+    alike = len({(item["latents"].shape, item["known"].shape) for item in items}) == 1
+    large = {name: [item[name] for item in items] for name in ("latents", "noise", "known")}
+    return {
+        **({name: torch.stack(parts) for name, parts in large.items()} if alike else large),
+        **{name: torch.stack([item[name] for item in items]) for name in ("normal", "drop")},
+        "tokens": model.tokenizer.encode([item["text"] for item in items], length=model.config.text.length),
+        "ids": [item["id"] for item in items],
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """What an item shows this time: which frames, as what size (None: its own), in latents of what shape."""
+
+    window: slice
+    pace: int
+    size: tuple[int, int] | None
+    latents: tuple[int, int, int, int]
+
+
+class Packs:
+    """Steps of pictures and clips together, each at its own size and length, under a budget of tokens."""
+
+    def __init__(self, sources: Sequence[Source], config: SoraRun):
+        if config.native not in ("packs", "buckets"):
+            raise InputError(f"native is {config.native!r:.40}: choose packs or buckets.")
+        self.config, self.model = config, sources[0].model
+        self.items = [(source, i) for source in sources for i in source.good]
+        self.views = lru_cache(maxsize=2)(self._views)
+        self.plan = Plan(self._epoch, together=config.packs)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        keys = [key for pack in self.plan.step(step, rank=team().rank, world=team().count) for key in pack]
+        items, paces = [], []
+        for epoch, place in keys:
+            (source, i), view = self.items[place], self.views(epoch)[place]
+            kind = "clip" if source.frames > 1 else "picture"
+            item = source.item(epoch, i, source.one(i, view), kind)
+            share = self.config.known if kind == "clip" else self.config.known_pictures
+            item["known"] = source.given([(epoch, i)], item["latents"][None], share)[0]
+            items.append(item)
+            paces.append(float(view.pace))
+        return batched(items, self.model) | {"pace": paces}
+
+    def told(self) -> str:
+        """How the first epoch's packs are filled."""
+        fill = self.plan.fill(0, self._lengths(0), budget=self.config.budget)
+        return (
+            f"{self.config.native}: {fill.samples:,} items with {fill.tokens:,} tokens in {fill.packs:,} of"
+            f" {self.config.budget:,}, of which {fill.waste:.1%} stays empty"
+        )
+
+    def _views(self, epoch: int) -> list[View]:
+        return [source.view(epoch, i) for source, i in self.items]
+
+    def _lengths(self, epoch: int) -> list[int]:
+        frames, side = self.model.config.backbone.patch
+        shapes = (view.latents for view in self.views(epoch))
+        return [(f // frames) * (h // side) * (w // side) for _, f, h, w in shapes]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        how = {"budget": self.config.budget, "seed": self.config.seed, "epoch": epoch}
+        lengths = self._lengths(epoch)
+        if self.config.native == "packs":
+            return packed(lengths, **how)
+        return bucketed([view.latents for view in self.views(epoch)], lengths, **how)
 
 
 def _some_captions(index: Index, count: int = 8) -> tuple[str, ...]:

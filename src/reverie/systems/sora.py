@@ -127,29 +127,45 @@ class Sora(nn.Module):
 
     # Training ------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The velocity's mean squared error on the frames that are not given.
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The velocity's mean squared error where nothing is given.
 
         `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
-        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` as the
-        backbone takes it.
+        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame) or `b f h w` on the grid of
+        patches; `pace` as the backbone takes it. Packed: `latents`, `noise` and `known` are lists with one for each
+        item, of any shapes; every place of the pack counts as much.
         """
         latents, noise, known = batch["latents"], batch["noise"], batch["known"]
-        t = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
-        t = rearrange(t, "b -> b 1") * ~known
-        wide = rearrange(t, "b f -> b 1 f 1 1")
-        x_t = gaussian.corrupt(latents, noise, Flow().at(wide))
+        times = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
+        packed = isinstance(latents, list)
+        if packed:
+            parts = zip(
+                *([one[None] for one in each] for each in (latents, noise, known, times)), strict=True
+            )
+        else:
+            parts = zip((latents,), (noise,), (known,), (times,), strict=True)
+        entered, targets, weights = [], [], []
+        for clean, noise, known, time in parts:
+            t = rearrange(time, f"b -> b{' 1' * (known.ndim - 1)}") * ~known
+            wide = self._within(t)
+            x_t = gaussian.corrupt(clean, noise, Flow().at(wide))
+            entered.append((x_t, t, wide))
+            by_x0 = self.config.prediction == "x0"
+            targets.append(self._velocity(clean, x_t, wide) if by_x0 else gaussian.velocity(clean, noise))
+            weights.append(self._within(~known).float())
         text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
-        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0))
-        predicted = self._velocity(out, x_t, wide)
-        target = (
-            self._velocity(latents, x_t, wide)
-            if self.config.prediction == "x0"
-            else gaussian.velocity(latents, noise)
-        )
-        return {
-            "loss": velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())
-        }
+        pace = batch.get("pace", 1.0)
+        if packed:
+            x, ts = ([part[i][0] for part in entered] for i in range(2))
+            outs = [out[None] for out in self.backbone(x, ts, *text, pace=pace)]
+        else:
+            outs = [self.backbone(*entered[0][:2], *text, pace=pace)]
+        predicted = [self._velocity(out, x, wide) for out, (x, _, wide) in zip(outs, entered, strict=True)]
+        if not packed:
+            return {"loss": velocity_loss(predicted[0], targets[0], weight=weights[0])}
+        weights = [weight.expand_as(target) for weight, target in zip(weights, targets, strict=True)]
+        flat = [torch.cat([part.flatten() for part in parts]) for parts in (predicted, targets, weights)]
+        return {"loss": velocity_loss(flat[0], flat[1], weight=flat[2])}
 
     def draw_times(self, normal: Tensor) -> Tensor:
         """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""

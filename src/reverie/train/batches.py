@@ -109,4 +109,6 @@ def moved(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: moved(inner, device) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [moved(inner, device) for inner in value]
     return value

@@ -1,0 +1,205 @@
+"""Distilling a Sora into a student of few steps (docs/sampling.md).
+
+    sora  a student of 4 steps without guidance      reverie train sora-distil DIR --teacher sora-stickers
+
+The student begins as the teacher. One of its steps learns to arrive where several guided steps of the teacher arrive
+(objectives/distillation.py), from corrupted items of the data or from where its own steps before have led.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import reverie
+from reverie import rng
+from reverie.data.index import Index
+from reverie.errors import InputError
+from reverie.objectives.distillation import step_loss
+from reverie.pictures import grid, to_bytes
+from reverie.processes import gaussian
+from reverie.processes.gaussian import Flow, Point
+from reverie.recipes.parts import averaged, captioned, keep, name_bad, open_index, plain_stickers
+from reverie.recipes.sora import SoraRun, Source
+from reverie.samplers.diffusion import euler
+from reverie.samplers.guidance import guided
+from reverie.systems.sora import Sora
+from reverie.train.ema import Ema
+from reverie.train.engine import ENGINE, Engine
+from reverie.train.log import Run
+from reverie.train.loop import Player, train
+from reverie.train.optimizers import adamw
+from reverie.train.schedule import cosine
+from reverie.weights.store import hash_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistilRun:
+    """What a run depends on; it stands in the run folder's config.json."""
+
+    items: SoraRun  # what is drawn of the data; its model is the student
+    teacher: str
+    weights: str  # the hash of the teacher's
+    inside: int  # steps of the teacher in one of the student
+    guidance: float  # of the teacher
+    own: float  # how often the student begins where it came itself
+
+
+def sora(
+    data: Path, out: Path, *, teacher: str, student_steps: int = 4, teacher_steps: int = 24,
+    guidance: float | None = None, steps: int = 600, batch: int = 24, clips: int = 1, own: float = 0.5,
+    sources: tuple[str, ...] = (), lr: float = 3e-4, seed: int = 0,
+    engine: Engine = ENGINE,
+) -> Sora:  # fmt: skip
+    """A student that draws in few steps and without guidance what its teacher draws in many.
+
+    Args:
+        data: The folder that the teacher learnt from.
+        out: The run's folder; the student is written to its `model`.
+        teacher: The Sora to learn from: a shipped name or a folder.
+        student_steps: Steps of the student.
+        teacher_steps: Steps of the teacher, a multiple of the student's.
+        guidance: The teacher's, which the student takes in; its own if not given.
+        steps: How many batches to learn from.
+        batch: Pictures of a step; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures, where the folder has clips; 0 for none.
+        own: How often the student begins where its own steps have led, and not at a corrupted item of the data.
+        sources: Only items of these sources, such as fluent-3d; all if not given.
+        lr: The highest learning rate.
+        seed: Another seed, another order.
+    """
+    master = reverie.load(teacher)
+    if not isinstance(master, Sora):
+        raise InputError(f"{teacher} is a {type(master).__name__}: a Sora is distilled.")
+    if student_steps < 1 or teacher_steps < 2 * student_steps or teacher_steps % student_steps:
+        raise InputError(
+            f"{teacher_steps} steps of the teacher cannot become {student_steps}: give a multiple, twice or more."
+        )
+    index = plain_stickers(open_index(data)).select(sources=sources or None)
+    model = dataclasses.replace(master.config, steps=student_steps, guidance=1.0)
+    moving = clips if index.select(split="train", video=True) else 0
+    items = SoraRun(
+        model=model, start=teacher, steps=steps, batch=batch, clips=moving, clip_frames=model.frames,
+        lr=lr, warmup=min(50, steps), ema=max(1 - 20 / max(steps, 40), 0.9), drop=0.0,
+        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+    )  # fmt: skip
+    config = DistilRun(
+        items=items, teacher=teacher, weights=hash_of(master), inside=teacher_steps // student_steps,
+        guidance=master.config.guidance if guidance is None else guidance, own=own,
+    )  # fmt: skip
+    return fit(config, master, index, out, engine=engine)
+
+
+def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Engine = ENGINE) -> Sora:
+    """Train the student, draw with both on the way, save its averaged weights to `out/model`."""
+    items = config.items
+    student = Sora(items.model, master.tokenizer)
+    student.load_state_dict(master.state_dict())
+    student = engine.place(student)
+    master = master.requires_grad_(False).to(next(student.parameters()).device)
+    player = Player(
+        student,
+        optimizer=adamw(student, lr=items.lr, weight_decay=0.0, betas=(0.9, 0.95)),
+        schedule=partial(cosine, steps=items.steps, warmup=items.warmup, floor=0.05),
+        ema=Ema(student, decay=items.ema),
+        clip=1.0,
+        loss=partial(loss, student, master, config),
+    )
+    pictures = Source(index.select(split="train", video=False), items, student, frames=1)
+    clips = (
+        Source(index.select(split="train", video=True), items, student, frames=items.model.frames)
+        if items.clips
+        else None
+    )
+
+    def batches(step: int, micro: int) -> dict[str, Any]:
+        batch = pictures.pictures(step) if clips is None or not micro else clips.clips(step)
+        u = torch.rand((), generator=rng.generator(items.seed, "own", step))
+        turns = step // 2 if clips is not None else step
+        return batch | {
+            "which": (step if micro == 0 else turns) % items.model.steps,
+            "own": bool(u < config.own),
+        }
+
+    held = captioned(index.select(split="val", video=False)) or captioned(
+        index.select(split="train", video=False)
+    )
+    prompts = [item.captions[0].text for item in held][:16]
+    goal = master.generate_image(prompts, seed=0, steps=items.model.steps * config.inside, together=True,
+                                 guidance=config.guidance)  # fmt: skip
+    sources = [source for source in (pictures, clips) if source is not None]
+    items = dataclasses.replace(items, data=tuple(source.digest for source in sources))
+    run = Run(out, dataclasses.replace(config, items=items))
+    for step in train([player], batches, run=run, steps=items.steps, accumulate=1 if clips is None else 2,
+                      seed=items.seed, save_every=max(items.steps // 12, 1), keep=2, prefetch=2,
+                      **engine.loop):  # fmt: skip
+        if step.number == 1:
+            name_bad(run, *(source.pixels for source in sources))
+        if step.every(20):
+            run.log(step.number, step.metrics)
+        if step.every(max(items.steps // 12, 1)):
+            with averaged(player) as whole:
+                drawn = whole.generate_image(prompts, seed=0, together=True)
+            run.log(step.number, {"val_rmse": float((drawn - goal).square().mean().sqrt())})
+            tiles = rearrange([goal, drawn], "who b ... -> (b who) ...")
+            titles = [text for prompt in prompts for text in (f"teacher: {prompt}", "student")]
+            grid(to_bytes(tiles), titles).save(run.sample_path(step.number))
+            run.curves()
+    with averaged(player) as whole:
+        keep(whole, out / "model")
+    return reverie.load(out / "model")
+
+
+def loss(student: Sora, master: Sora, config: DistilRun, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """One step of the student against several of the teacher, on the frames that are not given.
+
+    `batch` is that of `Sora.loss`, with `which`, the student's step, and `own`, whether it comes there by itself.
+    """
+    latents, noise, known = batch["latents"], batch["noise"], batch["known"]
+    inside, which = config.inside, batch["which"]
+    flow = Flow(shift=student.config.shift)
+    coarse, fine = flow.points(student.config.steps), flow.points(student.config.steps * inside)
+    wide = rearrange(known, "b f -> b 1 f 1 1")
+    given = {"latents": latents, "known": known, "pace": batch.get("pace", 1.0)}
+    with torch.no_grad():
+        text = master.read(batch["tokens"])
+        none = master.backbone.without_text(*text, torch.ones_like(batch["drop"]))
+        both = tuple(torch.cat(pair) for pair in zip(text, none, strict=True))
+        told = predictor(student, text, **given)
+        if batch["own"]:
+            x = euler(told, torch.where(wide, latents, noise), coarse[: which + 1])
+        else:
+            x = gaussian.corrupt(latents, noise, coarse[which])
+        x = torch.where(wide, latents, x)
+        led = guided(predictor(master, both, **given), config.guidance)
+        x_after = euler(led, x, fine[which * inside : (which + 1) * inside + 1])
+    weight = rearrange(~known, "b f -> b 1 f 1 1").float()
+    return {
+        "loss": step_loss(told(x, coarse[which]), x, x_after, coarse[which], coarse[which + 1], weight=weight)
+    }
+
+
+def predictor(
+    model: Sora, text: tuple[Tensor, ...], *, latents: Tensor, known: Tensor, pace: float
+) -> Callable[[Tensor, Point], Tensor]:
+    """x0 by a model of `x`, once or twice the batch, whose `known b f` frames are those of `latents`."""
+
+    def predict(x: Tensor, point: Point) -> Tensor:
+        copies = len(x) // len(latents)
+        given, mask = torch.cat([latents] * copies), torch.cat([known] * copies)
+        wide = rearrange(mask, "b f -> b 1 f 1 1")
+        x = torch.where(wide, given, x)
+        t = point.t * (~mask).float()
+        out = model.backbone(x, t, *(part[: len(x)] for part in text), pace=pace)
+        if model.config.prediction == "x0":
+            out = gaussian.velocity_from(out, x, rearrange(t, "b f -> b 1 f 1 1"))
+        return torch.where(wide, given, x - point.t * out)
+
+    return predict

@@ -1,0 +1,153 @@
+"""Training at native sizes: what a step holds, how full it is, and that a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+import reverie
+from reverie.codecs.bpe import Bpe
+from reverie.data.importers import import_folder
+from reverie.data.index import Index
+from reverie.encoders.text import TextConfig
+from reverie.encoders.vit import VitConfig
+from reverie.errors import InputError
+from reverie.recipes import sora
+from reverie.systems.clip import Clip, ClipConfig
+from reverie.systems.sora import Sora
+
+SIZES = ((32, 32), (48, 16), (16, 48), (32, 48), (64, 16), (32, 16))  # width, height
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eighteen pictures of six sizes and six clips of two to seven frames, each with a caption."""
+    place = tmp_path_factory.mktemp("mixed")
+    for i in range(18):
+        Image.new("RGB", SIZES[i % 6], (10 * i, 0, 90)).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"picture {i}")
+    for i in range(6):
+        frames = [Image.new("RGB", SIZES[i], (0, 30 * k, 40 * i)) for k in range(i + 2)]
+        frames[0].save(place / f"clip{i}.webp", save_all=True, append_images=frames[1:], duration=80)
+        (place / f"clip{i}.txt").write_text(f"clip {i}")
+    import_folder(place, val=0, quiet=True)
+    return place
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The folder of a CLIP of random weights."""
+    torch.manual_seed(0)
+    tokenizer = Bpe.train(["picture clip 0 1 2 3"], vocab=600)
+    text = TextConfig(vocab=tokenizer.vocab, length=8, width=16, depth=1, heads=1, end=tokenizer.end)
+    image = VitConfig(size=16, patch=16, width=16, depth=1, heads=1)
+    place = tmp_path_factory.mktemp("clip")
+    reverie.save(Clip(ClipConfig(image=image, text=text, width=16), tokenizer), place / "model")
+    return place / "model"
+
+
+def config_of(clip: Clip, **how) -> sora.SoraRun:
+    """A tiny network on packs of 32 tokens."""
+    model = dataclasses.replace(sora.shape(clip, size=48, sizes=(1, 32, 1), patch=16), steps=1)
+    settings = {"native": "packs", "budget": 32, "clip_frames": 5, "steps": 6} | how
+    return sora.SoraRun(model=model, batch=1, clips=1, **settings)
+
+
+def packs_of(folder, reader, **how) -> sora.Packs:
+    clip = reverie.load(reader)
+    config = config_of(clip, **how)
+    system = Sora(config.model, clip.tokenizer)
+    index = Index.read(folder)
+    pictures, clips = index.select(video=False), index.select(video=True)
+    sources = [sora.Source(pictures, config, system, frames=1), sora.Source(clips, config, system, frames=16)]
+    return sora.Packs(sources, config)
+
+
+def tokens(latents: torch.Tensor) -> int:
+    _, f, h, w = latents.shape
+    return f * (h // 16) * (w // 16)
+
+
+@pytest.mark.parametrize("native", ["packs", "buckets"])
+def test_a_step_holds_items_of_their_own_shape_within_the_budget(folder, reader, native):
+    packs = packs_of(folder, reader, native=native)
+    seen: Counter[str] = Counter()
+    shapes = set()
+    for step in range(len(packs.plan.packs(0))):
+        batch = packs.batch(step)
+        assert sum(map(tokens, batch["latents"])) <= 32
+        if native == "buckets":
+            assert len({one.shape for one in batch["latents"]}) == 1
+        seen.update(batch["ids"])
+        for name, latents, known, pace in zip(
+            batch["ids"], batch["latents"], batch["known"], batch["pace"], strict=True
+        ):
+            shapes.add(tuple(latents.shape[1:]))
+            with Image.open(folder / name) as file:
+                width, height = file.size
+                assert latents.shape[2:] == (height, width)
+                assert latents.shape[1] <= min(getattr(file, "n_frames", 1), 5)
+            assert not known.all()
+            assert pace in (1.0, 2.0)
+    assert seen == Counter({path.name: 1 for path in folder.iterdir() if path.suffix in (".png", ".webp")})
+    assert {shape[1:] for shape in shapes} == {(height, width) for width, height in SIZES}
+    assert max(shape[0] for shape in shapes) > 2
+
+
+def test_formats_vary_by_item_and_epoch(folder, reader):
+    packs = packs_of(folder, reader, vary=0.5)
+    first, second = ([view.latents for view in packs.views(epoch)] for epoch in (0, 1))
+    assert first != second
+    own = [view.size is None for view in packs.views(0)]
+    assert 4 < sum(own) < 20
+    for (source, i), view in zip(packs.items, packs.views(1), strict=True):
+        assert source.one(i, view).shape == view.latents
+
+
+def test_a_mixed_folder_is_packed_with_less_than_a_twentieth_wasted(folder, reader):
+    """A thousand items of these sizes and lengths."""
+    packs = packs_of(folder, reader, budget=256)
+    packs.items = packs.items * 42
+    for native, low, high in (("packs", 0, 0.05), ("buckets", 0.05, 1)):
+        packs.config = dataclasses.replace(packs.config, native=native)
+        plan = sora.Plan(packs._epoch)
+        fill = plan.fill(0, packs._lengths(0), budget=256)
+        assert fill.samples == 24 * 42
+        assert low <= fill.waste < high
+
+
+def test_a_run_on_packs_that_is_stopped_goes_on_to_the_same_bits(folder, reader, tmp_path, monkeypatch):
+    def run(out):
+        clip = reverie.load(reader)
+        sora.fit(config_of(clip, seed=3), clip, Index.read(folder), out, prompts=("picture 1",))
+
+    run(tmp_path / "whole")
+    evaluated = sora.grid
+    calls = []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return evaluated(*args)
+
+    monkeypatch.setattr(sora, "grid", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "twice")
+    monkeypatch.setattr(sora, "grid", evaluated)
+    run(tmp_path / "twice")
+    one, two = (reverie.load(tmp_path / name / "model").state_dict() for name in ("whole", "twice"))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_what_cannot_be_packed_is_said(folder, reader):
+    with pytest.raises(InputError, match="native is 'both': choose packs or buckets"):
+        packs_of(folder, reader, native="both")
+    with pytest.raises(InputError, match="tokens, more than the 4 of a pack"):
+        packs_of(folder, reader, budget=4).batch(0)
+    with pytest.raises(InputError, match="leave --latents out, or --native"):
+        packs_of(folder, reader, latents=True)
