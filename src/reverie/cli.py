@@ -833,6 +833,54 @@ def info(files: list[Path], /, *, json: bool = False) -> None:
         _print_json(told)
 
 
+def expand(
+    prompts: list[str],
+    /,
+    *,
+    like: str = "stickers",
+    seed: int = 0,
+    endpoint: str | None = None,
+    model: str = "",
+    key: str = "REVERIE_CHAT_KEY",
+    cache: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Turn short prompts into captions such as the models learnt from, one a line.
+
+    Offline by rules, which know the words of the stickers or of the procedural world; or by a language model behind any
+    endpoint that speaks OpenAI's protocol, if one is named.
+
+    Args:
+        prompts: What to expand; put each in quotes.
+        like: Whose captions: stickers or world.
+        seed: Another seed, other choices of the rules.
+        endpoint: The address of a chat up to /v1, such as http://localhost:8000/v1; without it nothing is sent.
+        model: The model that answers, as the endpoint calls it.
+        key: The environment variable that holds the endpoint's key, if it needs one.
+        cache: A file that keeps the answers, so that the same is not asked twice.
+        json: Print prompts, captions and what was done to them as one JSON list.
+    """
+    from dataclasses import asdict
+
+    from reverie.chat import Endpoint
+    from reverie.recipes.expansion import expand as work
+
+    if not prompts:
+        raise InputError('Say what to expand, such as: reverie expand "rocket".')
+    if endpoint is None and (model or cache):
+        raise InputError("model and cache are of an endpoint: name one with --endpoint, or leave them out.")
+    if endpoint is not None and not model:
+        raise InputError(f"say which model of {endpoint} shall answer, with --model.")
+    asked = None if endpoint is None else Endpoint(base=endpoint, model=model, key=key, cache=cache)
+    found = work(prompts, kind=like, seed=seed, endpoint=asked)
+    if json:
+        _print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        print(one.text)
+        say(f"{one.prompt}: {one.how}.")
+
+
 # ---------------------------------------------------------------- pictures and clips of one's own
 
 
@@ -1507,6 +1555,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": plan,
     "sample": sample,
     "info": info,
+    "expand": expand,
     "animate": animate,
     "extend": extend,
     "loop": loop,
