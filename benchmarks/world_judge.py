@@ -1,11 +1,11 @@
 """How well the exact judge reads the procedural world: clean at several sizes, then under noise and blur.
 
-    python benchmarks/world_judge.py [SCENES] [--seed 2000]
+    python benchmarks/world_judge.py [SCENES] [--seed 2000] [--kind occlusion]
     python benchmarks/world_judge.py --picture docs/images/world.png
 
 Prints the tables of docs/world.md: percent of scenes read right, one attribute a column; half the scenes are images,
-half are clips of 8 frames. Noise is Gaussian of the given standard deviation, blur Gaussian of the given radius in
-pixels, pixels being in [-1, 1].
+half are clips of 8 frames, or all are of one kind. Noise is Gaussian of the given standard deviation, blur Gaussian of
+the given radius in pixels, pixels being in [-1, 1].
 """
 
 from __future__ import annotations
@@ -106,20 +106,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenes", type=int, nargs="?", default=400, help="scenes a row, half of them clips")
     parser.add_argument("--seed", type=int, default=2000)
+    parser.add_argument("--kind", help="scenes of this kind alone")
     parser.add_argument("--picture", type=Path, help="draw the page's picture there instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.picture:
         return picture(options.picture)
 
+    kinds = (options.kind,) if options.kind else ("image", "video")
+
     def row(name: str, size: tuple[int, int], **change: float) -> None:
         scenes = [
             world(i, seed=options.seed, kind=kind, aspect=size[1] / size[0])
-            for kind in ("image", "video")
-            for i in range(options.scenes // 2)
+            for kind in kinds
+            for i in range(options.scenes // len(kinds))
         ]
         found = measure(scenes, size=size, **change)
-        cells = " | ".join(f"{found[key]:.1f}" for key in ATTRIBUTES)
+        cells = " | ".join(f"{found[key]:.1f}" if key in found else "-" for key in ATTRIBUTES)
         print(f"| {name} | {cells} | {1000 * found['seconds']:.0f} |", flush=True)
 
     for kind, frames in (("image", 1), ("video", 16)):

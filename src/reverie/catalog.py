@@ -52,6 +52,12 @@ def _dit() -> type[nn.Module]:
     return DiffusionTransformer
 
 
+def _mdt() -> type[nn.Module]:
+    from reverie.systems.mdt import MaskedDiffusionTransformer
+
+    return MaskedDiffusionTransformer
+
+
 def _sit() -> type[nn.Module]:
     from reverie.systems.sit import Sit
 
@@ -69,6 +75,7 @@ SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "sora": _sora,
     "dit": _dit,
     "sit": _sit,
+    "mdt": _mdt,
     "vae": _vae,
     "wan": _wan,
     "video-vae": _video_vae,
@@ -115,7 +122,7 @@ def load(
 
     A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`), of open_clip, or of diffusers
     (`DiTPipeline`, `WanPipeline`, their transformers and autoencoders). A checkpoint is a .safetensors file with its
-    authors' own names (open_clip, OpenAI, DiT, SiT, Wan, latent diffusion); `config` says which model it is where the
+    authors' own names (open_clip, OpenAI, DiT, SiT, MDT, Wan, latent diffusion); `config` says which model it is where the
     file does not: a name such as "ViT-B-32" (`systems.clip_models.MODELS`) or "SiT-XL/2", or a system's config.
 
     Weights come tensor by tensor, so they may be larger than the memory that is left beside the model. `dtype`
@@ -141,19 +148,26 @@ def _plain(config: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     from reverie.backbones.dit import DIT_MODELS
+    from reverie.backbones.mdt import MDT_MODELS
     from reverie.codecs.vae import VAES, VaeConfig
     from reverie.systems.clip import ClipConfig
     from reverie.systems.clip_models import MODELS
     from reverie.systems.dit import DiffusionTransformerConfig
+    from reverie.systems.mdt import MaskedDiffusionTransformerConfig
     from reverie.systems.sit import SitConfig
 
     if isinstance(config, str) and config in DIT_MODELS:
         system = SitConfig if config.startswith("SiT") else DiffusionTransformerConfig
         config = system(backbone=DIT_MODELS[config], guided_channels=3)  # as the authors draw
+    elif isinstance(config, str) and config in MDT_MODELS:
+        backbone = MDT_MODELS[config]
+        gamma = 5.0 if backbone.skips else None
+        config = MaskedDiffusionTransformerConfig(backbone=backbone, gamma=gamma, guided_channels=3)
     elif isinstance(config, str):
         config = (MODELS | VAES).get(config, config)
-    if not isinstance(config, ClipConfig | VaeConfig | DiffusionTransformerConfig | SitConfig):
-        names = ", ".join((*MODELS, *VAES, *DIT_MODELS))
+    known = ClipConfig | VaeConfig | DiffusionTransformerConfig | SitConfig | MaskedDiffusionTransformerConfig
+    if not isinstance(config, known):
+        names = ", ".join((*MODELS, *VAES, *DIT_MODELS, *MDT_MODELS))
         raise InputError(
             f"config {config!r:.60} is no configuration of a system and none of the names {names}."
         )

@@ -20,6 +20,9 @@ from typing import Any
 from reverie.command import Command, asks_for_help, did_you_mean, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
+from reverie.recipes.asked import Ask
+
+ASK = Ask()
 
 # ---------------------------------------------------------------- data
 
@@ -682,6 +685,7 @@ def sample(
     out: Path = Path("samples"),
     frames: int = 1,
     size: tuple[int, int] | None = None,
+    draft: bool = False,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
@@ -689,6 +693,7 @@ def sample(
     negative: str | None = None,
     interval: tuple[float, float] | None = None,
     rescale: float | None = None,
+    cache: float | None = None,
     first_frame: Path | None = None,
     best_of: int = 1,
     judge: str = "clip-stickers",
@@ -706,8 +711,9 @@ def sample(
         prompts: What to draw; put each in quotes. For DiT and SiT a class, by its name or number.
         model: A shipped name, a folder that a run wrote, or a public one: a pipeline of Wan 2.1 or of DiT.
         out: The folder that the files go to.
-        frames: 1 draws pictures, more draws clips.
+        frames: 1 draws pictures, more draws clips; more than it was trained at, window by window.
         size: Height and width in pixels; what the model was trained at if not given.
+        draft: Draw half as high and wide, to see soon what comes; `reverie edit` makes a draft large.
         seed: The same seed draws the same.
         steps: Sampling steps; the model's own number if not given.
         guidance: How strictly to follow the prompt; the model's own if not given.
@@ -715,6 +721,7 @@ def sample(
         negative: What not to draw: guidance leads away from these words.
         interval: The times that guidance acts at, from 0 (data) to 1 (noise).
         rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
+        cache: Spare deep blocks until features have changed by so much, such as 0.15; quicker, and nearly the same.
         first_frame: A picture that the clip begins with.
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
@@ -729,6 +736,7 @@ def sample(
     from reverie.output import check_format, next_number, store
     from reverie.pictures import to_signal
     from reverie.progress import counting
+    from reverie.recipes.given import half, long_clip
     from reverie.recipes.parts import capable, what_made
 
     if not prompts:
@@ -752,7 +760,7 @@ def sample(
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     asked: dict[str, Any] = {
         "size": size, "steps": steps, "guidance": guidance, "sampler": sampler, "negative": negative,
-        "interval": interval, "rescale": rescale, "first_frame": first_frame,
+        "interval": interval, "rescale": rescale, "cache": cache, "first_frame": first_frame,
     }  # fmt: skip
     asked = {key: value for key, value in asked.items() if value is not None}
     drawing = ("generate_image", "generate_video", "generate", "generate_latents")
@@ -764,6 +772,11 @@ def sample(
         )
     if frames > 1 and not hasattr(system, "generate_video"):
         raise InputError(f"{model} draws pictures and no clips: leave out --frames.")
+    if draft:
+        if not hasattr(system, "unit"):
+            raise InputError(f"{model} draws no drafts: leave out --draft.")
+        size = asked["size"] = half(size or system.size_of(frames), system.unit)
+    long = hasattr(system, "stream") and frames > system.config.frames
     if first_frame is not None:
         picture = to_signal(first_frame, size=size or system.size_of(frames))
         asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
@@ -771,19 +784,28 @@ def sample(
     made = what_made(system, model, **asked | extra | {"first_frame": first_frame})
     pace = fps or float(getattr(system.config, "fps", 1.0))
     for prompt in prompts:
+        stem, best = out / f"{next_number(out):03d}-{_slug(prompt)}", 0
         with counting(prompt) as progress:
             options = asked | {"seed": seed, "progress": progress}
-            if frames > 1:
+            if long and clip is None:  # written as it is drawn
+                pieces = long_clip(system, [prompt], frames=frames, **options)
+                print(
+                    store(
+                        (piece[0] for piece in pieces), stem, fps=pace, format=format, made=made(prompt, seed)
+                    )
+                )
+                continue
+            if long:
+                drawn = torch.cat([*long_clip(system, [prompt] * best_of, frames=frames, **options)], dim=2)
+            elif frames > 1:
                 drawn = system.generate_video([prompt] * best_of, frames=frames, **options)
             else:
                 drawn = system.generate_image([prompt] * best_of, **options)[:, :, None]
-        best = 0
         if clip is not None:
             with torch.no_grad():
                 best = int(
                     (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
                 )
-        stem = out / f"{next_number(out):03d}-{_slug(prompt)}"
         print(store(drawn[best], stem, fps=pace, format=format, made=made(prompt, seed + best)))
 
 
@@ -811,6 +833,141 @@ def info(files: list[Path], /, *, json: bool = False) -> None:
             print(made or "It does not say what made it.")
     if json:
         _print_json(told)
+
+
+# ---------------------------------------------------------------- pictures and clips of one's own
+
+
+def animate(
+    picture: Path,
+    prompt: str = "",
+    /,
+    *,
+    frames: int | None = None,
+    ask: Ask = ASK,
+) -> None:
+    """Draw a clip that begins with a picture.
+
+    Args:
+        picture: The picture; of a clip, its first frame.
+        prompt: What happens, in quotes; the words that made the file if not given, or none.
+        frames: How many frames the clip has; as many as the model was trained at if not given.
+    """
+    from reverie.recipes import given
+
+    print(given.animate(picture, prompt, frames=frames, ask=ask))
+
+
+def extend(
+    clip: Path,
+    prompt: str = "",
+    /,
+    *,
+    forward: int = 0,
+    backward: int = 0,
+    ask: Ask = ASK,
+) -> None:
+    """Draw what comes after a clip, and what came before it; any number of frames, window by window.
+
+    Args:
+        clip: The clip; a picture is a clip of one frame.
+        prompt: What it shows, in quotes; the words that made the file if not given, or none.
+        forward: How many frames to draw after it.
+        backward: How many frames to draw before it.
+    """
+    from reverie.recipes import given
+
+    print(given.extend(clip, prompt, forward=forward, backward=backward, ask=ask))
+
+
+def loop(
+    clip: Path,
+    prompt: str = "",
+    /,
+    *,
+    between: int | None = None,
+    ask: Ask = ASK,
+) -> None:
+    """Draw the frames that lead from a clip's end to its beginning, so that it goes round without a seam.
+
+    Args:
+        clip: The clip, of two frames or more.
+        prompt: What it shows, in quotes; the words that made the file if not given, or none.
+        between: How many frames to draw; as many as see both ends well if not given.
+    """
+    from reverie.recipes import given
+
+    print(given.loop(clip, prompt, between=between, ask=ask))
+
+
+def connect(
+    first: Path,
+    second: Path,
+    prompt: str = "",
+    /,
+    *,
+    between: int | None = None,
+    start: float = 1.0,
+    ask: Ask = ASK,
+) -> None:
+    """Draw the frames that lead from one clip or picture over to another.
+
+    Args:
+        first: What it begins with.
+        second: What it ends with, at the size of the first.
+        prompt: What it shows, in quotes; the words that made the file if not given, or none.
+        between: How many frames to draw; as many as see both ends well if not given.
+        start: 1 draws them from noise; below, from a cross-fade of both ends with so much noise.
+    """
+    from reverie.recipes import given
+
+    print(given.connect(first, second, prompt, between=between, start=start, ask=ask))
+
+
+def edit(
+    file: Path,
+    prompt: str = "",
+    /,
+    *,
+    strength: float = 0.6,
+    ask: Ask = ASK,
+) -> None:
+    """Draw a picture or clip again by the words, near to what it was; with --size, a draft in large.
+
+    Args:
+        file: The picture or clip.
+        prompt: What it shall show, in quotes; the words that made the file if not given.
+        strength: How much is drawn anew, above 0 and at most 1, which leaves nothing of it.
+    """
+    from reverie.recipes import given
+
+    print(given.edit(file, prompt, strength=strength, ask=ask))
+
+
+def inpaint(
+    file: Path,
+    prompt: str = "",
+    /,
+    *,
+    box: tuple[int, ...] = (),
+    mask: Path | None = None,
+    frames: tuple[int, int] | None = None,
+    strength: float = 1.0,
+    ask: Ask = ASK,
+) -> None:
+    """Draw a part of a picture or clip anew: a box, what a mask shows white, some frames, or both.
+
+    Args:
+        file: The picture or clip.
+        prompt: What the whole shows, in quotes; the words that made the file if not given, or none.
+        box: LEFT TOP RIGHT BOTTOM in the file's pixels.
+        mask: A picture of the file's size, white or transparent where to draw.
+        frames: The first and the last frame to draw anew, counted from 0 as they are read.
+        strength: Below 1, what stands there now shows through.
+    """
+    from reverie.recipes import given
+
+    print(given.inpaint(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
 
 
 def search(
@@ -1166,6 +1323,38 @@ def eval_world(
     print(f"\n{out}")
 
 
+def eval_continuation(
+    model: str,
+    /,
+    *,
+    count: int = 40,
+    batch: int = 4,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    out: Path = Path("runs/eval-continuation"),
+    device: str | None = None,
+) -> None:
+    """Measure how many clips of the procedural world a Sora extends in the direction and at the speed they had.
+
+    Args:
+        model: A shipped name, or the folder of a run of the recipe sora-world.
+        count: How many clips are extended.
+        batch: Clips drawn at a time.
+        steps: Sampling steps; the model's own number if not given.
+        guidance: How strictly to follow the caption; the model's own if not given.
+        seed: Another seed, other noise.
+        out: Where the numbers, the table and the pictures go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.measure_continuation import continuation
+    from reverie.recipes.measure_generators import Ask
+
+    ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
+    print(continuation(out, model=model, ask=ask))
+    print(f"\n{out}")
+
+
 def eval_reconstruction(
     data: Path,
     /,
@@ -1320,6 +1509,12 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": plan,
     "sample": sample,
     "info": info,
+    "animate": animate,
+    "extend": extend,
+    "loop": loop,
+    "connect": connect,
+    "edit": edit,
+    "inpaint": inpaint,
     "search": search,
     "eval zero-shot": eval_zero_shot,
     "eval retrieval": eval_retrieval,
@@ -1327,6 +1522,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "eval pictures": eval_pictures,
     "eval clips": eval_clips,
     "eval world": eval_world,
+    "eval continuation": eval_continuation,
     "eval reconstruction": eval_reconstruction,
     "demo": demo,
     "convert": convert,

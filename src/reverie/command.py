@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from io import StringIO
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from reverie.errors import InputError
 
@@ -26,19 +26,35 @@ if TYPE_CHECKING:
 class Command:
     """What is known of a command before it runs: its name, its words of help, and its parameters.
 
-    Parameters that are positional-only in the signature are positional on the command line, the others are flags.
+    Parameters that are positional-only in the signature are positional on the command line, the others are flags. A
+    parameter that is a dataclass stands for its fields, each a flag, explained in the dataclass's own "Args".
     """
 
     prog: str
     about: str
     told: Mapping[str, str]  # parameter -> its line under Args
     parameters: Sequence[Parameter]
+    groups: Mapping[str, type] = field(default_factory=dict)  # parameter -> the dataclass that it is
 
     @staticmethod
     def of(prog: str, function: Callable[..., Any]) -> Command:
         about, told = read_doc(inspect.getdoc(function) or "")
-        parameters = [*inspect.signature(function, eval_str=True).parameters.values()]
-        return Command(prog=prog, about=about, told=told, parameters=parameters)
+        parameters: list[Parameter] = []
+        groups: dict[str, type] = {}
+        for part in inspect.signature(function, eval_str=True).parameters.values():
+            if not is_dataclass(part.annotation):
+                parameters.append(part)
+                continue
+            kind: Any = part.annotation
+            groups[part.name], hints = kind, get_type_hints(kind)
+            told |= read_doc(inspect.getdoc(kind) or "")[1]
+            for one in fields(kind):
+                default = part.empty if one.default is MISSING else one.default
+                flag = inspect.Parameter(
+                    one.name, part.KEYWORD_ONLY, default=default, annotation=hints[one.name]
+                )
+                parameters.append(flag)
+        return Command(prog=prog, about=about, told=told, parameters=parameters, groups=groups)
 
     @staticmethod
     def of_recipe(prog: str, target: str, like: Command) -> Command:
@@ -84,6 +100,8 @@ class Command:
             raise InputError(self.mistake(args)) from None
 
     def call(self, function: Callable[..., int | None], given: dict[str, Any]) -> int | None:
+        for name, kind in self.groups.items():
+            given[name] = kind(**{one.name: given.pop(one.name) for one in fields(kind)})
         positional = [given.pop(part.name) for part in self.parameters if part.kind is part.POSITIONAL_ONLY]
         return function(*positional, **given)
 

@@ -180,6 +180,14 @@ def comment(path: str | Path | Part, limits: Limits = LIMITS) -> str | None:
         return words.decode("utf-8", "replace") if isinstance(words, bytes) else words and str(words)
 
 
+def shown(image: str | Path | Part | Image.Image) -> tuple[int, int]:
+    """The (height, width) of a picture or a file as it will be shown. MediaError: as `probe`."""
+    if isinstance(image, Image.Image):
+        return image.size if _orientation(image) >= 5 else (image.height, image.width)
+    found = probe(image)
+    return found.height, found.width
+
+
 def on_white(
     image: Image.Image,
     size: int | tuple[int, int] | None = None,

@@ -90,6 +90,7 @@ ENGLISH: dict[str, dict[str, tuple[str, ...]]] = {
         "up and down": ("up and down",), "side to side": ("side to side", "left and right"),
     },
     "speed": {"slow": ("slowly",), "fast": ("quickly", "fast")},
+    "wall": {"wall": ("wall", "screen")},
     "number": {
         "1": ("one",), "2": ("two",), "3": ("three",), "4": ("four",), "5": ("five",), "6": ("six",),
     },
@@ -126,6 +127,7 @@ CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
         "side to side": ("左右",),
     },
     "speed": {"slow": ("慢慢", "缓缓"), "fast": ("快速", "飞快地")},
+    "wall": {"wall": ("挡板", "墙板")},
     "number": {"1": ("一",), "2": ("两",), "3": ("三",), "4": ("四",), "5": ("五",), "6": ("六",)},
 }  # fmt: skip
 
@@ -182,6 +184,26 @@ class Thing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wall:
+    """A bar from edge to edge that hides what is behind it: something passes behind it, or it before something.
+
+    `upright`: from top to bottom, else from left to right. `middle` (at time 0) and `width` lie along the other axis.
+    """
+
+    colour: str
+    upright: bool
+    middle: float
+    width: float
+    motion: Motion = field(default_factory=Motion)
+    track: Track = field(default_factory=Track)
+
+    def at(self, t: float) -> float:
+        """Where its middle is at time t in [0, 1]."""
+        dx, dy, _, _ = self.track.at(t)
+        return self.middle + (dx if self.upright else dy)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Relation:
     """`subject` and `object` index things (or mentions); the subject is left of / inside / ... the object."""
 
@@ -204,16 +226,17 @@ class Mention:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a text says of a picture: a partial scene."""
+    """What a text says of a picture: a partial scene. Of a wall it says the colour, and the motion if it has one."""
 
     mentions: tuple[Mention, ...] = ()
     relation: Relation | None = None
     background: str | None = None
+    wall: Mention | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One picture or clip with its exact truth. Later things are drawn over earlier ones."""
+    """One picture or clip with its exact truth. Later things are drawn over earlier ones, a wall over all."""
 
     index: int
     seed: int
@@ -223,6 +246,7 @@ class Scene:
     background: str
     things: tuple[Thing, ...]
     relation: Relation | None = None
+    wall: Wall | None = None
 
     @property
     def extent(self) -> tuple[float, float]:
@@ -241,6 +265,9 @@ class Scene:
             ),
             relation=self.relation,
             background=self.background,
+            wall=None if self.wall is None else Mention(
+                colour=self.wall.colour, motion=None if self.wall.motion.kind == "still" else self.wall.motion,
+            ),
         )  # fmt: skip
 
 

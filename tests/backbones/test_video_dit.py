@@ -211,8 +211,8 @@ def test_every_other_frame_at_double_pace(model, inputs):
         hook.remove()
     (cos, sin), (cos2, sin2) = seen
     patches = 2 * 3
-    torch.testing.assert_close(cos.unflatten(0, (3, patches))[::2].flatten(0, 1), cos2)
-    torch.testing.assert_close(sin.unflatten(0, (3, patches))[::2].flatten(0, 1), sin2)
+    torch.testing.assert_close(cos.unflatten(0, (2, 3, patches))[:, ::2].flatten(0, 2), cos2)
+    torch.testing.assert_close(sin.unflatten(0, (2, 3, patches))[:, ::2].flatten(0, 2), sin2)
 
 
 @torch.no_grad()
@@ -221,3 +221,102 @@ def test_it_works_in_bf16_and_under_autocast(model, inputs):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         near = model(*inputs)
     assert (near.float() - out).abs().max() < 0.1 * out.abs().max()
+
+
+SHAPES = ((1, 8, 12), (3, 8, 4), (1, 12, 8), (2, 4, 12), (1, 8, 12), (3, 4, 8), (1, 4, 4))
+PACES = (1.0, 2.0, 1.0, 0.5, 1.0, 1.0, 1.0)
+
+
+def mixed(*, by_patch=()):
+    """Pictures and clips of several sizes, times and lengths of text; items of `by_patch` have a time per patch."""
+    generator = torch.Generator().manual_seed(4)
+    x = [torch.randn(3, *shape, generator=generator) for shape in SHAPES]
+    t = [torch.rand(f, generator=generator) for f, _, _ in SHAPES]
+    for i in by_patch:
+        f, h, w = SHAPES[i]
+        t[i] = torch.randint(0, 3, (f, h // 4, w // 4), generator=generator) / 4
+    lengths = torch.randint(1, 6, (len(x),), generator=generator)
+    mask = torch.arange(5) < lengths[:, None]
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    return x, t, draw(len(x), 10), draw(len(x), 5, 10), mask
+
+
+@pytest.mark.parametrize("by_patch", [(), (0, 1, 5)])
+def test_packed_is_each_alone_with_the_gradients_of_every_parameter(model, by_patch):
+    x, t, pooled, context, mask = mixed(by_patch=by_patch)
+    packed = model(x, t, pooled, context, mask, pace=PACES)
+    alone = [
+        model(
+            x[i][None],
+            t[i][None],
+            pooled[i][None],
+            context[i][None, mask[i]],
+            mask[i][None, mask[i]],
+            pace=pace,
+        )[0]
+        for i, pace in enumerate(PACES)
+    ]
+    names, wanted = zip(*model.named_parameters(), strict=True)
+    gradients = []
+    for outs in (packed, alone):
+        loss = sum(((i + 1) * out).square().sum() for i, out in enumerate(outs))
+        gradients.append(torch.autograd.grad(loss, wanted, allow_unused=True))
+    for ours, theirs in zip(packed, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+    for name, ours, theirs in zip(names, *gradients, strict=True):
+        assert (ours is None) == (theirs is None) == name.startswith("null"), name
+        if ours is not None:
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
+@torch.no_grad()
+def test_one_batch_is_the_same_packed_and_each_may_have_its_pace(model, inputs):
+    x, t, *text = inputs
+    out = model(x, t, *text)
+    torch.testing.assert_close(torch.stack(model(list(x), list(t), *text)), out, **close)
+    apart = model(x, t, *text, pace=torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(apart[0], out[0], **close)
+    torch.testing.assert_close(apart[1], model(x, t, *text, pace=2.0)[1], **close)
+
+
+@torch.no_grad()
+def test_a_time_for_each_patch_is_that_of_its_frame_where_they_agree(model, inputs):
+    x, _, *text = inputs
+    t = torch.tensor([[0.3, 0.0, 0.9], [0.8, 0.8, 0.1]])
+    grid = t[:, :, None, None].expand(2, 3, 2, 3)
+    torch.testing.assert_close(model(x, grid, *text), model(x, t, *text), **close)
+
+
+@torch.no_grad()
+def test_every_patch_has_its_own_time(model, inputs):
+    """Without attention the time of one patch is felt nowhere else (but through the head, across its seams)."""
+    x, _, *text = inputs
+    t = torch.full((2, 3, 2, 3), 0.5)
+    other = t.clone()
+    other[1, 2, 0, 1] = 0.0
+    kept = [block.attention.out for block in model.blocks]
+    for block in model.blocks:
+        block.attention.out = torch.nn.Linear(24, 24)
+        torch.nn.init.zeros_(block.attention.out.weight)
+    try:
+        changed = (model(x, other, *text) - model(x, t, *text)).abs().amax(1) > 1e-5
+    finally:
+        for block, out in zip(model.blocks, kept, strict=True):
+            block.attention.out = out
+    patches = changed.unfold(2, 4, 4).unfold(3, 4, 4)
+    assert patches[1, 2, 0, 1].all()
+    if model.head is None:
+        assert patches.sum() == 16
+    assert not changed[0].any()
+    assert not changed[1, :2].any()
+
+
+@pytest.mark.parametrize("t", [torch.tensor([[0.5] * 8] * 2), torch.tensor([[0.0] + [0.5] * 7] * 2)])
+def test_the_modulation_is_computed_once_for_each_different_time(t):
+    model = awake(VideoDit(CONFIG))
+    sizes = []
+    model.blocks[0].modulation.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    text = torch.randn(2, 10), torch.randn(2, 5, 10), torch.ones(2, 5, dtype=torch.bool)
+    model(torch.randn(2, 3, 8, 8, 8), t, *text)
+    model(torch.randn(2, 3, 8, 8, 8), t[:, :, None, None].expand(2, 8, 2, 2), *text)
+    assert sizes == [2 * len(t[0].unique())] * 2

@@ -114,6 +114,49 @@ def test_things_stay_apart_inside_and_in_relation(kind: str):
             }[scene.relation.predicate]  # fmt: skip
 
 
+def test_a_wall_hides_a_thing_for_a_while_and_is_clear_of_it_at_both_ends():
+    """The contract of "occlusion": always inside the picture, apart at the ends, wholly hidden between, readable."""
+    kinds = set()
+    for i in range(80):
+        scene = world(i, kind="occlusion", aspect=ASPECTS[i % 3])
+        (thing,), wall = scene.things, scene.wall
+        along = scene.extent[0 if wall.upright else 1]
+        gaps, hidden = [], []
+        for step in range(57):
+            dx, dy, _, _ = thing.track.at(step / 56)
+            at = thing.x + dx if wall.upright else thing.y + dy
+            gaps.append(abs(at - wall.at(step / 56)) - wall.width / 2 - thing.r)
+            hidden.append(gaps[-1] <= -2 * thing.r)
+            assert wall.width / 2 <= wall.at(step / 56) <= along - wall.width / 2
+        assert min(gaps[0], gaps[-1]) > 0.03
+        assert any(hidden[::8]), "not wholly hidden in a clip of 8 frames"
+        ends = [thing.track.at(t)[0 if wall.upright else 1] - wall.at(t) for t in (0.0, 1.0)]
+        place = thing.x if wall.upright else thing.y
+        assert (place + ends[0] < 0) != (place + ends[1] < 0), "it does not change sides"
+        for rgb in (BACKGROUNDS[scene.background], COLOURS[thing.colour]):
+            assert math.dist(COLOURS[wall.colour], rgb) >= CONTRAST
+        kinds.add((wall.motion.kind, thing.motion.kind, wall.upright))
+    assert kinds == {(a, b, up) for a, b in (("still", "move"), ("move", "still")) for up in (True, False)}
+
+
+def test_a_wall_covers_what_is_behind_it_from_edge_to_edge():
+    scene = next(s for i in range(20) if (s := world(i, kind="occlusion")).wall.upright)
+    (thing,), wall = scene.things, scene.wall
+    pixels = render(scene, size=(64, 96), frames=57)
+    for frame, t in ((pixels[0], 0.0), (pixels[28], 0.5)):
+        column = int(16 + 64 * wall.at(t))
+        assert (frame[:, column] == torch.tensor(COLOURS[wall.colour])).all()
+    seen = [(frame == torch.tensor(COLOURS[thing.colour])).all(-1).any().item() for frame in pixels]
+    assert seen[0]
+    assert seen[-1]
+    assert not all(seen)
+
+
+def test_mixes_have_no_walls():
+    """The topic came later: the mixes' scenes are what they were."""
+    assert all(world(i, kind=kind).wall is None for kind in ("image", "video") for i in range(60))
+
+
 def test_merging_things_begin_apart_and_end_as_one():
     for i in range(40):
         a, b = world(i, kind="merge").things

@@ -35,7 +35,7 @@ def rates(scenes: list[Scene], size: tuple[int, int]) -> dict[str, float]:
     [((64, 64), 20), ((96, 96), 4), ((128, 128), 3), ((64, 112), 6), ((112, 64), 6), ((48, 48), 6)],
 )
 def test_reads_clean_renders(size: tuple[int, int], count: int):
-    """`count` scenes of each of the eight topics; every attribute by itself at least 99 %."""
+    """`count` scenes of each topic; every attribute by itself at least 99 %."""
     scenes = [
         world(i, seed=99, kind=kind, aspect=size[1] / size[0]) for kind in KINDS[2:] for i in range(count)
     ]
@@ -175,6 +175,84 @@ def test_an_empty_picture_and_pure_noise_show_nothing_asked():
         noise = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
         found = score(judge(noise), scene)
         assert found["shape"] is found["count"] is found["relation"] is False
+
+
+# ------------------------------------------------------------------------------------------- behind a wall
+
+
+def behind(count: int = 8, *, passes: bool | None = None) -> list[Scene]:
+    """Scenes of "occlusion"; with `passes`, those in which the thing moves (True) or the wall does."""
+    scenes = (world(i, seed=41, kind="occlusion") for i in range(200))
+    kept = (s for s in scenes if passes is None or (s.wall.motion.kind == "still") == passes)
+    return [next(kept) for _ in range(count)]
+
+
+def spliced(scene: Scene, later: Scene) -> np.ndarray:
+    """The first half of one clip, the second of another."""
+    one, other = (render(some, frames=16).numpy() for some in (scene, later))
+    return np.concatenate([one[:8], other[8:]])
+
+
+@pytest.mark.parametrize(("size", "frames"), [((40, 40), 8), ((64, 64), 16), ((48, 80), 12)])
+def test_reads_what_passes_behind_a_wall(size: tuple[int, int], frames: int):
+    for i in range(12):
+        scene = world(i, seed=6, kind="occlusion", aspect=size[1] / size[0])
+        found = read(scene, size=size, frames=frames)
+        assert False not in found.values(), (i, found)
+        assert found["permanence"] is found["motion"] is found["colour"] is True
+
+
+def test_another_colour_or_shape_comes_out():
+    for scene in behind():
+        thing = scene.things[0]
+        colour = next(
+            name for name in COLOURS if min(np.abs(np.subtract(COLOURS[name], COLOURS[other])).sum() for other in
+            (thing.colour, scene.wall.colour, scene.background if scene.background in COLOURS else "grey")) > 150
+        )  # fmt: skip
+        for change in ({"colour": colour}, {"shape": "cross" if thing.shape != "cross" else "circle"}):
+            later = replace(scene, things=(replace(thing, **change),))
+            assert score(judge(spliced(scene, later)), scene)["permanence"] is False, (thing, change)
+        assert score(judge(spliced(scene, scene)), scene)["permanence"] is True
+
+
+def test_what_never_comes_out_or_comes_out_elsewhere_is_not_kept():
+    for scene in behind():
+        thing, wall = scene.things[0], scene.wall
+        gone = replace(scene, things=(replace(thing, track=replace(thing.track, end=0.5)),))
+        assert score(judge(render(gone, frames=16)), scene)["permanence"] is False
+        across = {"y": 0.5 + (0.5 - thing.y)} if wall.upright else {"x": 0.5 + (0.5 - thing.x)}
+        if abs(thing.y - 0.5 if wall.upright else thing.x - 0.5) > 0.1:
+            elsewhere = replace(scene, things=(replace(thing, **across),))
+            assert score(judge(spliced(scene, elsewhere)), scene)["permanence"] is False
+        back = render(scene, frames=16).numpy()
+        back[8:] = back[:8][::-1]
+        assert score(judge(back), scene)["permanence"] is False, "it came out where it went in"
+
+
+def test_what_comes_out_too_early_or_too_late_is_not_kept():
+    """Frames left out behind the wall, or held: the place no longer fits the time."""
+    for scene in behind(passes=True):
+        pixels = render(scene, frames=48).numpy()
+        for later in (11, -11):
+            times = np.arange(0, 48, 3)
+            jumped = np.clip(times + np.where(times > 23, later, 0), 0, 47)
+            found = score(judge(pixels[jumped]), scene)
+            assert found["permanence"] is False, (later, scene)
+        assert score(judge(pixels[::3]), scene)["permanence"] is True
+
+
+def test_a_clip_without_the_wall_that_was_asked_for_is_wrong():
+    for scene in behind(4):
+        found = verdict(replace(scene, wall=None), scene)
+        assert found["permanence"] is found["colour"] is False
+        assert found["count"] is found["shape"] is True
+        other = next(name for name in ("pink", "black") if name != scene.wall.colour)
+        painted = verdict(replace(scene, wall=replace(scene.wall, colour=other)), scene)
+        assert painted["colour"] is False
+
+
+def test_nothing_is_said_of_permanence_where_no_wall_was():
+    assert all(read(world(i, seed=3, kind="motion"))["permanence"] is None for i in range(5))
 
 
 # ------------------------------------------------------------------------------------------- interface

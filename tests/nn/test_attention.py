@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from reverie.nn.attention import CrossAttention, SelfAttention, attend
+from reverie.nn import attention
+from reverie.nn.attention import CrossAttention, SelfAttention, Words, attend, attend_packed
 from reverie.nn.positions import grid, rotary
 
 
@@ -138,3 +139,45 @@ def test_qk_norm_makes_the_scale_of_the_queries_matter_not():
         with torch.no_grad():
             layer.qkv.weight[:16] *= 10  # queries and keys, not values
         assert torch.allclose(layer(x), before, atol=1e-4) == same
+
+
+def ends(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def test_the_kernel_for_packed_items_is_the_definition():
+    """The way of a GPU in float32, which runs here as well."""
+    torch.manual_seed(0)
+    queries, keys = (3, 5, 5, 2), (4, 1, 6, 3)
+    q, k, v = (torch.randn(3, sum(n), 8, requires_grad=True) for n in (queries, keys, keys))
+    out = attend_packed(q, k, v, ends=(ends(queries), ends(keys)), longest=(5, 7))
+    parts = zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1), strict=True)
+    alone = torch.cat([attend(*(x[None] for x in part))[0] for part in parts], dim=1)
+    torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        torch.autograd.grad(alone.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_give_the_same_run_after_run_and_by_kernel(monkeypatch):
+    torch.manual_seed(0)
+    runs = ((2, 3), (1, 2))
+    own, cross = SelfAttention(16, 2, qk_norm=True), CrossAttention(16, 2, context_width=6, qk_norm=True)
+    x, context, turns = torch.randn(8, 16), torch.randn(3, 4, 6), rotary(torch.rand(8, 1), 8)
+    words = Words.of(
+        context, torch.tensor([[True, True, False, False], [True] * 4, [True, False, False, False]])
+    )
+    by_runs = own(x, rotary=turns, runs=runs), cross(x, words, runs=runs)
+    monkeypatch.setattr(attention, "_unlike", lambda x, runs: True)
+    by_kernel = own(x, rotary=turns, runs=runs), cross(x, words, runs=runs)
+    torch.testing.assert_close(by_kernel, by_runs, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_words_are_those_of_the_mask():
+    context, mask = torch.randn(2, 3, 4), torch.tensor([[False, True, True], [True, False, False]])
+    words = Words.of(context, mask)
+    assert words.real.equal(torch.stack([context[0, 1], context[0, 2], context[1, 0]]))
+    assert words.padded(words.real, 2)[mask].equal(context[mask])

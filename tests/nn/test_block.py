@@ -1,11 +1,12 @@
-"""Blocks: the modulated one begins as the identity, and one vector per item is the same vector for every frame."""
+"""Blocks: the modulated one begins as the identity, and packed items are each alone."""
 
 import pytest
 import torch
 
+from reverie.nn.attention import Words
 from reverie.nn.block import Block, ModulatedBlock, modulate, pick
 from reverie.nn.mlp import ACTIVATIONS, Mlp, QuickGELU
-from reverie.nn.positions import grid, rotary
+from reverie.nn.positions import rotary
 
 
 def awake(block):
@@ -17,53 +18,75 @@ def awake(block):
     return block
 
 
+RUNS = ((2, 3), (1, 2))
+
+
 @pytest.fixture
 def parts():
+    """A block, eight packed positions of two items of three and one of two, whose they are, and their words."""
     torch.manual_seed(0)
     block = ModulatedBlock(12, 2, context_width=10)
-    x, context = torch.randn(2, 8, 12), torch.randn(2, 5, 10)
-    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    return block, x, context, mask
+    x, context = torch.randn(8, 12), torch.randn(3, 5, 10)
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5, [True, False, True, False, False]])
+    return block, x, torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]), context, mask
 
 
 def test_a_new_modulated_block_is_the_identity(parts):
-    block, x, context, mask = parts
-    assert block(x, torch.randn(2, 4, 12), context, mask, rotary=rotary(grid(2, 2, 2), 6)).equal(x)
+    block, x, rows, context, mask = parts
+    turns = rotary(torch.arange(8)[:, None], 6)
+    words = Words.of(context, mask)
+    assert block(x, torch.randn(3, 12), words, rows=rows, runs=RUNS, rotary=turns).equal(x)
 
 
 def test_yet_it_learns_from_the_first_step(parts):
-    block, x, context, mask = parts
-    block(x, torch.randn(2, 1, 12), context, mask).square().sum().backward()
+    block, x, rows, context, mask = parts
+    block(x, torch.randn(3, 12), Words.of(context, mask), rows=rows, runs=RUNS).square().sum().backward()
     assert block.modulation[1].weight.grad.abs().sum() > 0
     assert block.cross.out.weight.grad.abs().sum() > 0
 
 
-def test_one_vector_is_the_same_vector_for_every_frame(parts):
-    block, x, context, mask = parts
-    block, vector = awake(block), torch.randn(2, 1, 12)
-    out = block(x, vector, context, mask)
-    for frames in (2, 4, 8):
-        torch.testing.assert_close(block(x, vector.expand(2, frames, 12), context, mask), out)
+def test_a_packed_block_is_each_item_alone(parts):
+    block, x, rows, context, mask = parts
+    block, vector, turns = awake(block), torch.randn(3, 12), rotary(torch.rand(8, 1), 6)
+    out = block(x, vector, Words.of(context, mask), rows=rows, runs=RUNS, rotary=turns)
+    for i in range(3):
+        own = rows == i
+        alone = block(
+            x[own],
+            vector[i : i + 1],
+            Words.of(context[i : i + 1, mask[i]], None),
+            rows=torch.zeros(int(own.sum()), dtype=torch.long),
+            runs=((1, int(own.sum())),),
+            rotary=(turns[0][own], turns[1][own]),
+        )
+        torch.testing.assert_close(out[own], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_a_vector_modulates_its_own_frame(parts):
-    """Without attention between frames, the vector of one frame is felt in that frame alone."""
-    block, x, context, mask = parts
+def test_a_vector_modulates_its_own_rows(parts):
+    """Without attention, a vector is felt where its row stands, as in a clip whose frames have times of their own."""
+    block, x, _, context, mask = parts
     block = awake(block)
     torch.nn.init.zeros_(block.attention.out.weight)
-    vector = torch.randn(2, 4, 12)
+    rows, vector = torch.tensor([0, 3, 0, 1, 2, 2, 1, 3]), torch.randn(4, 12)
     other = vector.clone()
-    other[:, 2] += 1
-    changed = (block(x, vector, context, mask) - block(x, other, context, mask)).abs().sum((0, 2)) > 1e-6
-    assert changed.tolist() == [False] * 4 + [True] * 2 + [False] * 2
+    other[2] += 1
+    words = Words.of(context, mask)
+    before, after = (block(x, one, words, rows=rows, runs=RUNS) for one in (vector, other))
+    assert ((before - after).abs().sum(-1) > 1e-6).tolist() == (rows == 2).tolist()
 
 
 def test_hidden_context_changes_nothing(parts):
-    block, x, context, mask = parts
-    block, vector = awake(block), torch.randn(2, 1, 12)
-    out = block(x, vector, context, mask)
-    torch.testing.assert_close(block(x, vector, context.masked_fill(~mask[..., None], 50.0), mask), out)
-    assert not torch.allclose(block(x, vector, context, None), out, atol=1e-3)
+    block, x, rows, context, mask = parts
+    block, vector = awake(block), torch.randn(3, 12)
+
+    def out(words):
+        return block(x, vector, words, rows=rows, runs=RUNS)
+
+    packed = out(Words.of(context, mask))
+    for filled in (context, context.masked_fill(~mask[..., None], 50.0)):
+        padded = Words(filled.flatten(0, 1), None, mask)
+        torch.testing.assert_close(out(padded), packed, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out(Words.of(context, None)), packed, atol=1e-3)
 
 
 def test_modulate():

@@ -184,14 +184,14 @@ def test_clips_move_and_are_judged_frame_by_frame(corpus, tmp_path, serve):
     serve(lambda name, frames, seed: signal(name, 1).expand(-1, frames, -1, -1))
     measure.clips(corpus, tmp_path / "still", model="painter", judges=("a/knows",), ask=ASK)
     still = json.loads((tmp_path / "still" / "numbers.json").read_text())["numbers"]
-    assert set(still["motion"]["generator"]) == {0}
-    assert min(still["motion"]["real"]) > 0.01
+    assert set(still["frames"]["motion"]["generator"]) == {0}
+    assert min(still["frames"]["motion"]["real"]) > 0.01
     assert still["pick"]["knows"]["generator"]["top1"] == 1
     assert still["nearest"]["pixels"]["samples"]["5%"] > 0.1
     serve(lambda name, frames, seed: signal(name, frames))
     measure.clips(corpus, tmp_path / "copy", model="painter", judges=("a/knows",), ask=ASK)
     copy = json.loads((tmp_path / "copy" / "numbers.json").read_text())["numbers"]
-    assert copy["motion"]["generator"] == pytest.approx(copy["motion"]["real"], rel=1e-5)
+    assert copy["frames"]["motion"]["generator"] == pytest.approx(copy["frames"]["motion"]["real"], rel=1e-5)
     assert copy["nearest"]["pixels"]["samples"]["95%"] < 1e-6
     assert Image.open(tmp_path / "copy" / "samples.webp").n_frames == FRAMES
 
@@ -362,7 +362,7 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
     assert done.numbers["pick"].keys() == {"clip", "judge"}
     assert done.numbers["drawn"]["steps"] == 1
     done = measure.clips(corpus, tmp_path / "clips", model=model, judges=judges, frames=FRAMES, ask=ask)
-    assert len(done.numbers["motion"]["generator"]) == 6
+    assert len(done.numbers["frames"]["motion"]["generator"]) == 6
     done = measure.world(tmp_path / "world", model=model, ask=ask)
     assert done.numbers["generator"]["all"]["asked"] == 6
     done = measure_clip.zero_shot(corpus, tmp_path / "names", model=judges[0])

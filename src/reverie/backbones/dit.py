@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -69,12 +69,22 @@ class DitBlock(nn.Module):
         self.mlp = Mlp(width, int(width * ratio), activation="gelu_tanh")
         self.modulation = Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, vector: Tensor | None = None, *, modulation: Tensor | None = None) -> Tensor:
-        """`x b n d`; `vector b d`, or what it makes, computed before: `modulation b (6 d)`."""
+    def forward(
+        self,
+        x: Tensor,
+        vector: Tensor | None = None,
+        *,
+        modulation: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> Tensor:
+        """`x b n d`; `vector b d`, or what it makes, computed before: `modulation b (6 d)`.
+
+        `scores`, broadcastable to `b heads n n`, are added to the attention's own.
+        """
         if modulation is None:
             modulation = self.modulation(vector)
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation, "b (six d) -> six b 1 d", six=6)
-        x = torch.addcmul(x, gate1, self.attention(norm_modulate(x, shift1, scale1)))
+        x = torch.addcmul(x, gate1, self.attention(norm_modulate(x, shift1, scale1), mask=scores))
         return torch.addcmul(x, gate2, self.mlp(norm_modulate(x, shift2, scale2, eps=self.mlp_eps)))
 
 
@@ -173,17 +183,24 @@ def places(h: int, w: int, width: int, *, grid: int, device: torch.device | str 
     return rearrange(torch.cat([columns, rows], dim=-1), "h w d -> (h w) d").float()
 
 
+class Modulated(Protocol):
+    """A network of a time and a class, as `Modulations` sees it."""
+
+    classes: nn.Embedding
+    vector: Any  # times `b` and classes `b` -> what modulates
+    modulations: Any  # the layers that it passes through, in the order of `forward`'s modulations
+
+
 class Modulations:
     """All that time and class do in a network, for the times of a whole sampling run and the classes of its batch.
 
     The products of many steps are made together and each class's once: `at(t)` gives what `Dit.forward` takes.
     """
 
-    def __init__(self, network: Dit, times: Sequence[float], classes: Tensor):
+    def __init__(self, network: Modulated, times: Sequence[float], classes: Tensor):
         self.network, self.times = network, list(dict.fromkeys(times))
         self.classes, self.which = classes.unique(return_inverse=True)
-        config = network.config
-        numbers = (6 * config.depth + 2) * config.width * len(self.classes)
+        numbers = sum(made.out_features for made in network.modulations()) * len(self.classes)
         self.together = max(1, TABLE_BYTES // (numbers * network.classes.weight.element_size()))
         self.first, self.tables = 0, list[Tensor]()
 

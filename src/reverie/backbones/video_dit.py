@@ -8,14 +8,20 @@ noise; the text comes in twice, pooled into the modulation and word by word thro
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from reverie.nn.attention import Words
+from reverie.nn.block import ModulatedBlock, modulate, spread
 from reverie.nn.cache import Cache, through
-from reverie.nn.block import ModulatedBlock, modulate
 from reverie.nn.patches import patchify, unpatchify
 from reverie.nn.positions import grid, rotary, sinusoidal
 
@@ -51,6 +57,62 @@ def _whereabouts(f: int, h: int, w: int, waves: int) -> Tensor:
     places = (grid(f, h, w)[:, 1:] + 0.5) / torch.tensor([h, w])
     angles = rearrange(places[..., None] * torch.pi * torch.arange(1, waves + 1), "n axes k -> n (axes k)")
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class _Like(NamedTuple):
+    """Items of one shape and pace: which they are, `x b c f h w`, `t b f` or `t b f h w` on the grid of patches."""
+
+    items: list[int]
+    x: Tensor
+    t: Tensor
+    pace: float
+
+
+def _patches(x: Tensor, patch: tuple[int, int]) -> tuple[int, int, int]:
+    """How many patches `... f h w` has along each axis."""
+    return x.shape[-3] // patch[0], x.shape[-2] // patch[1], x.shape[-1] // patch[1]
+
+
+def _alike(
+    x: Sequence[Tensor] | Tensor, t: Sequence[Tensor] | Tensor, paces: list[float], patch: tuple[int, int]
+) -> list[_Like]:
+    """Items that are alike together, and groups of as many patches side by side."""
+
+    def kind(i: int) -> tuple[float, ...]:
+        sizes = _patches(x[i], patch)
+        return math.prod(sizes), *sizes, t[i].ndim, paces[i]
+
+    groups = [list(same) for _, same in itertools.groupby(sorted(range(len(x)), key=kind), kind)]
+    return [
+        _Like(same, torch.stack([x[i] for i in same]), torch.stack([t[i] for i in same]), paces[same[0]])
+        for same in groups
+    ]
+
+
+def _times(
+    groups: Sequence[_Like], grids: Sequence[tuple[int, int, int]], frames: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The different times of each item, `k`; whose they are, `k`; and which of them each patch has, `t`."""
+    keys, covers, first = [], [], 0
+    for group, (_, h, w) in zip(groups, grids, strict=True):
+        by_frame = group.t.ndim == 2
+        t = rearrange((group.t[:, ::frames] if by_frame else group.t).float(), "b ... -> b (...)")
+        item = torch.arange(first, first + len(t), device=t.device, dtype=t.dtype)
+        keys.append(rearrange([item[:, None].expand_as(t), t], "two b k -> (b k) two"))
+        covers.append(h * w if by_frame else 1)
+        first += len(t)
+    every = torch.cat(keys)
+    rows = torch.arange(len(every), device=every.device)
+    if (
+        every.device.type == "cpu" or 1 in covers
+    ):  # frame by frame, a GPU does not wait to know how many there are
+        every, rows = every.unique(dim=0, return_inverse=True)
+    parts = zip(rows.split([len(key) for key in keys]), covers, strict=True)
+    return (
+        every[:, 1],
+        every[:, 0].long(),
+        torch.cat([part.repeat_interleave(cover) for part, cover in parts]),
+    )
 
 
 class VideoDit(nn.Module):
@@ -92,43 +154,94 @@ class VideoDit(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        t: Tensor,
+        x: Tensor | Sequence[Tensor],
+        t: Tensor | Sequence[Tensor],
         pooled: Tensor,
         context: Tensor,
         context_mask: Tensor,
         *,
-        pace: float = 1.0,
+        pace: float | Sequence[float] | Tensor = 1.0,
         cache: Cache | None = None,
-    ) -> Tensor:
-        """`pace` is the time between frames, in frames at the usual rate. Rotary time knows differences alone."""
-        frames, side = self.config.patch
-        f, h, w = x.shape[-3] // frames, x.shape[-2] // side, x.shape[-1] // side
-        tokens = self.embed(patchify(x, self.config.patch))
+    ) -> Any:
+        """`pace` is the time between frames, in frames at the usual rate: one, or one for each item.
+
+        Rotary time knows differences alone. With `cache`, deep features of the step before may serve.
+        """
+        if isinstance(x, Tensor) and isinstance(t, Tensor) and isinstance(pace, int | float):
+            return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask, cache)[
+                0
+            ]
+        paces = [float(pace)] * len(x) if isinstance(pace, int | float) else [float(one) for one in pace]
+        groups = _alike(x, t, paces, self.config.patch)
+        outs = self._packed(groups, pooled, context, context_mask, cache)
+        of = {
+            i: one
+            for group, out in zip(groups, outs, strict=True)
+            for i, one in zip(group.items, out, strict=True)
+        }
+        back = [of[i] for i in range(len(x))]
+        return torch.stack(back) if isinstance(x, Tensor) else back
+
+    def _packed(
+        self,
+        groups: Sequence[_Like],
+        pooled: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+        cache: Cache | None,
+    ) -> list[Tensor]:
+        """The one path: the patches of all items one after the other, `t d`; the output of each group."""
+        (frames, side), device = self.config.patch, groups[0].x.device
+        if len(groups) > 1:
+            order = torch.tensor([i for group in groups for i in group.items], device=device)
+            pooled, context, context_mask = pooled[order], context[order], context_mask[order]
+        grids = [_patches(group.x, self.config.patch) for group in groups]
+        counts = [len(group.x) for group in groups]
+        contents = [rearrange(patchify(group.x, self.config.patch), "b n p -> (b n) p") for group in groups]
+        tokens = self.embed(contents[0] if len(contents) == 1 else torch.cat(contents))
+
+        # Where a patch stands is computed once for all items that are alike; `spots t` says which place each has.
+        ends = [*itertools.accumulate(map(math.prod, grids), initial=0)]
+        spans = zip(ends, ends[1:], counts, strict=False)
+        spots = torch.cat([torch.arange(a, b, device=device).repeat(count) for a, b, count in spans])
         if self.place is not None:
-            tokens = tokens + self.place(_whereabouts(f, h, w, self.config.waves).to(tokens))
-        head = self.config.width // self.config.heads
-        places = grid(f, h, w, device=x.device).float()
-        places[:, 0] = pace * places[:, 0]
-        turns = rotary(places, head)
-        clock = sinusoidal(rearrange(t, "b f -> (b f)"), 256, scale=1000.0).to(tokens.dtype)
-        vector = rearrange(self.time(clock), "(b f) d -> b f d", b=len(x))
-        vector = vector[:, ::frames] + rearrange(self.pooled(pooled), "b d -> b 1 d")
-        blocks = [
-            partial(block, vector=vector, context=context, context_mask=context_mask, rotary=turns)
-            for block in self.blocks
+            where = torch.cat([_whereabouts(*sizes, self.config.waves) for sizes in grids])
+            tokens = tokens + F.embedding(spots, self.place(where.to(tokens)))
+        places = [
+            grid(*sizes, device=device) * torch.tensor([group.pace, 1.0, 1.0], device=device)
+            for group, sizes in zip(groups, grids, strict=True)
         ]
-        tokens = through(tokens, blocks, cache)
-        shift, scale = rearrange(
-            self.modulation(vector), "b f (two d) -> two b f d", two=2
-        ).repeat_interleave(h * w, dim=2)
+        cos, sin = rotary(torch.cat(places), self.config.width // self.config.heads)
+        turns = cos[spots], sin[spots]
+
+        times, items, rows = _times(groups, grids, frames)
+        clock = sinusoidal(times, 256, scale=1000.0).to(tokens.dtype)
+        vector = self.time(clock) + self.pooled(pooled)[items]
+        alike = itertools.groupby(zip(counts, grids, strict=True), lambda pair: math.prod(pair[1]))
+        runs = tuple((sum(count for count, _ in same), length) for length, same in alike)
+        if device.type == "cpu" or (device.type == "cuda" and len(runs) > 1):
+            words = Words.of(context, context_mask)
+        else:  # to know how many there are would keep the GPU waiting
+            words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
+        asked = {"vector": vector, "context": words, "rows": rows, "runs": runs, "rotary": turns}
+        tokens = through(tokens, [partial(block, **asked) for block in self.blocks], cache)
+        shift, scale = spread(self.modulation(vector), rows, 2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
-        out = unpatchify(tokens, self.config.patch, (f * frames, h * side, w * side))
-        if self.head is None:
-            return out
-        flat = rearrange(out, "b c f h w -> (b f) c h w")
-        flat = flat.contiguous(memory_format=torch.channels_last)  # few channels: nearly twice as fast
-        return out + rearrange(self.head(flat), "(b f) c h w -> b c f h w", b=len(out))
+
+        outs = []
+        sizes = [count * math.prod(sizes) for count, sizes in zip(counts, grids, strict=True)]
+        for group, part in zip(groups, tokens.split(sizes), strict=True):
+            b, _, *shape = group.x.shape
+            f, h, w = (size // one * one for size, one in zip(shape, (frames, side, side), strict=True))
+            out = unpatchify(rearrange(part, "(b n) p -> b n p", b=b), self.config.patch, (f, h, w))
+            if self.head is not None:
+                flat = rearrange(out, "b c f h w -> (b f) c h w")
+                flat = flat.contiguous(
+                    memory_format=torch.channels_last
+                )  # few channels: nearly twice as fast
+                out = out + rearrange(self.head(flat), "(b f) c h w -> b c f h w", b=b)
+            outs.append(out)
+        return outs
 
     def without_text(
         self, pooled: Tensor, context: Tensor, context_mask: Tensor, drop: Tensor

@@ -104,35 +104,37 @@ def media_below(folder: Path) -> list[str]:
 class Embedder:
     """The preparation: jobs are (content, file name); a file that can be read has a row for each of its moments.
 
-    media: from names to what decoders open. prepare: pictures or their paths -> signals `b 3 h w`, called on several
-    threads. embed: signals -> vectors `b d`,
+    media: from names to what decoders open. prepare: pictures or their paths -> signals `b 3 h w`, or a list of them
+    each of its own size, called on several threads. embed: signals -> vectors `b d`,
     called with about `batch` of them. dtype: "float16" or "float32".
     """
 
     media: Callable[[str], Path | Part]
-    prepare: Callable[[list[Path | Part] | list[Image.Image]], Tensor]
-    embed: Callable[[Tensor], Tensor]
+    prepare: Callable[[list[Path | Part] | list[Image.Image]], Tensor | list[Tensor]]
+    embed: Callable[[Any], Tensor]
     dtype: str = "float16"
     batch: int = 64
     limits: Limits = LIMITS
 
-    def load(self, job: tuple[str, str]) -> tuple[Tensor, list[float]]:
+    def load(self, job: tuple[str, str]) -> tuple[Tensor | list[Tensor], list[float]]:
         """Signals, and the seconds at which they stand. MediaError: the file has none."""
         pictures, seconds = frames_of(at_hand(self.media(job[1]), self.limits), limits=self.limits)
         return self.prepare(pictures), seconds
 
-    def make(self, loaded: Iterable[tuple[Tensor, list[float]]]) -> dict[str, Tensor]:
+    def make(self, loaded: Iterable[tuple[Tensor | list[Tensor], list[float]]]) -> dict[str, Tensor]:
         """`vectors n d`, `seconds n`, and `lengths`: how many rows each file has."""
         import torch
 
         vectors: list[Tensor] = []
         seconds: list[float] = []
         lengths: list[int] = []
-        waiting: list[Tensor] = []
+        waiting: list[Tensor | list[Tensor]] = []
 
         def flush() -> None:
+            stacked = [signals for signals in waiting if isinstance(signals, torch.Tensor)]
+            batch = torch.cat(stacked) if stacked else [image for signals in waiting for image in signals]
             with torch.no_grad():
-                vectors.append(self.embed(torch.cat(waiting)).to("cpu", torch_type(self.dtype)))
+                vectors.append(self.embed(batch).to("cpu", torch_type(self.dtype)))
             waiting.clear()
 
         for signals, moments in loaded:

@@ -42,12 +42,14 @@ from reverie.scene import (
     Scene,
     Thing,
     Track,
+    Wall,
     tone,
 )
 
 IMAGE_TOPICS = {"single": 0.3, "count": 0.25, "relation": 0.25, "group": 0.2}
 VIDEO_TOPICS = {"motion": 0.55, "duet": 0.2, "chorus": 0.1, "merge": 0.15}
-KINDS = ("image", "video", *IMAGE_TOPICS, *VIDEO_TOPICS)
+ALONE = ("occlusion",)  # clips that no mix has, so that the mixes keep their scenes
+KINDS = ("image", "video", *IMAGE_TOPICS, *VIDEO_TOPICS, *ALONE)
 GAP = 0.05  # least distance between two things' bounding circles, in units of the shorter side
 MARGIN = 0.03  # least distance from a thing's bounding circle to the picture's edge
 CONTRAST = 90  # least RGB distance between a thing's colours and the background
@@ -59,7 +61,8 @@ def world(index: int, *, seed: int = 0, kind: str = "image", aspect: float = 1.0
     """Scene number `index` of the world `seed`, for pictures of aspect (width / height) `aspect`.
 
     kind: "image" or "video" (a mix of topics), or one topic: "single", "count", "relation", "group" for
-    images, "motion", "duet", "chorus", "merge" for clips. A mix gives the same scene as the topic it drew.
+    images, "motion", "duet", "chorus", "merge" for clips. A mix gives the same scene as the topic it drew. The topic
+    "occlusion" (clips in which a wall hides a thing for a while) is in no mix.
     """
     if kind not in KINDS:
         raise InputError(f"the world has no kind {kind!r}: choose one of {', '.join(KINDS)}.")
@@ -72,19 +75,24 @@ def world(index: int, *, seed: int = 0, kind: str = "image", aspect: float = 1.0
         topic = Draw(seed, kind, index).weighted(IMAGE_TOPICS if kind == "image" else VIDEO_TOPICS)
     what, where = Draw(seed, topic, index, "what"), Draw(seed, topic, index, "where")
     background = what.choice(list(BACKGROUNDS))
-    things, predicate = _things(topic, what, background)
+    wall, predicate = None, None
+    if topic == "occlusion":
+        things, wall = _occlusion(what, where, background, (max(1.0, aspect), max(1.0, 1.0 / aspect)))
+    else:
+        things, predicate = _things(topic, what, background)
     subject = 1 if predicate == "inside" else 0
     scene = Scene(
         index=index,
         seed=seed,
         topic=topic,
-        video=topic in VIDEO_TOPICS,
+        video=topic in VIDEO_TOPICS or topic in ALONE,
         aspect=aspect,
         background=background,
         things=things,
         relation=Relation(subject=subject, predicate=predicate, object=1 - subject) if predicate else None,
+        wall=wall,
     )
-    return replace(scene, things=_place(scene, where))
+    return scene if wall else replace(scene, things=_place(scene, where))
 
 
 def _distance(a: Sequence[int], b: Sequence[int]) -> float:
@@ -271,6 +279,54 @@ def _place_merge(scene: Scene, draw: Draw) -> tuple[Thing, Thing]:
     return (a, b) if a.r >= b.r else (b, a)  # the smaller one ends on top
 
 
+CLEAR = 0.035  # what a thing keeps from the wall's edge at the first and the last moment, at least
+
+
+def _occlusion(
+    what: Draw, where: Draw, background: str, extent: tuple[float, float]
+) -> tuple[tuple[Thing], Wall]:
+    """A thing that passes behind a wall at constant speed, or a wall that passes before a thing at rest; placed.
+
+    Both are apart at the first and at the last moment, and in between the thing is hidden for a while.
+    """
+    thing = _thing(what, background, sizes=("small",))
+    while True:
+        colour = what.choice(list(COLOURS))
+        if all(
+            _distance(COLOURS[colour], rgb) >= CONTRAST
+            for rgb in (BACKGROUNDS[background], COLOURS[thing.colour])
+        ):
+            break
+    passes = what.chance(0.7)  # the thing, else the wall
+    direction = what.choice(("right", "left", "down", "up"))
+    dx, dy = DIRECTIONS[direction]
+    width = 2 * thing.r + (what.uniform(0.11, 0.14) if passes else what.uniform(0.095, 0.115))
+    room = 0.164 if passes else 0.11
+    before = what.uniform(CLEAR, room - CLEAR)
+    after = what.uniform(CLEAR, room - before)
+    far = before + width + after + 2 * thing.r
+    motion, track = Motion(kind="move", direction=direction), Track(dx=dx * far, dy=dy * far)
+    # Along the axis of the motion, as if it went right or down: the thing's middle and the wall's at time 0.
+    margin = MARGIN if passes else 0.005
+    along, across = extent if dx else extent[::-1]
+    if passes:
+        start = where.uniform(margin + thing.r, along - margin - thing.r - far)
+        at, middle = start, start + thing.r + before + width / 2
+        if dx + dy < 0:
+            at, middle = along - at, along - middle
+        thing, moved, standing = replace(thing, motion=motion, track=track), Motion(), Track()
+    else:
+        middle = where.uniform(margin + width / 2, along - margin - width / 2 - far)
+        at = middle + width / 2 + before + thing.r
+        if dx + dy < 0:
+            at, middle = along - at, along - middle
+        moved, standing = motion, track
+    side = where.uniform(2 * MARGIN + thing.r, across - 2 * MARGIN - thing.r)
+    x, y = (at, side) if dx else (side, at)
+    wall = Wall(colour=colour, upright=bool(dx), middle=middle, width=width, motion=moved, track=standing)
+    return (replace(thing, x=x, y=y),), wall
+
+
 # ----------------------------------------------------------------------------------------------- datasets
 
 
@@ -303,7 +359,7 @@ class World:
         kind = kind or ("image" if frames == 1 else "video")
         if count < 1:
             raise InputError(f"a world of {count} scenes is empty: ask for at least 1.")
-        if frames == 1 and (kind == "video" or kind in VIDEO_TOPICS):
+        if frames == 1 and (kind in ("video", *VIDEO_TOPICS, *ALONE)):
             raise InputError(f"kind {kind!r} moves but frames is 1: ask for at least 8 frames.")
         self.count, self.seed, self.size, self.frames, self.kind, self.first = (
             count,

@@ -71,6 +71,8 @@ def select(scene: Scene, draw: Draw) -> Description:
             motion = replace(motion, speed=motion.speed if speed else None)
             motion = None if motion.kind == "still" and not still else motion
         said = texture and mention.texture != "solid"
+        if whole.wall and motion and motion.kind == "still":
+            motion = None  # what a wall passes before is not said to stay
         mention = replace(
             mention,
             size=mention.size if size else None,
@@ -87,6 +89,7 @@ def select(scene: Scene, draw: Draw) -> Description:
         mentions=tuple(replace(mention, count=count) for mention, count in counted.items()),
         relation=relation,
         background=whole.background if draw.chance(0.4) else None,
+        wall=whole.wall,
     )
 
 
@@ -141,9 +144,11 @@ def _english_action(motion: Motion, plural: bool, participle: bool, draw: Draw) 
 def _english(said: Description, draw: Draw) -> str:
     """One English sentence or phrase that says the description and no more."""
     nouns = [_english_noun(mention, draw) for mention in said.mentions]
-    motions = [mention.motion for mention in said.mentions]
+    motions = [mention.motion for mention in (*said.mentions, said.wall) if mention]
     before = draw.choice(("", "", "a picture of " if not any(motions) else "a video of "))
-    if said.relation:
+    if said.wall:
+        text = _english_hidden(said.wall, said.mentions[0], nouns[0], bool(before), draw)
+    elif said.relation:
         a, b, predicate = nouns[said.relation.subject], nouns[said.relation.object], said.relation.predicate
         if predicate == "around":
             text = draw.choice((f"{a} with {b} inside it", f"{a} containing {b}"))
@@ -177,6 +182,20 @@ def _english(said: Description, draw: Draw) -> str:
     return before + text
 
 
+def _english_hidden(wall: Mention, mention: Mention, noun: str, participle: bool, draw: Draw) -> str:
+    """A thing that passes behind a wall, or a wall that passes before a thing."""
+    assert wall.colour
+    colour = draw.choice(ENGLISH["colour"][wall.colour])
+    bar = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {draw.choice(ENGLISH['wall']['wall'])}"
+    if wall.motion:
+        return f"{bar} {_english_action(wall.motion, False, participle, draw)} in front of {noun}"
+    assert mention.motion
+    ends = ("", " and comes out again") if not participle else ("", " and coming out again")
+    return (
+        f"{noun} {_english_action(mention.motion, False, participle, draw)} behind {bar}{draw.choice(ends)}"
+    )
+
+
 def _chinese_noun(mention: Mention, draw: Draw) -> str:
     assert mention.colour
     assert mention.shape
@@ -192,6 +211,16 @@ def _chinese_noun(mention: Mention, draw: Draw) -> str:
     return text + draw.choice(CHINESE["shape"][mention.shape])
 
 
+def _chinese_hidden(wall: Mention, mention: Mention, noun: str, draw: Draw) -> str:
+    assert wall.colour
+    colour = draw.choice(CHINESE["colour"][wall.colour])
+    bar = f"一块{colour}{'的' if len(colour) > 1 and draw.chance(0.3) else ''}{draw.choice(CHINESE['wall']['wall'])}"
+    if wall.motion:
+        return f"{bar}{_chinese_action(wall.motion, draw)}，从{noun}前面经过"
+    assert mention.motion
+    return f"{noun}{_chinese_action(mention.motion, draw)}，从{bar}后面{draw.choice(('经过', '穿过'))}"
+
+
 def _chinese_action(motion: Motion, draw: Draw) -> str:
     speed = draw.choice(CHINESE["speed"][motion.speed]) if motion.speed else ""
     direction = draw.choice(CHINESE["direction"][motion.direction]) if motion.direction else ""
@@ -202,7 +231,9 @@ def _chinese_action(motion: Motion, draw: Draw) -> str:
 def _chinese(said: Description, draw: Draw) -> str:
     """One Chinese sentence or phrase that says the description and no more."""
     nouns = [_chinese_noun(mention, draw) for mention in said.mentions]
-    if said.relation:
+    if said.wall:
+        text = _chinese_hidden(said.wall, said.mentions[0], nouns[0], draw)
+    elif said.relation:
         a, b, predicate = nouns[said.relation.subject], nouns[said.relation.object], said.relation.predicate
         if predicate == "around":
             text = f"{a}{draw.choice(CHINESE['relation']['inside'])}有{b}"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from reverie.errors import InputError
-from reverie.scene import BACKGROUNDS, COLOURS, Scene, Thing, distance, tone
+from reverie.scene import BACKGROUNDS, COLOURS, Scene, Thing, Wall, distance, tone
 
 
 def render(
@@ -50,7 +50,18 @@ def render(
                 patch = _patch(thing, scene.background, x, y, thing.r * short, thing.angle + turn, size)
             rows, columns, alpha, colour = patch
             frame[rows, columns] += alpha * (colour - frame[rows, columns])
+    if scene.wall is not None:
+        for frame, t in zip(out, times, strict=True):
+            _cover(frame, scene.wall, (left if scene.wall.upright else top) + scene.wall.at(t) * short, short)
     return torch.from_numpy((out + 0.5).astype(np.uint8))
+
+
+def _cover(frame: np.ndarray, wall: Wall, middle: float, short: int) -> None:
+    """Draws a wall over a frame `h w 3`, from edge to edge also of a picture longer than the scene."""
+    lines = frame.swapaxes(0, 1) if wall.upright else frame  # along the axis that it does not span
+    away = np.abs(np.arange(len(lines), dtype=np.float32) + np.float32(0.5 - middle))
+    alpha = np.clip(np.float32(0.5 + wall.width * short / 2) - away, 0.0, 1.0)[:, None, None]
+    lines += alpha * (np.array(COLOURS[wall.colour], np.float32) - lines)
 
 
 def _patch(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from reverie.evals.world_judge import ATTRIBUTES, match
@@ -83,7 +83,9 @@ _MORE_ENGLISH: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "ground": {"": ("background", "backdrop")},
+    "wall": {"wall": ("occluder", "panel", "barrier")},
     "in": {"": ("in",)},
+    "": {"": ("in front of",)},
 }  # fmt: skip
 _MORE_CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
@@ -115,6 +117,7 @@ _MORE_CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
         "still": ("静止不动", "保持不动", "静止", "不动", "保持静止"),
     },
     "ground": {"": ("背景", "底色")},
+    "wall": {"wall": ("墙", "隔板")},
     "": {"": ("左上方", "右上方", "左下方", "右下方", "大小")},
 }  # fmt: skip
 
@@ -205,8 +208,9 @@ def read_caption(text: str) -> Description:
     pending = _Open()
     merges: list[int] = []
     link: tuple[str, int] | None = None
+    wall = last = None  # the last one named, whose verb may follow
     for k, (kind, value) in enumerate(tokens):
-        target = pending if not pending.empty() or not things else things[-1]
+        target = pending if not pending.empty() or last is None else last
         if kind == "number":
             pending = _Open(number=int(value))
         elif kind in ("size", "texture", "colour"):
@@ -214,6 +218,9 @@ def read_caption(text: str) -> Description:
         elif kind in ("shape", "shapes"):
             pending.shape, pending.plural = value, kind == "shapes"
             things.append(pending)
+            last, pending = pending, _Open()
+        elif kind == "wall":
+            wall = last = pending
             pending = _Open()
         elif kind == "verb" and value == "merge":
             merges.append(len(things))
@@ -242,6 +249,7 @@ def read_caption(text: str) -> Description:
         mentions=tuple(thing.mention() for thing in things),
         relation=_relation(link, len(things), chinese),
         background=background,
+        wall=wall and replace(wall.mention(), count=1),
     )
 
 
@@ -301,6 +309,8 @@ def agree(said: Description | str, scene: Scene) -> dict[str, bool | None]:
             )
     if said.background is not None:
         out["background"] = said.background == scene.background
+    if said.wall is not None:
+        out["permanence"] = scene.wall is not None and said.wall.colour in (None, scene.wall.colour)
     if said.relation is not None:
         firsts = [sum(mention.count for mention in said.mentions[:k]) for k in range(len(said.mentions))]
         a, b = pairs.get(firsts[said.relation.subject]), pairs.get(firsts[said.relation.object])
@@ -310,6 +320,8 @@ def agree(said: Description | str, scene: Scene) -> dict[str, bool | None]:
         for j, claim in enumerate(claims)
         if claim.motion is not None
     ]
+    if said.wall is not None and said.wall.motion is not None:
+        moves.append((said.wall.motion, scene.wall and scene.wall.motion))
     if moves:
         out["motion"] = all(_same(claim, shown) for claim, shown in moves)
     paces = [(claim, shown) for claim, shown in moves if claim.speed is not None]

@@ -21,6 +21,7 @@ import numpy as np
 
 from reverie.errors import InputError
 from reverie.evals.world_regions import Region, erode, find, heart, smooth
+from reverie.evals.world_walls import Bars, bars, on_course, passage
 from reverie.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -64,12 +65,26 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeenWall:
+    """A bar from edge to edge, in every frame of a clip, as read from pixels.
+
+    `kept`: one thing went behind it whole (or it passed before one), and the same thing, in shape and colour, came out
+    on the other side, where and about when its motion until then demands, and was seen whenever it should be.
+    """
+
+    colour: str
+    motion: Motion
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """What a picture or clip shows."""
 
     background: str
     things: tuple[Seen, ...]
     frames: int
+    wall: SeenWall | None = None
 
     def relation(self, a: int, b: int) -> str:
         """How thing a lies to thing b: left of, right of, above, below, inside or around."""
@@ -95,19 +110,28 @@ def judge(pixels: torch.Tensor | np.ndarray) -> Reading:
     for _ in range(0 if noise < 0.02 else 1 if noise < 0.06 else 2):
         frames = smooth(frames)
     noise *= 1.0 if noise < 0.02 else 0.38 if noise < 0.06 else 0.27
-    regions = find(frames, ground, noise, short)
     background = min(BACKGROUNDS, key=lambda name: math.dist(ground, np.divide(BACKGROUNDS[name], 255)))
+    wall = bars(frames, ground, noise) if len(frames) > 1 else None
+    if wall is not None:
+        return _behind(wall, ground, noise, background)
+    regions = find(frames, ground, noise, short)
     blur = _blur([region for row in regions for region in row])
     if len(frames) == 1:
         things = [_see([region], blur, short) for region in regions[0]]
         return Reading(background=background, things=_insides(things, regions[0], short), frames=1)
+    things = _followed(regions, blur, len(frames), short)
+    return Reading(background=background, things=things, frames=len(frames))
+
+
+def _followed(regions: list[list[Region]], blur: int, frames: int, short: int) -> tuple[Seen, ...]:
+    """The things of a clip from the regions of its frames."""
     seen, firsts = [], []
     for track, motion_kind in _tracks(regions, short):
         clear = track[:: max(1, (len(track) - 1) // 2)][:3]
         thing = _see(clear, blur, short)
-        seen.append(replace(thing, motion=_motion(track, thing, motion_kind, len(frames), short)))
+        seen.append(replace(thing, motion=_motion(track, thing, motion_kind, frames, short)))
         firsts.append(track[0])
-    return Reading(background=background, things=_insides(seen, firsts, short), frames=len(frames))
+    return _insides(seen, firsts, short)
 
 
 def _frames(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -442,9 +466,42 @@ def _motion(track: list[Region], thing: Seen, kind: str | None, frames: int, sho
     return Motion(kind="still")
 
 
+# ----------------------------------------------------------------------------------------------- walls
+
+
+def _behind(wall: Bars, ground: np.ndarray, noise: float, background: str) -> Reading:
+    """The reading of a clip with a wall: what goes behind it, and what comes out."""
+    count, short = len(wall.frames), min(wall.frames.shape[1:3])
+    regions = find(wall.frames, ground, noise, short)
+    blur = _blur([region for row in regions for region in row])
+    far = (wall.middle[-1] - wall.middle[0]) / short
+    direction = ("left", "right")[int(far > 0)] if wall.upright else ("up", "down")[int(far > 0)]
+    moved = Motion(kind="move", direction=direction, speed="fast" if abs(far) > 0.35 else "slow")
+    seen = SeenWall(
+        colour=min(COLOURS, key=lambda name: math.dist(wall.colour, np.divide(COLOURS[name], 255))),
+        motion=moved if abs(far) > 0.09 else Motion(),
+        kept=False,
+    )
+    way = passage(regions, wall)
+    if way is not None:
+        went, came = (_see(some[-3:], blur, short) for some in (way.whole_before, way.whole_after))
+        if went.shape is not None and (went.shape, went.colour) == (came.shape, came.colour):
+            path = [way.whole_before[0], *way.whole_after]
+            thing = replace(went, motion=_motion(path, went, None, count, short))
+            kept = on_course(way, wall, count, short)
+            return Reading(
+                background=background, things=(thing,), frames=count, wall=replace(seen, kept=kept)
+            )
+    return Reading(
+        background=background, things=_followed(regions, blur, count, short), frames=count, wall=seen
+    )
+
+
 # ----------------------------------------------------------------------------------------------- scores
 
-ATTRIBUTES = ("count", "shape", "colour", "size", "texture", "background", "relation", "motion", "speed")
+ATTRIBUTES = (
+    "count", "shape", "colour", "size", "texture", "background", "relation", "motion", "speed", "permanence",
+)  # fmt: skip
 _WEIGHTS = {"shape": 4.0, "colour": 3.0, "size": 1.0, "texture": 1.0}
 
 
@@ -462,12 +519,18 @@ def match(seen: Sequence[Seen | Mention], said: Sequence[Mention]) -> dict[int, 
     return dict(assign(cost, 100.0))
 
 
+def _alike(asked: Motion, shown: Motion) -> bool:
+    return asked.kind == shown.kind and asked.direction in (None, shown.direction)
+
+
 def score(reading: Reading, truth: Scene | Description) -> dict[str, bool | None]:
     """Whether a picture shows what it should, for each of ATTRIBUTES; None where the truth says nothing of it.
 
     Things are paired with what is said of them so that most holds. "count" alone asks for their number; the other
     attributes ask whether every thing that is there has the right one (and are False in an empty picture).
-    "relation" also asks that both its things are there; "motion" covers kind and direction, "speed" the speed.
+    "relation" also asks that both its things are there; "motion" covers kind and direction, "speed" the speed. A wall
+    that was asked for counts in "colour" and "motion"; "permanence" asks that it is there and that what it hides comes
+    out again as it should (`SeenWall.kept`).
     """
     said = truth.describe() if isinstance(truth, Scene) else truth
     mentions = [mention for mention in said.mentions for _ in range(mention.count)]
@@ -483,6 +546,10 @@ def score(reading: Reading, truth: Scene | Description) -> dict[str, bool | None
         ]
         if any(getattr(mention, name) is not None for mention in mentions):
             out[name] = bool(holds) and all(holds)
+    if said.wall is not None:
+        out["permanence"] = reading.wall is not None and reading.wall.kept
+        right = reading.wall is not None and said.wall.colour in (None, reading.wall.colour)
+        out["colour"] = right and out["colour"] is not False
     if said.background is not None:
         out["background"] = reading.background == said.background
     if said.relation is not None:
@@ -496,7 +563,9 @@ def score(reading: Reading, truth: Scene | Description) -> dict[str, bool | None
     paces = [(i, motion) for i, motion in moves if motion.speed is not None]
     same = {i for i, motion in moves if i in shown and shown[i].kind == motion.kind}
     for name, asked in (("motion", moves), ("speed", paces)):
-        if asked:
+        if name == "motion" and said.wall is not None and said.wall.motion is not None:
+            out["motion"] = reading.wall is not None and _alike(said.wall.motion, reading.wall.motion)
+        elif asked:
             there = [(i, motion) for i, motion in asked if i in shown]
             out[name] = bool(there) and all(
                 i in same

@@ -56,7 +56,7 @@ def rotary(
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn `b heads n d` by `(cos, sin)`: (a, b) -> (a cos - b sin, b cos + a sin).
+    """Turn `... heads n d` by `(cos, sin)`: (a, b) -> (a cos - b sin, b cos + a sin).
 
     As complex numbers on a CPU, where that takes a ninth of the time: one pass over x, in whatever order it lies.
     """
@@ -64,11 +64,11 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     quick = x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1
     if quick and not torch.compiler.is_compiling():
         turns = torch.complex(cos[..., ::2], sin[..., ::2])
-        pairs = rearrange(x, "b heads n (pairs two) -> b heads n pairs two", two=2)
+        pairs = rearrange(x, "... (pairs two) -> ... pairs two", two=2)
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
-        return rearrange(turned, "b heads n pairs two -> b heads n (pairs two)")
-    even, odd = rearrange(x, "b heads n (pairs two) -> two b heads n pairs", two=2)
-    return x * cos + rearrange([-odd, even], "two b heads n pairs -> b heads n (pairs two)") * sin
+        return rearrange(turned, "... pairs two -> ... (pairs two)")
+    even, odd = rearrange(x, "... (pairs two) -> two ... pairs", two=2)
+    return x * cos + rearrange([-odd, even], "two ... pairs -> ... (pairs two)") * sin
 
 
 def grid(*sizes: int, device: torch.device | str | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Regression onto the clean signal or its velocity, and the bound that a learned variance is trained by."""
+"""Regression onto the clean signal, its velocity or its noise, and the bound that a learned variance is trained by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from reverie.processes.gaussian import CLEAN, Ddpm
+from reverie.processes.gaussian import CLEAN, Ddpm, Point
 
 
 def velocity_loss(predicted: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
@@ -19,6 +19,15 @@ def velocity_loss(predicted: Tensor, target: Tensor, *, weight: Tensor | None = 
         return error.mean()
     weight = weight.expand_as(error)
     return (error * weight).sum() / weight.sum().clamp(min=1)
+
+
+def min_snr(point: Point, *, gamma: float = 5.0) -> Tensor:
+    """min(snr, gamma) / snr with snr = (alpha / sigma)^2: the weight of the noise's squared error (2303.09556, 3.4).
+
+    So no step counts for more than `gamma` in the clean signal's error.
+    """
+    snr = (point.alpha / point.sigma) ** 2
+    return snr.clamp(max=gamma) / snr
 
 
 def variance_bound(x0: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, process: Ddpm) -> Tensor:

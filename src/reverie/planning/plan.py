@@ -22,6 +22,7 @@ from reverie.backbones.dit import SCALES, DitConfig
 from reverie.codecs.video_vae import VideoVae
 from reverie.data.dropping import check_share
 from reverie.encoders.text import Text
+from reverie.encoders.navit import NavitConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import Peers
@@ -282,6 +283,7 @@ def subject(
     if kind == "clip" and rest in MODELS:
         shape = MODELS[rest]
         if size is not None:
+            assert not isinstance(shape.image, NavitConfig), "no public shape"
             shape = replace(shape, image=replace(shape.image, size=size))
         paper = _defaults(clip.paper_b32)
         return _clip(

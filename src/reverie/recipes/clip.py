@@ -91,7 +91,14 @@ class ClipRun:
 
 
 def shape(
-    vocab: int, end: int, *, size: int = 64, width: int = 192, depth: int = 5, loss: str = "softmax"
+    vocab: int,
+    end: int,
+    *,
+    size: int = 64,
+    width: int = 192,
+    depth: int = 5,
+    loss: str = "softmax",
+    length: int = 20,
 ) -> ClipConfig:
     """A small CLIP for a CPU: 16 patches of 16 pixels behind a conv stem; 4 million parameters by default."""
     heads = heads_of(width)
@@ -109,7 +116,7 @@ def shape(
             pool="mean",
         ),
         text=TextConfig(
-            vocab=vocab, length=20, width=width, depth=depth // 2, heads=heads, activation="gelu", end=end
+            vocab=vocab, length=length, width=width, depth=depth // 2, heads=heads, activation="gelu", end=end
         ),
         width=width,
         loss=LOSSES[loss],
@@ -228,11 +235,13 @@ def world(
     *,
     count: int = 8000,
     moving: int = 800,
+    hidden: int = 200,
     steps: int = 600,
     batch: int = 64,
     chunk: int = 0,
     memory: str = "",
     lr: float = 1e-3,
+    english: float = 0.8,
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -245,19 +254,21 @@ def world(
         out: The run's folder; the model is written to its `model`.
         count: Pictures of the world, if it is to be drawn.
         moving: Clips of the world, if it is to be drawn.
+        hidden: Clips in which something passes behind a wall, if it is to be drawn.
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
+        english: The share of captions in English; the rest are in Chinese.
         seed: Another seed, another world, another start and another order.
     """
-    index = open_world(data, count, moving, seed=seed)
+    index = open_world(data, count, moving, hidden, seed=seed)
     train_set = index.select(split="train")
-    model = begin("", train_set, shape, seed=seed)
+    model = begin("", train_set, partial(shape, length=40), seed=seed)
     config = ClipRun(
         model=model.config, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=0.0,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        languages={"en": english, "zh": 1 - english}, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, measures=val_of(index), memory=memory, engine=engine)
 

@@ -1,4 +1,4 @@
-"""Training class-conditional transformers: DiT (systems/dit.py) and SiT (systems/sit.py).
+"""Training class-conditional transformers: DiT (systems/dit.py), SiT (systems/sit.py) and MDT (systems/mdt.py).
 
     world      single things of the procedural world, a class each colour and shape   reverie train dit-world FOLDER
     imagenet   a folder of class folders at the papers' sizes        reverie train dit-imagenet FOLDER --codec VAE
@@ -21,8 +21,10 @@ from torch import Tensor
 import reverie
 from reverie import rng
 from reverie.backbones.dit import SCALES, DitConfig
+from reverie.backbones.mdt import MDT_MODELS, MdtConfig
 from reverie.codecs.vae import Vae
 from reverie.data.augment import on_white
+from reverie.data.dropping import kept_patches
 from reverie.data.index import FILE, Index
 from reverie.data.streaming import open_pixels
 from reverie.data.world import write as write_world
@@ -32,6 +34,7 @@ from reverie.pictures import grid, to_bytes
 from reverie.recipes.parts import averaged, digest, heads_of, keep, my_share, name_bad, open_index
 from reverie.scene import Description, Mention
 from reverie.systems.dit import DiffusionTransformer, DiffusionTransformerConfig
+from reverie.systems.mdt import MaskedDiffusionTransformer, MaskedDiffusionTransformerConfig
 from reverie.systems.sit import Sit, SitConfig
 from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
@@ -45,12 +48,15 @@ SHOWN = 16  # classes whose samples are kept while a run goes on
 JUDGED = 110  # pictures that the judge reads, one of a class and then again
 QUICK = 20  # steps of a sample while a run goes on
 
+Model = DiffusionTransformer | MaskedDiffusionTransformer | Sit
+Config = DiffusionTransformerConfig | MaskedDiffusionTransformerConfig | SitConfig
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DitRun:
     """What a run depends on; it stands in the run folder's config.json."""
 
-    model: DiffusionTransformerConfig | SitConfig
+    model: Config
     codec: str = ""
     size: int  # pixels a side
     fit: str = "pad"
@@ -72,7 +78,7 @@ def world(
     data: Path, out: Path, *, objective: str = "dit", codec: str = "", count: int = 8000, steps: int = 3000,
     batch: int = 32, lr: float = 5e-4, width: int = 256, depth: int = 6, patch: int = 8, size: int = 64, seed: int = 0,
     engine: Engine = ENGINE,
-) -> DiffusionTransformer | Sit:  # fmt: skip
+) -> Model:  # fmt: skip
     """Single things of the procedural world, drawn first if they are not there; the class is colour and shape.
 
     On the way the exact judge reads drawn pictures back: how many have the colour and the shape of their class.
@@ -80,7 +86,7 @@ def world(
     Args:
         data: A folder of the world's single things, or a new one for it.
         out: The run's folder; the model is written to its `model`.
-        objective: dit (DDPM, noise and variance) or sit (a straight flow, velocity).
+        objective: dit (DDPM, noise and variance), sit (a straight flow, velocity) or mdt (dit and masked pictures).
         codec: The folder of a picture autoencoder to work in the latents of, in patches of 2; pixels if not given.
         count: Pictures, if they are to be drawn.
         steps: How many batches to learn from.
@@ -118,7 +124,7 @@ def imagenet(
     data: Path, out: Path, *, codec: str, objective: str = "dit", scale: str = "XL", patch: int = 2, size: int = 256,
     steps: int = 400_000, batch: int = 256, lr: float = 1e-4, seed: int = 0,
     engine: Engine = ENGINE,
-) -> DiffusionTransformer | Sit:  # fmt: skip
+) -> Model:  # fmt: skip
     """A folder of class folders as in the papers (2212.09748, section 4; 2401.08740, section 3). Not yet run by us.
 
     AdamW at a constant rate without weight decay, mirrored pictures, averaged weights, one class in ten left out;
@@ -128,7 +134,7 @@ def imagenet(
         data: A folder that was imported, or one to import, whose pictures lie in a folder for each class.
         out: The run's folder; the model is written to its `model`.
         codec: The folder of a picture autoencoder, such as Stable Diffusion's in diffusers' format.
-        objective: dit (DDPM, noise and variance) or sit (a straight flow, velocity).
+        objective: dit (DDPM, noise and variance), sit (a straight flow, velocity) or mdt (dit and masked pictures).
         scale: S, B, L or XL: 12, 12, 24 or 28 blocks of width 384, 768, 1024 or 1152.
         patch: Of latents: 2, 4 or 8.
         size: Pixels a side.
@@ -141,7 +147,10 @@ def imagenet(
         raise InputError(f"DiT has no size {scale!r}: choose one of {', '.join(SCALES)}.")
     depth, width, heads = SCALES[scale]
     index = open_index(data)
-    model = shape(objective, index, codec=codec, size=size, patch=patch, sizes=(depth, width, heads))
+    decoder = MDT_MODELS[f"MDTv2-{scale}/2"].decoder
+    model = shape(
+        objective, index, codec=codec, size=size, patch=patch, sizes=(depth, width, heads), decoder=decoder
+    )
     config = DitRun(
         model=model, codec=codec, size=size, fit="crop", flip=0.5, streamed=True, steps=steps, batch=batch, lr=lr,
         seed=seed,
@@ -150,11 +159,14 @@ def imagenet(
 
 
 def shape(
-    objective: str, index: Index, *, codec: str, size: int, patch: int, sizes: tuple[int, int, int]
-) -> DiffusionTransformerConfig | SitConfig:
-    """The model for the labels of an index, in pixels or in the latents of `codec`."""
-    if objective not in ("dit", "sit"):
-        raise InputError(f"there is no objective {objective!r}: choose dit or sit.")
+    objective: str, index: Index, *, codec: str, size: int, patch: int, sizes: tuple[int, int, int], decoder: int = 0
+) -> Config:
+    """The model for the labels of an index, in pixels or in the latents of `codec`.
+
+    `sizes` are depth, width and heads; `decoder` how many of MDT's blocks are its decoder's (0: 2, or 3 of an odd depth).
+    """
+    if objective not in ("dit", "sit", "mdt"):
+        raise InputError(f"there is no objective {objective!r}: choose dit, sit or mdt.")
     labels = sorted({item.label for item in index.select(video=False) if item.label})
     if not labels:
         raise InputError(
@@ -165,12 +177,21 @@ def shape(
     if size < patch * stride or size % (patch * stride):
         raise InputError(f"size {size} cannot be trained: give a multiple of {patch * stride}.")
     depth, width, heads = sizes
+    channels, side = 3 if stored is None else stored.channels, size // stride
+    names = tuple(label.replace(",", " ") for label in labels)
+    if objective == "mdt":
+        return MaskedDiffusionTransformerConfig(
+            backbone=MdtConfig(
+                channels=channels, size=side, patch=patch, width=width, depth=depth, heads=heads, classes=len(labels),
+                decoder=decoder or 2 + depth % 2,
+            ),
+            codec=stored, names=names, sampler="ddim", spacing="trailing", steps=50,
+        )  # fmt: skip
     dit = objective == "dit"
     backbone = DitConfig(
-        channels=3 if stored is None else stored.channels, size=size // stride, patch=patch, width=width, depth=depth,
-        heads=heads, classes=len(labels), learned_sigma=dit, waves="diffusers" if dit else "original",
+        channels=channels, size=side, patch=patch, width=width, depth=depth, heads=heads, classes=len(labels),
+        learned_sigma=dit, waves="diffusers" if dit else "original",
     )  # fmt: skip
-    names = tuple(label.replace(",", " ") for label in labels)
     if dit:
         return DiffusionTransformerConfig(
             backbone=backbone, codec=stored, names=names, sampler="ddim", spacing="trailing", steps=50
@@ -178,13 +199,11 @@ def shape(
     return SitConfig(backbone=backbone, codec=stored, names=names, sampler="heun", steps=25)
 
 
-def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> DiffusionTransformer | Sit:
+def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> Model:
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
     torch.manual_seed(rng.integer(config.seed, "weights"))
     sit = isinstance(config.model, SitConfig)
-    model: Any = (
-        Sit(config.model) if isinstance(config.model, SitConfig) else DiffusionTransformer(config.model)
-    )
+    model: Any = _built(config.model)
     if model.codec is not None:
         model.codec.load_state_dict(_codec(config.codec).state_dict())
     model = engine.place(model)
@@ -203,8 +222,9 @@ def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
     times = (0.2, 0.4, 0.6, 0.8) if sit else (200.0, 400.0, 600.0, 800.0)
 
     def batches(step: int, micro: int) -> dict[str, Any]:
-        return source.batch([(epoch, source.good[place]) for epoch, place in
-                             my_share(step, config.batch, len(source.good), config.seed)])  # fmt: skip
+        keys = [(epoch, source.good[place]) for epoch, place in
+                my_share(step, config.batch, len(source.good), config.seed)]  # fmt: skip
+        return source.batch(keys) | source.masked(keys, step)
 
     run = Run(out, dataclasses.replace(config, data=digest(source.index, source.good)))
     for step in train([player], batches, run=run, steps=config.steps, seed=config.seed,
@@ -236,7 +256,7 @@ def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
 
 
 def judged(
-    model: DiffusionTransformer | Sit, names: tuple[str, ...], *, count: int, seed: int = 0
+    model: Model, names: tuple[str, ...], *, count: int, seed: int = 0
 ) -> dict[str, float]:
     """Shares of `count` drawn pictures, class after class, with one thing, its colour, its shape, and all of that."""
     asked = [i % len(names) for i in range(count)]
@@ -297,11 +317,33 @@ class Source:
             "bad": bad,
         }
 
+    def masked(self, keys: list[tuple[int, int]], step: int) -> dict[str, Tensor]:
+        """Of the step's masked pass, where there is one: the patches that stay, as many in each item, and other noise."""
+        backbone, seed = self.config.model.backbone, self.config.seed
+        if not isinstance(backbone, MdtConfig) or backbone.masked is None:
+            return {}
+        least, most = backbone.masked
+        share = least + (most - least) * torch.rand((), generator=rng.generator(seed, "masked", step)).item()
+        like = backbone.channels, backbone.size, backbone.size
+        noise = [torch.randn(like, generator=rng.generator(seed, "masked noise", *key)) for key in keys]
+        return {
+            "keep": kept_patches(backbone.grid**2, share, seed=seed, keys=keys),
+            "masked_noise": torch.stack(noise),
+        }
+
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items with the same noise every time and no class left out, on the model's device."""
         batch = self.batch([(0, i) for i in self.good[:count]], kind="fixed")
         batch["drop"] = torch.zeros_like(batch["drop"])
         return {name: part.to(self.home) for name, part in batch.items() if isinstance(part, Tensor)}
+
+
+def _built(config: Config) -> Model:
+    if isinstance(config, SitConfig):
+        return Sit(config)
+    if isinstance(config, MaskedDiffusionTransformerConfig):
+        return MaskedDiffusionTransformer(config)
+    return DiffusionTransformer(config)
 
 
 def _codec(folder: str) -> Vae:

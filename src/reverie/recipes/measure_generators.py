@@ -1,7 +1,7 @@
 """What generators of pictures and clips reach: the measurements behind `reverie eval`.
 
     pictures   a generator draws, judges name, nothing is copied       reverie eval pictures DIR
-    clips      the same on clips, and how much they move               reverie eval clips DIR
+    clips      the same on clips, how much and how evenly they move    reverie eval clips DIR
     world      the exact judge reads a generator's scenes back         reverie eval world
 
 Every number stands beside what real pictures reach and what guessing gives. Seeds and prompts are in the numbers, so
@@ -24,7 +24,9 @@ from reverie.data.index import Index
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.world import World
 from reverie.errors import InputError
-from reverie.evals import generation
+from reverie.evals import generation, video
+from reverie.evals.frechet import frechet
+from reverie.evals.interval import bootstrap
 from reverie.evals.world_captions import read_caption
 from reverie.output import write
 from reverie.pictures import grid, save_png, to_bytes
@@ -143,16 +145,13 @@ def _generation(
     numbers: dict[str, Any] = {"drawn": drawn, "names": names}
     rows: list[Row] = []
     numbers["pick"] = _pick(panel, names, samples, truth, rows)
+    numbers["frames"] = _frames(panel, names, samples, truth, rows)
     numbers["diversity"] = _variety(draw, names, samples, truth, spaces, rows, out) if ask.seeds > 1 else {}
-    training, held = Real(corpus.select(split="train"), size, frames), corpus.select(split="val")
-    numbers["nearest"] = _nearest(
-        names, samples, training, Real(held, size, frames) if len(held) else None, spaces, rows, out
-    )
+    training, rest = Real(corpus.select(split="train"), size, frames), corpus.select(split="val")
+    held = Real(rest, size, frames) if len(rest) else None
+    numbers["frechet"] = _frechet(samples, training, held, spaces, rows)
+    numbers["nearest"] = _nearest(names, samples, training, held, spaces, rows, out)
     if frames > 1:
-        ours, theirs = generation.motion(samples), generation.motion(truth)
-        numbers["motion"] = {"generator": ours.tolist(), "real": theirs.tolist()}
-        means = (f"{some.mean():.4f}" for some in (ours, theirs))
-        rows.append(("motion: difference of neighbouring frames", *means, "0: still"))
         _animation(samples[:24], names[:24], out / "samples.webp", fps=draw.fps)
         _animation(truth[:24], names[:24], out / "real.webp", fps=draw.fps)
     rows += [(what, value, "", "") for what, value in draw.cost(drawn)]
@@ -225,6 +224,63 @@ def _pick(
                 f"{text} of {ours['ways']}, by {name}", share(ours[f"top{k}"], ours[f"top{k}_interval"]),
                 share(theirs[f"top{k}"], theirs[f"top{k}_interval"]), f"{share(ours[f'chance{k}'])} by guessing",
             ))  # fmt: skip
+    return numbers
+
+
+def _frames(
+    panel: dict[str, Any], names: list[str], samples: Tensor, truth: Tensor, rows: list[Row]
+) -> dict[str, Any]:
+    """Frame by frame: whether it fits the words, by judges that read; of clips also how they go from one to the next."""
+    numbers: dict[str, Any] = {}
+
+    def row(text: str, kind: str, ours: Tensor, theirs: Tensor, compared: str, digits: int = 3) -> None:
+        numbers[kind] = {"generator": ours.tolist(), "real": theirs.tolist()}
+        low, high = bootstrap(ours.double())
+        mine = f"{ours.mean():.{digits}f}  [{low:.{digits}f}, {high:.{digits}f}]"
+        rows.append((text, mine, f"{theirs.mean():.{digits}f}", compared))
+
+    clips = samples.ndim == 5
+    for name, judge in panel.items():
+        ours, theirs = (video.frame_features(some, judge.embed_image) for some in (samples, truth))
+        if hasattr(judge, "embed_text"):
+            texts = judge.embed_text(names).float().cpu()
+            scores = [video.clip_score(some, texts).mean(1) for some in (ours, theirs)]
+            other = video.clip_score(theirs, texts.roll(1, dims=0)).mean()
+            text = f"CLIP score{' of a frame' if clips else ''}: cosine with the name, {name}"
+            row(text, f"clip_score {name}", *scores, f"{other:.3f} real, of other names")
+        if clips:
+            pair = [video.consistency(some) for some in (ours, theirs)]
+            row(f"cosine of neighbouring frames, {name}", f"consistency {name}", *pair, "1: nothing changes")
+    if clips:
+        pair = [generation.motion(some) for some in (samples, truth)]
+        row("motion: difference of neighbouring frames", "motion", *pair, "0: still", 4)
+    if clips and samples.shape[2] > 2:
+        pair = [video.flicker(some) for some in (samples, truth)]
+        row("flicker: second differences over first", "flicker", *pair, "0: even, 1.73: noise", 2)
+    return numbers
+
+
+def _frechet(
+    samples: Tensor, training: Real, held: Real | None, spaces: dict[str, generation.Space], rows: list[Row]
+) -> dict[str, Any]:
+    """Samples against the training items in each judge's features, beside as many held-out ones: the floor of its bias."""
+    numbers = {}
+    count = len(samples) if held is None else min(len(samples), len(held))
+    if count < 2 or len(training) < 2:
+        return {}
+    for name, space in spaces.items():
+        if name == "pixels":
+            continue
+        known = training.vectors(space)
+        numbers[name] = {"generator": frechet(space(samples[:count]), known)}
+        floor = "-"
+        if held is not None:
+            numbers[name]["held_out"] = frechet(held.vectors(space)[:count], known)
+            floor = f"{numbers[name]['held_out']['distance']:.4f} held out"
+        rows.append((
+            f"Frechet distance on features of {name}, {count} samples", f"{numbers[name]['generator']['distance']:.4f}",
+            floor, "too high by about 1 / samples: compare equal numbers",
+        ))  # fmt: skip
     return numbers
 
 

@@ -60,20 +60,38 @@ def open_index(data: Path) -> Index:
     return index
 
 
-def open_world(data: Path, count: int, moving: int, *, seed: int, frames: int = CLIP_FRAMES) -> Index:
-    """The procedural world in `data`, pictures and clips of `frames`; what is not there is drawn first."""
+def open_world(
+    data: Path,
+    count: int,
+    moving: int,
+    hidden: int = 0,
+    *,
+    seed: int,
+    frames: int = CLIP_FRAMES,
+    size: int = 64,
+) -> Index:
+    """The procedural world in `data`: `count` pictures, `moving` clips of `frames`, `hidden` clips with a wall.
+
+    What is not there is drawn first, `size` pixels a side.
+    """
     if where := address(data):
         raise InputError(
             f"The world is drawn into a folder and read from there, not from {where}: name a folder."
         )
     parts = []
-    for name, number, length in (("pictures", count, 1), ("clips", moving, frames)):
+    for name, number, length, kind in (
+        ("pictures", count, 1, "image"),
+        ("clips", moving, frames, "video"),
+        ("hidden", hidden, frames, "occlusion"),
+    ):
+        if not number:
+            continue
         with team().in_turn():
             there = (Path(data) / name / FILE).exists()
             part = (
                 Index.read(data / name)
                 if there
-                else write_world(data / name, number, frames=length, seed=seed)
+                else write_world(data / name, number, frames=length, kind=kind, seed=seed, size=(size, size))
             )
         parts += [
             dataclasses.replace(

@@ -94,6 +94,7 @@ class SoraRun:
     ema: float = 0.999
     drop: float = 0.1  # how often the text is left out
     known: float = 0.5  # how often some of a clip is given (data/given.py)
+    known_pictures: float = 0.1  # how often a region of a picture is given
     vary: float = (
         0.0  # how often a step has another format: what is square stands in the middle of it, on white
     )
@@ -201,8 +202,10 @@ def dit(
 
 
 def world(
-    data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, steps: int = 3000, batch: int = 64,
-    clips: int = 3, lr: float = 1e-3, seed: int = 0,
+    data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, hidden: int = 200, size: int = 64,
+    patch: int = 16, width: int = TINY[1], depth: int = TINY[0], frames: int = 16, steps: int = 3000,
+    batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8,
+    seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The procedural world, which is drawn first if it is not there.
@@ -213,17 +216,27 @@ def world(
         clip: The folder of a CLIP that learnt the world's captions (`reverie train clip-world`).
         count: Pictures of the world, if it is to be drawn.
         moving: Clips of the world, if it is to be drawn.
+        hidden: Clips in which something passes behind a wall, if it is to be drawn.
+        size: Pixels a side, a multiple of the patch.
+        patch: Pixels a side of a patch.
+        width: Channels, a multiple of 64.
+        depth: Blocks.
+        frames: Frames of a clip; it learns from 8 of them at a time.
         steps: How many batches to learn from.
         batch: Pictures of a step; more take longer and need more memory.
         clips: Clips of a step, beside the pictures.
         lr: The highest learning rate.
+        english: The share of captions in English; the rest are in Chinese.
         seed: Another seed, another world, another start and another order.
     """
-    index = open_world(data, count, moving, seed=seed)
+    if not 8 <= frames <= 64:
+        raise InputError(f"frames is {frames}: a clip of the world has 8 to 64 of them.")
+    index = open_world(data, count, moving, hidden, seed=seed, frames=frames, size=size)
     reader = load_clip(clip)
+    model = shape(reader, size=size, patch=patch, frames=frames, sizes=(depth, width, heads_of(width)))
     config = SoraRun(
-        model=shape(reader), clip=clip, steps=steps, batch=batch, clips=clips, lr=lr,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        model=model, clip=clip, steps=steps, batch=batch, clips=clips, lr=lr, warmup=min(100, max(steps // 10, 1)),
+        languages={"en": english, "zh": 1 - english}, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index, 16), engine=engine)
 
@@ -381,26 +394,39 @@ class Source:
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
         size = self._format(step, "picture")
-        return self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
+        batch = self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
+        return batch | {"known": self._given(keys, batch["latents"], self.config.known_pictures)}
 
     def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
         keys = self._keys(step, self.config.clips)
         u = torch.rand(2, generator=rng.generator(self.config.seed, "window", step))
-        pace = 2 if u[0] < 0.5 else 1
+        least = self.config.clip_frames if self.model.codec is not None else min(8, self.config.clip_frames)
+        pace = 2 if u[0] < 0.5 and (self.frames - 1) // 2 + 1 >= least else 1
         count = min(self.config.clip_frames, (self.frames - 1) // pace + 1)
         span = pace * (count - 1) + 1
         offset = int(u[1] * (self.frames - span + 1))
         window, size = slice(offset, offset + span, pace), self._format(step, "clip")
         batch = self._batch(keys, self._encoded([self._video(i, window, size) for _, i in keys]), "clip")
-        batch["known"] = torch.stack([self._given(key, batch["latents"].shape[2]) for key in keys])
+        batch["known"] = self._given(keys, batch["latents"], self.config.known)
         return batch | {"pace": float(pace)}
 
-    def _given(self, key: tuple[int, int], frames: int) -> Tensor:
-        """Which frames of an item are given, `f`: none, or as data/given.py draws them."""
-        if self._draw("known", *key) >= self.config.known:
-            return torch.zeros(frames, dtype=torch.bool)
-        return draw_given((frames, 1, 1), rng.generator(self.config.seed, "given", *key))[:, 0, 0]
+    def _given(self, keys: list[tuple[int, int]], latents: Tensor, share: float) -> Tensor:
+        """What is given: nothing, or for this share of the items what data/given.py draws; `b f`, or with regions
+        `b f h w` on the grid of patches."""
+        frames, side = self.model.config.backbone.patch
+        f, h, w = latents.shape[2] // frames, latents.shape[3] // side, latents.shape[4] // side
+        masks = [
+            draw_given((f, h, w), rng.generator(self.config.seed, "given", *key))
+            if self._draw("known", *key) < share
+            else torch.zeros(f, h, w, dtype=torch.bool)
+            for key in keys
+        ]
+        mask = torch.stack(masks)
+        whole = mask.flatten(2)
+        if (whole.any(-1) == whole.all(-1)).all():
+            return whole.all(-1).repeat_interleave(frames, 1)
+        return mask
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""

@@ -1,6 +1,7 @@
 """What systems that draw pictures of a class share: classes by number or name, what a caller asks, latents to pictures.
 
-DiT and SiT are two processes around one network (backbones/dit.py).
+DiT and SiT are two processes around one network (backbones/dit.py); MDT is another network (backbones/mdt.py) in DiT's
+process, and is sampled as DiT is.
 """
 
 from __future__ import annotations
@@ -8,27 +9,35 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from reverie import rng
 from reverie.backbones.dit import Dit, DitConfig, Modulations
+from reverie.backbones.mdt import Mdt, MdtConfig
 from reverie.codecs.vae import Vae
 from reverie.errors import InputError
+from reverie.processes.gaussian import Point, to_x0
+from reverie.samplers import diffusion
+from reverie.samplers.configured import BY_LAMBDA, FUNCTIONS
+from reverie.samplers.guidance import Weight, guided
+
+Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]  # of DDPM's process
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 class ClassConditional(nn.Module):
     """A network and, in latent space, a codec; what it learns and how it draws is a system's own.
 
-    `config` has a `backbone: DitConfig` and a `codec: VaeConfig | None`.
+    `config` has a `backbone`, the network's config, and a `codec: VaeConfig | None`.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, backbone: nn.Module):
         super().__init__()
         self.config = config
-        self.backbone = Dit(config.backbone)
+        self.backbone: Any = backbone
         self.codec = None if config.codec is None else Vae(config.codec).requires_grad_(False)
 
     def attach(self, codec: Vae) -> Self:
@@ -49,7 +58,95 @@ class ClassConditional(nn.Module):
         return decoded(self.codec, latents)
 
 
-def branches(network: Dit, classes: Tensor, times: Sequence[float]) -> Callable[[Tensor, float], Tensor]:
+class NoisePredicting(ClassConditional):
+    """A network that says the noise of DDPM's process, and perhaps the variance of a step; what it learns is its own.
+
+    `config` also has the `process: Ddpm`, the `names` of the classes and what sampling takes, as in systems/dit.py.
+    """
+
+    def weigh(self, guidance: float) -> Weight:
+        """The weight of guidance on the way: the same everywhere."""
+        return guidance
+
+    def generate_image(
+        self,
+        classes: Sequence[int | str],
+        *,
+        seed: int | Sequence[int] = 0,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Classes, by number or name -> pictures `b 3 h w` in [-1, 1].
+
+        Item i has the seed `seed + i`, so a batch equals its items drawn alone. What is not given is the
+        configuration's. Raises InputError for classes, sizes and samplers that there are not.
+        """
+        numbers = class_numbers(classes, count=self.config.backbone.classes, names=self.config.names)
+        steps = self.config.steps if steps is None else steps
+        guidance = self.config.guidance if guidance is None else guidance
+        sampler = self.config.sampler if sampler is None else sampler
+        if (
+            sampler == "ddpm"
+            and self.config.variance == "learned_range"
+            and not self.config.backbone.learned_sigma
+        ):
+            raise InputError(
+                "this model learned no variance: choose another sampler than 'ddpm', such as 'ddim'."
+            )
+        seeds = check_asked(len(numbers), seed, steps, guidance, sampler, SAMPLERS)
+        check_decodes(self.codec, self.config.backbone.channels)  # before anything is drawn
+        shape = latent_shape(self.config.backbone, self.codec, size)
+        device = self.backbone.classes.weight.device
+        latents = self.sample(
+            torch.tensor(numbers, device=device),
+            initial(shape, seeds, device),
+            steps=int(steps),
+            guidance=float(guidance),
+            sampler=sampler,
+            generator=[rng.generator(one, "sampling") for one in seeds],
+            progress=progress,
+        )
+        return self.decode(finite(latents, guidance))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        classes: Tensor,
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        sampler: str,
+        generator: diffusion.Generators | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Classes `b` and noise `b c h w` -> latents `b c h w`."""
+        config = self.config
+        points = config.process.points(
+            steps, spacing=config.spacing, offset=config.offset, beyond=sampler in BY_LAMBDA
+        )
+        say = branches(self.backbone, classes, [point.t for point in points[:-1]])
+        learned = sampler == "ddpm" and config.variance == "learned_range"
+        channels = config.backbone.channels
+
+        def predict(x: Tensor, point: Point) -> Tensor:
+            out = say(x, point.t)
+            x0 = to_x0("noise", out[:, :channels], x, point)
+            return torch.cat([x0, out[:, channels:]], dim=1) if learned else x0
+
+        options: dict[str, Any] = {"variance": config.variance} if sampler == "ddpm" else {}
+        if sampler in ("ddpm", "ddim"):
+            options["clip"] = config.clip
+        return FUNCTIONS[sampler](
+            guided(predict, self.weigh(guidance), channels=config.guided_channels or channels),
+            noise, points, generator=generator, progress=progress, **options,
+        )  # fmt: skip
+
+
+def branches(network: Dit | Mdt, classes: Tensor, times: Sequence[float]) -> Callable[[Tensor, float], Tensor]:
     """What the network says of a batch at one of `times`: with its classes, and where it comes twice, without them."""
     both = torch.cat([classes, torch.full_like(classes, network.null)])
     modulations = Modulations(network, times, both)
@@ -80,7 +177,7 @@ def check_decodes(codec: Vae | None, channels: int) -> None:
         )
 
 
-def latent_shape(backbone: DitConfig, codec: Vae | None, size: Any) -> tuple[int, int, int]:
+def latent_shape(backbone: DitConfig | MdtConfig, codec: Vae | None, size: Any) -> tuple[int, int, int]:
     """(c, h, w) of what is drawn for a picture of `size` (height, width); None: the size of the training."""
     if size is None:
         return backbone.channels, backbone.size, backbone.size
@@ -91,6 +188,9 @@ def latent_shape(backbone: DitConfig, codec: Vae | None, size: Any) -> tuple[int
         raise InputError(
             f"size {size!r:.60} cannot be drawn: give (height, width), both multiples of {unit}."
         )
+    if isinstance(backbone, MdtConfig) and set(sides) != {backbone.size * stride}:
+        only = backbone.size * stride
+        raise InputError(f"size {size!r:.60} cannot be drawn: this model has learned places for {only} x {only} alone.")
     return backbone.channels, int(sides[0]) // stride, int(sides[1]) // stride
 
 
@@ -149,7 +249,7 @@ def check_names(names: Sequence[str], count: int) -> None:
         raise InputError(f"{len(names)} names were given for {count} classes: give one for each, or none.")
 
 
-def check_codec(codec: Any, backbone: DitConfig) -> None:
+def check_codec(codec: Any, backbone: DitConfig | MdtConfig) -> None:
     if not isinstance(codec, Vae) or codec.channels != backbone.channels:
         has = f"{codec.channels} channels" if isinstance(codec, Vae) else type(codec).__name__
         raise InputError(f"the codec must be a Vae of {backbone.channels} channels, but has {has}.")

@@ -1,14 +1,15 @@
 """CLIP: "Learning Transferable Visual Models From Natural Language Supervision" (Radford et al. 2021, 2103.00020), and
 SigLIP: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023, 2303.15343), which differs in its loss.
 
-    image --- Vit or ClipResnet --- projection --- unit vector --\\
-                                                                  x temperature (+ bias) -> logits -> loss
-    text  --- Text ---------------- projection --- unit vector --/
+    image --- Vit, ClipResnet, Navit --- projection --- unit vector --\\
+                                                                       x temperature (+ bias) -> logits -> loss
+    text  --- Text --------------------- projection --- unit vector --/
 
 `softmax`: of all texts of the batch which is this picture's, and the other way round. `sigmoid`: of every picture and
 text by itself whether they belong together; `bias` says that most do not.
 
-Images are float `b 3 h w` in [-1, 1]; the mean and std that the public weights expect are applied inside.
+Images are float `b 3 h w` in [-1, 1]; the mean and std that the public weights expect are applied inside. A `Navit`
+(2307.06304) reads each picture at its own aspect, so it also takes a list of `3 h w` of unlike sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -28,7 +29,8 @@ from torch.nn import functional as F
 from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import Pieces
 from reverie.encoders.clip_resnet import ClipResnet, ClipResnetConfig
-from reverie.encoders.images import Images, as_batch, in_parts, open_images
+from reverie.encoders.images import Images, as_batch, as_native, in_parts, open_images, open_native
+from reverie.encoders.navit import Navit, NavitConfig
 from reverie.encoders.text import Text, TextConfig
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
@@ -39,7 +41,7 @@ TEXTS_AT_ONCE = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    image: VitConfig | ClipResnetConfig = VitConfig()
+    image: VitConfig | ClipResnetConfig | NavitConfig = VitConfig()
     text: TextConfig = TextConfig()
     width: int = 512  # of the shared space
     image_projection: bool = True  # False: what the image tower pools lies in the shared space already
@@ -48,7 +50,7 @@ class ClipConfig:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of colours in [0, 1]
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     fit: Literal["crop", "crop_even", "squash"] = (
-        "crop"  # how a picture becomes a square: `media.decode_array`
+        "crop"  # how a picture becomes a square: `media.decode_array`; a Navit needs none
     )
     resample: Literal["bicubic", "bilinear"] = "bicubic"
 
@@ -68,7 +70,7 @@ class Clip(nn.Module):
             sought = config.text.pool != "last"
             tokenizer.fits(vocab=config.text.vocab, end=config.text.end if sought else None)
         self.tokenizer = tokenizer
-        self.image = Vit(config.image) if isinstance(config.image, VitConfig) else ClipResnet(config.image)
+        self.image = _tower(config.image)
         self.text = Text(config.text)
         self.image_projection: nn.Module = nn.Identity()
         if config.image_projection:
@@ -84,14 +86,21 @@ class Clip(nn.Module):
 
     # Embeddings ----------------------------------------------------------------------------------------------------
 
-    def embed_image(self, images: Images, *, keep: Tensor | None = None) -> Tensor:
+    def embed_image(self, images: Images, *, keep: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Float `b 3 h w` in [-1, 1] of any size, or paths, or pictures -> unit vectors `b d`.
 
-        With `keep`, int64 `b k`, from these patches of each picture alone, for pictures as a tensor (vit.Vit).
+        With `keep`, int64 `b k`, from these patches of each picture alone, for pictures as a tensor (vit.Vit). A tower
+        of native sizes takes a list of `3 h w` too, and `keep` a `k` of its own for each (navit.Navit).
         """
-        if not isinstance(images, Tensor):
-            assert keep is None, "patches are kept of pictures in a tensor"
+        if not isinstance(images, Tensor) and not _tensors(images, self.image):
+            assert keep is None, "patches are kept of pictures in tensors"
             return in_parts(images, lambda part: self.embed_image(self.prepare(part)))
+        if isinstance(self.image, Navit):
+            pictures = self._pictures(images, checked=not self.training)
+            kept = None if keep is None else list(keep)
+            return F.normalize(self.image_projection(self.image.embed(pictures, kept)), dim=-1)
+        assert isinstance(images, Tensor)
+        assert not isinstance(keep, Sequence)
         x = self._pixels(images, checked=not self.training)
         if keep is None:
             vectors = self.image.embed(x)
@@ -103,16 +112,27 @@ class Clip(nn.Module):
     def layers(self, images: Tensor) -> list[Tensor]:
         """Float `b 3 h w`, about in [-1, 1] -> what the layers of the image tower see, `b n d` each (vit.Vit.layers).
 
-        InputError: the image tower is a ResNet.
+        InputError: the image tower is no ViT.
         """
         if not isinstance(self.image, Vit):
-            raise InputError("the image tower of this CLIP is a ResNet: layers are those of a ViT.")
+            name = type(self.image).__name__
+            raise InputError(f"the image tower of this CLIP is a {name}: layers are those of a ViT.")
         return self.image.layers(self._pixels(images, checked=False))
 
     def _pixels(self, images: Tensor, *, checked: bool) -> Tensor:
         """What the image tower reads: the size and the colours that it knows."""
         size = self.config.image.size
         images = as_batch(images, size=size, like=self.log_scale, fit=self.config.fit, checked=checked)
+        return self._coloured(images)
+
+    def _pictures(self, images: Any, *, checked: bool) -> list[Tensor]:
+        """The same for a tower of native sizes: each picture in whole patches, at its own aspect."""
+        image = self.config.image
+        assert isinstance(image, NavitConfig)
+        found = as_native(images, patch=image.patch, area=image.area, like=self.log_scale, checked=checked)
+        return [self._coloured(picture) for picture in found]
+
+    def _coloured(self, images: Tensor) -> Tensor:
         colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
         return ((images + 1) / 2 - colour[0]) / colour[1]
 
@@ -134,9 +154,16 @@ class Clip(nn.Module):
         self.text.check(texts)
         return self.text.trim(texts.to(self.log_scale.device))
 
-    def prepare(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
-        """Pictures or their paths -> `b 3 size size` in [-1, 1], fitted as the weights were trained to see them."""
-        size, fit, resample = self.config.image.size, self.config.fit, self.config.resample
+    def prepare(self, images: Sequence[str | Path | Image.Image]) -> Tensor | list[Tensor]:
+        """Pictures or their paths -> `b 3 size size` in [-1, 1], fitted as the weights were trained to see them.
+
+        For a tower of native sizes a list of `3 h w`.
+        """
+        image = self.config.image
+        if isinstance(image, NavitConfig):
+            native = open_native(images, patch=image.patch, area=image.area, resample=self.config.resample)
+            return [picture.to(self.log_scale.device) for picture in native]
+        size, fit, resample = image.size, self.config.fit, self.config.resample
         return open_images(images, size=size, fit=fit, resample=resample).to(self.log_scale.device)
 
     # Comparing -----------------------------------------------------------------------------------------------------
@@ -169,14 +196,15 @@ class Clip(nn.Module):
 
     # Training ------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`image b 3 h w`, `tokens b n`, and optionally `label b`: items with equal labels are right for each other."""
         return self.compare(*self.embed(batch), label=batch.get("label"))
 
-    def embed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`image` and `tokens` of a batch -> unit vectors `b d` of both. An item's do not depend on the others.
 
-        With `keep b k`, the pictures are seen by these patches alone (FLIP, 2212.00794).
+        With `keep b k`, the pictures are seen by these patches alone (FLIP, 2212.00794); `image` and `keep` are lists
+        for a tower of native sizes.
         """
         return self.embed_image(batch["image"], keep=batch.get("keep")), self.embed_text(batch["tokens"])
 
@@ -190,6 +218,18 @@ class Clip(nn.Module):
             loss = sigmoid_loss(image, text, self.scale(), self.bias, label=label, peers=peers)
         share = accuracy(image, text, label=label, peers=peers)
         return {"loss": loss, "accuracy": share, "scale": self.scale().detach().squeeze()}
+
+
+def _tower(config: VitConfig | ClipResnetConfig | NavitConfig) -> Vit | ClipResnet | Navit:
+    if isinstance(config, NavitConfig):
+        return Navit(config)
+    return Vit(config) if isinstance(config, VitConfig) else ClipResnet(config)
+
+
+def _tensors(images: Any, tower: nn.Module) -> bool:
+    """Whether these are tensors of unlike sizes for a tower that reads them."""
+    listed = isinstance(tower, Navit) and isinstance(images, list | tuple) and len(images) > 0
+    return listed and all(isinstance(image, Tensor) for image in images)
 
 
 def _strings(what: str, strings: Sequence[str]) -> list[str]:

@@ -12,36 +12,19 @@ labels are left out in training, so that sampling can be guided away from the nu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from reverie import rng
-from reverie.backbones.dit import DitConfig
+from reverie.backbones.dit import Dit, DitConfig
 from reverie.codecs.vae import VaeConfig
 from reverie.errors import InputError
 from reverie.objectives.denoising import variance_bound
 from reverie.processes.gaussian import Ddpm, Point, corrupt, to_x0
-from reverie.samplers import diffusion
-from reverie.samplers.configured import BY_LAMBDA, FUNCTIONS
-from reverie.samplers.guidance import guided
-from reverie.systems.class_conditional import (
-    ClassConditional,
-    branches,
-    check_asked,
-    check_decodes,
-    check_names,
-    class_numbers,
-    finite,
-    initial,
-    latent_shape,
-)
-
-Sampler = Literal["ddpm", "ddim", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
+from reverie.systems.class_conditional import SAMPLERS as SAMPLERS
+from reverie.systems.class_conditional import NoisePredicting, Sampler, check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +51,13 @@ class DiffusionTransformerConfig:
             )
 
 
-class DiffusionTransformer(ClassConditional):
+class DiffusionTransformer(NoisePredicting):
     """The network and, in latent space, the codec."""
 
     config: DiffusionTransformerConfig
 
     def __init__(self, config: DiffusionTransformerConfig):
-        super().__init__(config)
-
-    # Training ------------------------------------------------------------------------------------------------------
+        super().__init__(config, Dit(config.backbone))
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The noise's mean squared error, and with a learned variance the bound in bits, which moves that alone.
@@ -98,82 +79,3 @@ class DiffusionTransformer(ClassConditional):
         predicted = to_x0("noise", said.detach().float(), x_t.float(), point)
         bound = variance_bound(x0.float(), x_t.float(), predicted, v.float(), t, self.config.process).mean()
         return {"loss": mse + bound, "mse": mse, "bound": bound}
-
-    # Sampling ------------------------------------------------------------------------------------------------------
-
-    def generate_image(
-        self,
-        classes: Sequence[int | str],
-        *,
-        seed: int | Sequence[int] = 0,
-        size: tuple[int, int] | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """Classes, by number or name -> pictures `b 3 h w` in [-1, 1].
-
-        Item i has the seed `seed + i`, so a batch equals its items drawn alone. What is not given is the
-        configuration's. Raises InputError for classes, sizes and samplers that there are not.
-        """
-        numbers = class_numbers(classes, count=self.config.backbone.classes, names=self.config.names)
-        steps = self.config.steps if steps is None else steps
-        guidance = self.config.guidance if guidance is None else guidance
-        sampler = self.config.sampler if sampler is None else sampler
-        if (
-            sampler == "ddpm"
-            and self.config.variance == "learned_range"
-            and not self.config.backbone.learned_sigma
-        ):
-            raise InputError(
-                "this model learned no variance: choose another sampler than 'ddpm', such as 'ddim'."
-            )
-        seeds = check_asked(len(numbers), seed, steps, guidance, sampler, SAMPLERS)
-        check_decodes(self.codec, self.config.backbone.channels)  # before anything is drawn
-        shape = latent_shape(self.config.backbone, self.codec, size)
-        device = self.backbone.classes.weight.device
-        latents = self.sample(
-            torch.tensor(numbers, device=device),
-            initial(shape, seeds, device),
-            steps=int(steps),
-            guidance=float(guidance),
-            sampler=sampler,
-            generator=[rng.generator(one, "sampling") for one in seeds],
-            progress=progress,
-        )
-        return self.decode(finite(latents, guidance))
-
-    @torch.no_grad()
-    def sample(
-        self,
-        classes: Tensor,
-        noise: Tensor,
-        *,
-        steps: int,
-        guidance: float,
-        sampler: str,
-        generator: diffusion.Generators | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """Classes `b` and noise `b c h w` -> latents `b c h w`."""
-        config = self.config
-        points = config.process.points(
-            steps, spacing=config.spacing, offset=config.offset, beyond=sampler in BY_LAMBDA
-        )
-        say = branches(self.backbone, classes, [point.t for point in points[:-1]])
-        learned = sampler == "ddpm" and config.variance == "learned_range"
-        channels = config.backbone.channels
-
-        def predict(x: Tensor, point: Point) -> Tensor:
-            out = say(x, point.t)
-            x0 = to_x0("noise", out[:, :channels], x, point)
-            return torch.cat([x0, out[:, channels:]], dim=1) if learned else x0
-
-        options: dict[str, Any] = {"variance": config.variance} if sampler == "ddpm" else {}
-        if sampler in ("ddpm", "ddim"):
-            options["clip"] = config.clip
-        return FUNCTIONS[sampler](
-            guided(predict, guidance, channels=config.guided_channels or channels),
-            noise, points, generator=generator, progress=progress, **options,
-        )  # fmt: skip

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from reverie import rng
-from reverie.backbones.dit import DitConfig
+from reverie.backbones.dit import Dit, DitConfig
 from reverie.codecs.vae import VaeConfig
 from reverie.errors import InputError
 from reverie.objectives.denoising import velocity_loss
@@ -81,7 +81,7 @@ class Sit(ClassConditional):
     config: SitConfig
 
     def __init__(self, config: SitConfig):
-        super().__init__(config)
+        super().__init__(config, Dit(config.backbone))
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The velocity's mean squared error.

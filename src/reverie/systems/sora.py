@@ -32,6 +32,7 @@ from reverie.codecs.pieces import Pieces
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.encoders.text import Text, TextConfig
 from reverie.errors import InputError
+from reverie.nn.cache import Cache, check_threshold
 from reverie.objectives.denoising import velocity_loss
 from reverie.pictures import to_signal
 from reverie.processes import gaussian
@@ -110,6 +111,11 @@ class Sora(nn.Module):
         """Latents -> video in [-1, 1]."""
         return (latents if self.codec is None else self.codec.decode(latents)).clamp(-1, 1)
 
+    @property
+    def unit(self) -> int:
+        """Pixels a side that a patch stands for: sides are multiples of it."""
+        return self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
+
     def size_of(self, frames: int) -> tuple[int, int]:
         """Height and width that it was trained at: of a picture, or of a clip."""
         return self.config.size if frames == 1 else self.config.clip_size or self.config.size
@@ -122,29 +128,45 @@ class Sora(nn.Module):
 
     # Training ------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The velocity's mean squared error on the frames that are not given.
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The velocity's mean squared error where nothing is given.
 
         `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
-        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` as the
-        backbone takes it.
+        `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame) or `b f h w` on the grid of
+        patches; `pace` as the backbone takes it. Packed: `latents`, `noise` and `known` are lists with one for each
+        item, of any shapes; every place of the pack counts as much.
         """
         latents, noise, known = batch["latents"], batch["noise"], batch["known"]
-        t = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
-        t = rearrange(t, "b -> b 1") * ~known
-        wide = rearrange(t, "b f -> b 1 f 1 1")
-        x_t = gaussian.corrupt(latents, noise, Flow().at(wide))
+        times = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
+        packed = isinstance(latents, list)
+        if packed:
+            parts = zip(
+                *([one[None] for one in each] for each in (latents, noise, known, times)), strict=True
+            )
+        else:
+            parts = zip((latents,), (noise,), (known,), (times,), strict=True)
+        entered, targets, weights = [], [], []
+        for clean, noise, known, time in parts:
+            t = rearrange(time, f"b -> b{' 1' * (known.ndim - 1)}") * ~known
+            wide = self._within(t)
+            x_t = gaussian.corrupt(clean, noise, Flow().at(wide))
+            entered.append((x_t, t, wide))
+            by_x0 = self.config.prediction == "x0"
+            targets.append(self._velocity(clean, x_t, wide) if by_x0 else gaussian.velocity(clean, noise))
+            weights.append(self._within(~known).float())
         text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
-        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0))
-        predicted = self._velocity(out, x_t, wide)
-        target = (
-            self._velocity(latents, x_t, wide)
-            if self.config.prediction == "x0"
-            else gaussian.velocity(latents, noise)
-        )
-        return {
-            "loss": velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())
-        }
+        pace = batch.get("pace", 1.0)
+        if packed:
+            x, ts = ([part[i][0] for part in entered] for i in range(2))
+            outs = [out[None] for out in self.backbone(x, ts, *text, pace=pace)]
+        else:
+            outs = [self.backbone(*entered[0][:2], *text, pace=pace)]
+        predicted = [self._velocity(out, x, wide) for out, (x, _, wide) in zip(outs, entered, strict=True)]
+        if not packed:
+            return {"loss": velocity_loss(predicted[0], targets[0], weight=weights[0])}
+        weights = [weight.expand_as(target) for weight, target in zip(weights, targets, strict=True)]
+        flat = [torch.cat([part.flatten() for part in parts]) for parts in (predicted, targets, weights)]
+        return {"loss": velocity_loss(flat[0], flat[1], weight=flat[2])}
 
     def draw_times(self, normal: Tensor) -> Tensor:
         """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""
@@ -219,6 +241,7 @@ class Sora(nn.Module):
         negative: str | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         rescale: float = 0.0,
+        cache: float = 0.0,
         together: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
@@ -234,13 +257,15 @@ class Sora(nn.Module):
         `together` draws the items in one batch, which is quicker and rounds otherwise; on a CPU they are drawn one by
         one unless it is True, so that a seed gives the same bytes whatever the batch. Guidance leads away from no text,
         or from the text `negative`, at times within `interval`; a share `rescale` of the contrast that it adds is taken
-        back (samplers/guidance.py). Raises InputError for sizes that are no multiple of the patch, unknown samplers,
-        and an empty list of prompts.
+        back (samplers/guidance.py). With `cache` above 0 the deep blocks are computed only after features have changed
+        so much in all, such as 0.15 (nn/cache.py). Raises InputError for sizes that are no multiple of the patch,
+        unknown samplers, and an empty list of prompts.
         """
         frames, size, seeds, known_mask = self._check(
             prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace
         )
         self._check_guided(negative, interval, rescale)
+        check_threshold(cache)
         points = Flow(shift=self.config.shift).points(
             self.config.steps if steps is None else int(steps), start=start
         )
@@ -259,7 +284,7 @@ class Sora(nn.Module):
             self._draw(
                 prompts[some], frames, size, seeds[some], known if known is None else known[some], known_mask[some],
                 points=points, pace=pace, negative=negative, sampler=SAMPLERS[sampler], progress=told(number),
-                guidance=weight, interval=(low, high), rescale=float(rescale),
+                guidance=weight, interval=(low, high), rescale=float(rescale), cache=float(cache),
             )
             for number, some in enumerate(batches)
         ]  # fmt: skip
@@ -281,6 +306,7 @@ class Sora(nn.Module):
         guidance: float,
         interval: tuple[float, float],
         rescale: float,
+        cache: float,
         progress: Callable[[int, int], None] | None,
     ) -> Tensor:
         """One batch of `generate`."""
@@ -309,16 +335,20 @@ class Sora(nn.Module):
         else:
             both = self.read(torch.cat(list(map(self._tokens, (prompts, [negative] * len(prompts))))))
 
+        kept = Cache(cache) if cache else None
+
         def predict(x: Tensor, point: Point) -> Tensor:
             """x0 of `x`: the prompts with their text, and where they come twice, the second time without.
 
             A patch of which only a part is known is corrupted as all others are, its known part with the rest.
             """
             copies = len(x) // len(prompts)
-            given2, wide2, clean2, whole2 = (torch.cat([part] * copies) for part in (given, wide, clean, whole))
+            given2, wide2, clean2, whole2 = (
+                torch.cat([part] * copies) for part in (given, wide, clean, whole)
+            )
             x = torch.where(clean2, given2, x)
             t = point.t * (~whole2).float()
-            out = self.backbone(x, t, *(part[: len(x)] for part in both), pace=pace)
+            out = self.backbone(x, t, *(part[: len(x)] for part in both), pace=pace, cache=kept)
             velocity = self._velocity(out, x, point.t * (~clean2).float())
             return torch.where(wide2, given2, x - point.t * velocity)
 
@@ -380,7 +410,7 @@ class Sora(nn.Module):
     def _check(self, prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace):
         frames = self._check_asked(prompts, frames)
         size = _sides(self.size_of(frames) if size is None else size)
-        stride = self.config.backbone.patch[1] * (1 if self.codec is None else self.codec.config.stride[1])
+        stride = self.unit
         if len(size) != 2 or any(side < stride or side % stride for side in size):
             raise InputError(f"size {size} cannot be drawn: height and width must be multiples of {stride}.")
         if sampler not in tuple(SAMPLERS):

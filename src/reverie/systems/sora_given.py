@@ -40,26 +40,27 @@ def extend(
         raise InputError(
             f"{forward} frames forward and {backward} backward extend nothing: give a number above 0 for one of them."
         )
-    frames = clip.shape[2]
-    progress = options.pop("progress", None)
-    ways = [(count, back) for count, back in ((forward, False), (backward, True)) if count]
-    for number, (count, back) in enumerate(ways):
-        blank = _blank(clip, count)
-        known = torch.zeros(len(prompts), clip.shape[2] + count, dtype=torch.bool)
-        known[:, count:] = back
-        known[:, : clip.shape[2]] |= not back
-        clip = _fill(
-            sora, prompts, torch.cat([blank, clip] if back else [clip, blank], 2), known, backward=back,
-            told=_share(progress, number, len(ways)), **options,
-        )  # fmt: skip
-    assert clip.shape[2] == frames + forward + backward
+    frames, progress = clip.shape[2], options.pop("progress", None)
+    size, overlap = _window(sora, options.get("window"), options.get("overlap"))
+    after = windows([False] * frames + [True] * forward, size, overlap)
+    before = windows([True] * backward + [False] * (frames + forward), size, overlap, backward=True)
+    total = len(after) + len(before)
+    if forward:
+        known = torch.arange(frames + forward).repeat(len(prompts), 1) < frames
+        told = _share(progress, 0, total, of=len(after))
+        clip = _fill(sora, prompts, torch.cat([clip, _blank(clip, forward)], 2), known, told=told, **options)
+    if backward:
+        known = torch.arange(backward + frames + forward).repeat(len(prompts), 1) >= backward
+        told = _share(progress, len(after), total, of=len(before))
+        whole = torch.cat([_blank(clip, backward), clip], 2)
+        clip = _fill(sora, prompts, whole, known, backward=True, told=told, **options)
     return clip
 
 
 def loop(
     sora: Sora, clip: Tensor, prompts: Sequence[str], *, between: int | None = None, **options: Any
 ) -> Tensor:
-    """The clip, and after it `between` frames that lead from its end to its beginning: played on and on, it has no seam.
+    """The clip, and after it `between` frames that lead from its end to its beginning, so that it can go round.
 
     As many as leave `overlap` frames of either end in one window if `between` is not given.
     """
@@ -83,14 +84,13 @@ def connect(
 ) -> Tensor:
     """The first clip, `between` frames that lead over, and the second clip.
 
-    What lies between begins from noise, or with `start` < 1 from a cross-fade of the last and the first frame, corrupted
-    to that time.
+    What lies between begins from noise, or with `start` < 1 from a cross-fade of the last frame and the first one,
+    corrupted to that time.
     """
     first, second = _clip(first, prompts), _clip(second, prompts)
     if first.shape[3:] != second.shape[3:]:
-        raise InputError(
-            f"clips of {tuple(first.shape[3:])} and {tuple(second.shape[3:])} pixels cannot be connected: give one size."
-        )
+        sizes = f"{tuple(first.shape[3:])} and {tuple(second.shape[3:])}"
+        raise InputError(f"clips of {sizes} pixels cannot be connected: give both at one size.")
     drawn = _between(sora, first, second, prompts, between, start, options)
     return torch.cat([first, drawn, second], dim=2)
 
@@ -129,7 +129,9 @@ def inpaint(
             f"region is {what}: give a bool tensor of {f} frames, of {h} x {w} pixels or of both, True where to draw."
         )
     if not region.any():
-        raise InputError("region is False everywhere, so there is nothing to draw: mark what is to be drawn anew.")
+        raise InputError(
+            "region is False everywhere, so there is nothing to draw: mark what is to be drawn anew."
+        )
     region = region.expand(b, f, h, w) if region.ndim > 1 else region.expand(b, f)
     return _fill(
         sora, prompts, clip, ~region.cpu(), start=strength, told=options.pop("progress", None), **options
@@ -228,7 +230,7 @@ def _fill(
         part = slice(begin, end)
         video[:, :, part] = sora.generate(
             prompts, frames=end - begin, known=video[:, :, part], known_mask=known[:, part], start=start,
-            seed=_of_window(seeds, number), size=tuple(video.shape[3:]),
+            seed=_of_window(seeds, number), size=(video.shape[3], video.shape[4]),
             progress=_share(told, number, len(plan)), **options,
         ).to(video)  # fmt: skip
         known[:, part] = True
@@ -271,7 +273,9 @@ def _window(sora: Sora, window: int | None, overlap: int | None) -> tuple[int, i
         raise InputError(f"a window of {size} frames cannot be drawn: give {_multiple(sora, max(size, 2))}.")
     shared = max(size // 4, 1) if overlap is None else _count(overlap, "overlap")
     if not 1 <= shared < size:
-        raise InputError(f"windows of {size} frames cannot share {shared}: give an overlap from 1 to {size - 1}.")
+        raise InputError(
+            f"windows of {size} frames cannot share {shared}: give an overlap from 1 to {size - 1}."
+        )
     return size, shared
 
 
@@ -287,12 +291,16 @@ def _clip(clip: Tensor, prompts: Sequence[str]) -> Tensor:
     if not count:
         raise InputError(f"prompts must be a list of one string or more, but is {prompts!r:.60}.")
     if not isinstance(clip, Tensor) or clip.ndim not in (4, 5) or not clip.is_floating_point():
-        what = f"{clip.dtype} of shape {tuple(clip.shape)}" if isinstance(clip, Tensor) else type(clip).__name__
+        what = (
+            f"{clip.dtype} of shape {tuple(clip.shape)}" if isinstance(clip, Tensor) else type(clip).__name__
+        )
         raise InputError(f"a clip must be float `b 3 f h w` or `3 f h w` in [-1, 1], but is {what}.")
     clip = clip if clip.ndim == 5 else repeat(clip, "c f h w -> b c f h w", b=count)
     clip = repeat(clip, "1 c f h w -> b c f h w", b=count) if len(clip) == 1 else clip
     if len(clip) != count or clip.shape[1] != 3 or not clip.shape[2]:
-        raise InputError(f"a clip of shape {tuple(clip.shape)} does not fit {count} prompts: give `b 3 f h w`.")
+        raise InputError(
+            f"a clip of shape {tuple(clip.shape)} does not fit {count} prompts: give `b 3 f h w`."
+        )
     return clip
 
 
@@ -310,11 +318,11 @@ def _of_window(seeds: Sequence[int], number: int) -> list[int]:
     return [rng.integer(seed, "window", number) if number else seed for seed in seeds]
 
 
-def _share(progress: Progress | None, number: int, total: int) -> Progress | None:
-    """The progress of part `number` as that of all of them."""
+def _share(progress: Progress | None, number: int, total: int, *, of: int = 1) -> Progress | None:
+    """The progress of `of` parts, from `number` on, as that of all of them."""
     if progress is None:
         return None
-    return lambda done, of: progress(number * of + done, total * of)
+    return lambda done, steps: progress(number * steps // of + done, total * steps // of)
 
 
 def _count(value: Any, name: str) -> int:

@@ -196,7 +196,7 @@ def _convert(rule: Rule, named: Mapping[str, Tensor], filled: bool) -> list[Tens
     count, names, tensors = len(rule.targets), list(named), list(named.values())
     if rule.value is not None:
         known, found = rule.value(), tensors[0].float()
-        if known.shape != found.shape or (filled and not torch.allclose(known, found, atol=1e-3)):
+        if known.shape != found.shape or (filled and not torch.allclose(known.float(), found, atol=1e-3)):
             raise ModelFileError(
                 f"{names[0]} does not hold what Reverie computes in its place, so numbers would differ: refused."
             )

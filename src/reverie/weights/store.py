@@ -41,6 +41,7 @@ from reverie.weights import (
     diffusers,
     dit_original,
     files,
+    mdt_original,
     remap,
     shards,
     vae_diffusers,
@@ -62,6 +63,7 @@ ORIGINALS: tuple[tuple[Callable[..., bool], Callable[..., Foreign]], ...] = (
     (clip_open_clip.is_theirs, clip_open_clip.read_alone),
     (video_vae_wan.is_original, video_vae_wan.read_alone),
     (vae_diffusers.is_theirs, vae_diffusers.read_alone),
+    (mdt_original.is_theirs, mdt_original.read_alone),  # before DiT, whose names are among MDT's
     (dit_original.is_theirs, dit_original.read_alone),
 )
 

@@ -1,0 +1,39 @@
+"""How a task on pictures and clips of one's own is asked for: the flags that its commands share. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What is None is the model's own.
+
+    Args:
+        model: A shipped name, or a folder that a run of Sora wrote.
+        out: The folder that the file goes to.
+        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
+        every: Take one of so many frames of a clip.
+        seed: The same seed draws the same.
+        steps: Sampling steps; the model's own number if not given.
+        guidance: How strictly to follow the words; the model's own if not given.
+        sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
+        negative: What not to draw: guidance leads away from these words.
+        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+
+    model: str = "sora-stickers"
+    out: Path = Path("samples")
+    size: tuple[int, int] | None = None
+    every: int = 1
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    negative: str | None = None
+    fps: float | None = None
+    format: str | None = None
+    device: str | None = None
