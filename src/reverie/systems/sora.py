@@ -148,12 +148,12 @@ class Sora(nn.Module):
         entered, targets, weights = [], [], []
         for clean, noise, known, time in parts:
             t = rearrange(time, f"b -> b{' 1' * (known.ndim - 1)}") * ~known
-            wide = self._within(t)
+            wide = self.within(t)
             x_t = gaussian.corrupt(clean, noise, Flow().at(wide))
             entered.append((x_t, t, wide))
             by_x0 = self.config.prediction == "x0"
             targets.append(self._velocity(clean, x_t, wide) if by_x0 else gaussian.velocity(clean, noise))
-            weights.append(self._within(~known).float())
+            weights.append(self.within(~known).float())
         text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
         pace = batch.get("pace", 1.0)
         if packed:
@@ -326,7 +326,7 @@ class Sora(nn.Module):
         if self.codec is not None:
             mask = self.codec.latent_mask(mask)
         whole = self._whole(mask)  # the patches that enter clean
-        wide, clean = _wide(mask), self._within(whole)
+        wide, clean = _wide(mask), self.within(whole)
         if negative is None:
             text = self.read(prompts)
             everywhere = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -377,8 +377,8 @@ class Sora(nn.Module):
         blocks = rearrange(mask, "b (f p) (h q) (w r) -> b f h w (p q r)", p=frames, q=side, r=side)
         return blocks.all(-1)
 
-    def _within(self, whole: Tensor) -> Tensor:
-        """What `_whole` gives -> `b 1 f h w` of the latents, or what broadcasts to it."""
+    def within(self, whole: Tensor) -> Tensor:
+        """Frames `b f` or patches on their grid `b f h w` -> `b 1 f h w` of the latents, or what broadcasts to it."""
         if whole.ndim == 2:
             return _wide(whole)
         frames, side = self.config.backbone.patch
