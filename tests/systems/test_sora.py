@@ -542,3 +542,25 @@ def test_without_a_tokenizer_it_asks_for_tokens(config, tokenizer):
     with pytest.raises(InputError, match="no tokenizer"):
         model.generate_image(["cat"])
     assert model.generate_image(tokenizer.encode(["cat"]), steps=1).shape == (1, 3, 8, 8)
+
+
+def test_a_cache_spares_blocks_and_at_0_changes_nothing(sora):
+    """The last block works in every step without a cache; with a threshold that nothing reaches, in the first alone."""
+    times: list[int] = []
+    handle = sora.backbone.blocks[-1].register_forward_hook(lambda *_: times.append(1))
+
+    def draw(cache: float) -> tuple[torch.Tensor, int]:
+        times.clear()
+        return sora.generate_image(["red square"], seed=3, steps=6, cache=cache), len(times)
+
+    plain, often = draw(0)
+    assert often == 6
+    same, often = draw(1e-9)
+    assert often == 6
+    assert torch.equal(plain, same)
+    other, often = draw(1e9)
+    assert often == 1
+    assert not torch.equal(plain, other)
+    with pytest.raises(InputError, match="no threshold"):
+        draw(-1)
+    handle.remove()

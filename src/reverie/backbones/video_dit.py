@@ -180,7 +180,7 @@ class VideoDit(nn.Module):
     ) -> Any:
         """`pace` is the time between frames, in frames at the usual rate: one, or one for each item.
 
-        Rotary time knows differences alone. With `cache`, deep features may be those of a step before.
+        Rotary time knows differences alone. With `cache`, deep features of the step before may serve.
         """
         if isinstance(x, Tensor) and isinstance(t, Tensor) and isinstance(pace, int | float):
             return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask, cache)[
@@ -242,11 +242,8 @@ class VideoDit(nn.Module):
             words = Words.of(context, context_mask)
         else:  # to know how many there are would keep the GPU waiting
             words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
-        blocks = [
-            partial(block, vector=vector, context=words, rows=rows, runs=runs, rotary=turns)
-            for block in self.blocks
-        ]
-        tokens = through(tokens, blocks, cache)
+        asked = {"vector": vector, "context": words, "rows": rows, "runs": runs, "rotary": turns}
+        tokens = through(tokens, [partial(block, **asked) for block in self.blocks], cache)
         shift, scale = spread(self.modulation(vector), rows, 2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
 
