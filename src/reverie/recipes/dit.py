@@ -256,13 +256,13 @@ def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
 
 
 def judged(
-    model: Model, names: tuple[str, ...], *, count: int, seed: int = 0
+    model: Model, names: tuple[str, ...], *, count: int, seed: int = 0, steps: int = QUICK
 ) -> dict[str, float]:
     """Shares of `count` drawn pictures, class after class, with one thing, its colour, its shape, and all of that."""
     asked = [i % len(names) for i in range(count)]
     parts = [asked[at : at + 16] for at in range(0, count, 16)]
     images = torch.cat(
-        [model.generate_image(part, seed=seed + 16 * i, steps=QUICK) for i, part in enumerate(parts)]
+        [model.generate_image(part, seed=seed + 16 * i, steps=steps) for i, part in enumerate(parts)]
     )
     words = [names[i].split() for i in asked]
     said = [Description(mentions=(Mention(colour=colour, shape=thing),)) for colour, thing in words]
