@@ -4,8 +4,8 @@
 
 A small MDT of version 2 (24 pixels in patches of 4, 96 x 6, two blocks of them the decoder) learns single things of
 the procedural world, 8 classes: four colours of two shapes. `plain` takes every step on whole pictures alone;
-`masked` takes as well a masked pass that leaves out 30 to 50 % of the patches, so it gets half as many steps, which take
-about as long. Everything else, the batches of a seed included, is the same.
+`masked` takes as well a masked pass that leaves out 30 to 50 % of the patches, so it gets half as many steps, which
+take about as long. Everything else, the batches of a seed included, is the same.
 
 Measured on the way, of the averaged weights: the loss of whole passes on validation pictures (`val_loss`, every 70
 steps), and the shares of 64 drawn pictures that the world's exact judge reads as asked (every 350). The time is steps x
@@ -45,7 +45,8 @@ from reverie.train.schedule import constant
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 PICTURES, SIZE, PATCH, SIZES, DECODER = 8000, 24, 4, (6, 96, 3), 2
-EVERY, JUDGED_EVERY, JUDGED, DRAWN_BY = 70, 350, 64, 20  # steps; pictures for the judge, and steps of their sampling
+EVERY, JUDGED_EVERY = 70, 350  # steps
+JUDGED, DRAWN_BY = 64, 20  # pictures for the judge, and steps of their sampling
 TIMES = (200.0, 400.0, 600.0, 800.0)  # of the validation loss
 ARMS = {"plain": None, "masked": (0.3, 0.5)}
 DONE = "done.json"
@@ -55,7 +56,9 @@ INKS = {"plain": "#4269d0", "masked": "#e8590c"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1400, help="of plain training; masked takes half of them")
+    parser.add_argument(
+        "--steps", type=int, default=1400, help="of plain training; masked takes half of them"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--quick", action="store_true", help="one seed, 140 steps")
@@ -77,7 +80,9 @@ def main() -> None:
         if not seconds:
             pair = [configs[arm, asked.seeds[0]] for arm in ARMS]
             seconds = dict(zip(ARMS, step_seconds(pair, index, asked.out / "seconds.json"), strict=True))
-        done = {key: one for key, one in configs.items() if (asked.out / "-".join(map(str, key)) / DONE).exists()}
+        done = {
+            key: one for key, one in configs.items() if (asked.out / "-".join(map(str, key)) / DONE).exists()
+        }
         report(done, seconds, asked.out)
 
 
@@ -122,10 +127,14 @@ def learn(config: dit.DitRun, index: Index, out: Path) -> None:
         return source.batch(keys) | source.masked(keys, step)
 
     run = Run(out, dataclasses.replace(config, data=digest(source.index, source.good)))
-    for step in train([player], batches, run=run, steps=config.steps, seed=config.seed, save_every=EVERY, keep=2):
+    for step in train(
+        [player], batches, run=run, steps=config.steps, seed=config.seed, save_every=EVERY, keep=2
+    ):
         if step.every(EVERY):
             with averaged(player) as whole:
-                some = [whole.loss(fixed | {"t": torch.full_like(fixed["uniform"], t)})["loss"] for t in TIMES]
+                some = [
+                    whole.loss(fixed | {"t": torch.full_like(fixed["uniform"], t)})["loss"] for t in TIMES
+                ]
                 found = {"val_loss": float(sum(some) / len(some))}
                 if step.every(JUDGED_EVERY):
                     found |= dit.judged(whole, names, count=JUDGED, steps=DRAWN_BY)
@@ -178,10 +187,11 @@ def report(configs: dict[tuple[str, int], dit.DitRun], seconds: dict[str, float]
         return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
     whole, half = (max(curves["val_loss"][arm]) for arm in ("plain", "masked"))
+    times = half * seconds["plain"], half * seconds["masked"], whole * seconds["plain"]
     lines = [
         f"| | plain, {half} steps | masked, {half} steps | plain, {whole} steps |",
         "|---|---:|---:|---:|",
-        f"| seconds | {half * seconds['plain']:.0f} | {half * seconds['masked']:.0f} | {whole * seconds['plain']:.0f} |",
+        f"| seconds | {' | '.join(f'{took:.0f}' for took in times)} |",
     ]
     for name in curves:
         cells = [said(name, arm, step) for arm, step in (("plain", half), ("masked", half), ("plain", whole))
@@ -198,7 +208,9 @@ def draw(curves: dict[str, dict[str, dict[int, list[float]]]], seconds: dict[str
 
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for row, (name, title) in enumerate((("val_loss", "validation loss"), ("judged_colour", "colour as asked"))):
+    for row, (name, title) in enumerate(
+        (("val_loss", "validation loss"), ("judged_colour", "colour as asked"))
+    ):
         for column, (unit, label) in enumerate((("steps", "steps"), ("time", "seconds of processor time"))):
             axes = figure.add_subplot(2, 2, 2 * row + column + 1)
             axes.set_title(f"{title} against {unit}", fontsize=10)
@@ -210,7 +222,14 @@ def draw(curves: dict[str, dict[str, dict[int, list[float]]]], seconds: dict[str
                 xs = [step * (seconds[arm] if unit == "time" else 1) for step in steps]
                 axes.fill_between(xs, [min(at[s]) for s in steps], [max(at[s]) for s in steps],
                                   color=INKS[arm], alpha=0.2, linewidth=0)  # fmt: skip
-                axes.plot(xs, [statistics.median(at[s]) for s in steps], color=INKS[arm], marker="o", ms=3, label=arm)
+                axes.plot(
+                    xs,
+                    [statistics.median(at[s]) for s in steps],
+                    color=INKS[arm],
+                    marker="o",
+                    ms=3,
+                    label=arm,
+                )
             axes.legend(fontsize=8, frameon=False)
             if name == "val_loss":
                 axes.set_yscale("log")

@@ -92,7 +92,13 @@ def test_pictures_depend_on_seed_and_class_alone():
     assert torch.allclose(model.generate_image(["bird"], seed=6), both[1:], atol=1e-5)
     assert not torch.allclose(model.generate_image([2], seed=6), both[1:], atol=1e-3)
     assert model.generate_image([0], size=(8, 8)).isfinite().all()
-    for wrong in ({"size": (12, 8)}, {"size": (16, 16)}, {"steps": 0}, {"sampler": "heun"}, {"guidance": math.nan}):
+    for wrong in (
+        {"size": (12, 8)},
+        {"size": (16, 16)},
+        {"steps": 0},
+        {"sampler": "heun"},
+        {"guidance": math.nan},
+    ):
         with pytest.raises(InputError):
             model.generate_image([0], **wrong)
     with pytest.raises(InputError):
@@ -107,9 +113,7 @@ def test_guidance_grows_towards_the_data():
     for t, expected in ((999, 1.0), (500, 1 + 2.8 * (1 - math.cos(math.pi / 16)) / 2), (0, 3.8)):
         assert weigh(Ddpm().at(t)) == pytest.approx(expected, abs=1e-6)
     guided, plain = (
-        made(clip=1.0).sample(
-            torch.tensor([0]), torch.ones(1, 4, 8, 8), steps=4, guidance=w, sampler="ddim"
-        )
+        made(clip=1.0).sample(torch.tensor([0]), torch.ones(1, 4, 8, 8), steps=4, guidance=w, sampler="ddim")
         for w in (3.8, 1.0)
     )
     assert not torch.allclose(guided, plain, atol=1e-3)
@@ -135,7 +139,7 @@ def test_a_codec_and_a_folder(tmp_path):
     assert torch.equal(again.generate_image(["cat"]), before)
 
 
-# What a checkpoint of the authors holds: https://github.com/sail-sg/MDT/blob/main/masked_diffusion/models.py ------------
+# What a checkpoint of the authors holds: https://github.com/sail-sg/MDT/blob/main/masked_diffusion/models.py ----------
 
 
 def their_tensors(backbone):
@@ -150,7 +154,8 @@ def their_tensors(backbone):
         "t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,),
         "y_embedder.embedding_table.weight": (backbone.classes + 1, width),
         "final_layer.linear.weight": (2 * numbers, width), "final_layer.linear.bias": (2 * numbers,),
-        "final_layer.adaLN_modulation.1.weight": (2 * width, width), "final_layer.adaLN_modulation.1.bias": (2 * width,),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,),
     }  # fmt: skip
     half = (backbone.depth - backbone.decoder) // 2
     stacks = {"en_inblocks": half, "en_outblocks": half, "de_blocks": backbone.decoder, "sideblocks": 1}
@@ -163,8 +168,14 @@ def their_tensors(backbone):
                 ("mlp.fc2", width, 4 * width), ("adaLN_modulation.1", 6 * width, width),
                 *([("skip_linear", width, 2 * width)] if stack in ("en_outblocks", "de_blocks") else []),
             ):  # fmt: skip
-                shapes[f"{stack}.{i}.{name}.weight"], shapes[f"{stack}.{i}.{name}.bias"] = tuple(shape), shape[:1]
-            shapes[f"{stack}.{i}.attn.rel_pos_bias.relative_position_bias_table"] = (2 * side - 1) ** 2 + 3, heads
+                shapes[f"{stack}.{i}.{name}.weight"], shapes[f"{stack}.{i}.{name}.bias"] = (
+                    tuple(shape),
+                    shape[:1],
+                )
+            shapes[f"{stack}.{i}.attn.rel_pos_bias.relative_position_bias_table"] = (
+                (2 * side - 1) ** 2 + 3,
+                heads,
+            )
     tensors = {name: torch.randn(shape) * (0.2 if len(shape) < 2 else 0.7 * shape[-1] ** -0.5)
                for name, shape in shapes.items()}  # fmt: skip
     index = torch.tensor([
@@ -196,7 +207,9 @@ class Arithmetic:
         if skip is not None:
             x = self.linear(f"{name}.skip_linear", torch.cat([x, skip], -1))
         silu = c / (1 + (-c).exp())
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.linear(f"{name}.adaLN_modulation.1", silu).chunk(6)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.linear(f"{name}.adaLN_modulation.1", silu).chunk(
+            6
+        )
         q, k, v = self.linear(f"{name}.attn.qkv", self.norm(x, shift1, scale1)).chunk(3, -1)
         table = self.w[f"{name}.attn.rel_pos_bias.relative_position_bias_table"]
         each, heads = q.shape[-1] // self.backbone.heads, []
@@ -219,7 +232,10 @@ class Arithmetic:
         entered = torch.stack(rows) @ kernel.T + self.w["x_embedder.proj.bias"] + self.w["pos_embed"][0]
         angles = t.double() * torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
         c = self.linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()]))
-        c = self.linear("t_embedder.mlp.2", c / (1 + (-c).exp())) + self.w["y_embedder.embedding_table.weight"][y]
+        c = (
+            self.linear("t_embedder.mlp.2", c / (1 + (-c).exp()))
+            + self.w["y_embedder.embedding_table.weight"][y]
+        )
         here = every if keep is None else keep
         tokens, waiting = entered[here], []
         if self.backbone.skips:
@@ -301,11 +317,12 @@ def test_a_config_says_what_names_and_shapes_do_not(tmp_path):
 def test_files_that_are_no_whole_mdt(tmp_path):
     tensors = their_tensors(BACKBONE)
     entries = {
-        name: Entry(dtype=value.dtype, shape=tuple(value.shape), begin=0, end=0) for name, value in tensors.items()
+        name: Entry(dtype=value.dtype, shape=tuple(value.shape), begin=0, end=0)
+        for name, value in tensors.items()
     }
     assert mdt_original.is_theirs(entries)
+    short = {name: entry for name, entry in entries.items() if "final" not in name}
     with pytest.raises(ModelFileError, match="final_layer"):
-        short = {name: entry for name, entry in entries.items() if "final" not in name}
         mdt_original.read_alone(short, None, what="MDT")
     wrong = dict(tensors)
     wrong["de_blocks.0.attn.rel_pos_bias.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
@@ -313,6 +330,6 @@ def test_files_that_are_no_whole_mdt(tmp_path):
     with pytest.raises(ModelFileError, match="relative_position_index does not hold"):
         reverie.load(tmp_path / "a.safetensors")
     name = "de_blocks.0.attn.rel_pos_bias.relative_position_index"
+    larger = entries | {name: dataclasses.replace(entries[name], shape=(17, 17))}
     with pytest.raises(ModelFileError, match="distances"):
-        larger = entries | {name: dataclasses.replace(entries[name], shape=(17, 17))}
         mdt_original.read_alone(larger, None, what="MDT")

@@ -23,6 +23,7 @@ import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import framed, on_white
+from reverie.data.dropping import kept_patches
 from reverie.data.given import draw_given
 from reverie.data.index import Index
 from reverie.data.latents import Latents
@@ -70,6 +71,9 @@ FORMATS = (
     (1.25, 0.75),
 )  # height and width, in the usual side
 
+MASKED = (0.3, 0.5)  # of the patches, as MDT's second version
+OF_MASKED = ("backbone.missing", "backbone.interpolater.")  # what masked passes alone need
+
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
     "火箭", "grinning face", "green apple", "blue heart", "cat face", "hot beverage", "rainbow", "orange circle",
@@ -104,7 +108,7 @@ class SoraRun:
 
 def tiny(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int = 32, clips: int = 2,
-    size: int = 64, lr: float = 1e-3, seed: int = 0,
+    size: int = 64, lr: float = 1e-3, masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A small model from random weights on any captioned folder; its text tower is that of a CLIP.
@@ -118,12 +122,13 @@ def tiny(
         clips: Clips of a step, beside the pictures, where the folder has clips.
         size: Pixels a side that it learns to draw, a multiple of 16.
         lr: The highest learning rate.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
     reader = load_clip(clip)
     index = open_index(data)
     config = SoraRun(
-        model=shape(reader, size=size), clip=clip, steps=steps, batch=batch,
+        model=shape(reader, size=size, masked=masked), clip=clip, steps=steps, batch=batch,
         clips=clips if index.select(video=True) else 0, lr=lr, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
@@ -132,7 +137,7 @@ def tiny(
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
     lr: float = 1e-3, size: int = 128, clip_size: int = 96, frames: int = 24, codec: str = "", latents: bool = False,
-    start: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
+    start: str = "", width: int = TINY[1], depth: int = TINY[0], masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
@@ -153,12 +158,14 @@ def stickers(
         start: The folder of a Sora whose weights to begin from; random weights if not given.
         width: Channels, a multiple of 64.
         depth: Blocks.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
     reader = load_clip(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     model = stickers_shape(
-        reader, size=size, clip_size=clip_size, frames=frames, codec=codec, sizes=(depth, width, heads_of(width))
+        reader, size=size, clip_size=clip_size, frames=frames, codec=codec, sizes=(depth, width, heads_of(width)),
+        masked=masked,
     )  # fmt: skip
     config = SoraRun(
         model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
@@ -169,7 +176,7 @@ def stickers(
 
 def dit(
     data: Path, out: Path, *, clip: str, codec: str = "", latents: bool = False, scale: str = "XL", size: int = 256,
-    steps: int = 400_000, batch: int = 256, clips: int = 16, lr: float = 1e-4, seed: int = 0,
+    steps: int = 400_000, batch: int = 256, clips: int = 16, lr: float = 1e-4, masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """Any captioned folder at DiT's sizes and learning rate (2212.09748, table 1 and section 4). Not yet run by us.
@@ -186,6 +193,7 @@ def dit(
         batch: Pictures of a step; more take longer and need more memory.
         clips: Clips of a step, beside the pictures; 0 for none.
         lr: The highest learning rate.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
     if scale not in DIT:
@@ -193,9 +201,9 @@ def dit(
     reader = load_clip(clip)
     index = open_index(data)
     config = SoraRun(
-        model=shape(reader, size=size, codec=codec, sizes=DIT[scale]), clip=clip, codec=codec, latents=latents,
-        steps=steps, batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8, lr=lr,
-        ema=0.9999, seed=seed,
+        model=shape(reader, size=size, codec=codec, sizes=DIT[scale], masked=masked), clip=clip, codec=codec,
+        latents=latents, steps=steps, batch=batch, clips=clips if index.select(video=True) else 0,
+        clip_frames=9 if codec else 8, lr=lr, ema=0.9999, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
@@ -203,7 +211,7 @@ def dit(
 def world(
     data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, hidden: int = 200, size: int = 64,
     patch: int = 16, width: int = TINY[1], depth: int = TINY[0], frames: int = 16, steps: int = 3000,
-    batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8,
+    batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8, masked: bool = False,
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
@@ -226,13 +234,16 @@ def world(
         clips: Clips of a step, beside the pictures.
         lr: The highest learning rate.
         english: The share of captions in English; the rest are in Chinese.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another world, another start and another order.
     """
     if not 8 <= frames <= 64:
         raise InputError(f"frames is {frames}: a clip of the world has 8 to 64 of them.")
     index = open_world(data, count, moving, hidden, seed=seed, frames=frames, size=size)
     reader = load_clip(clip)
-    model = shape(reader, size=size, patch=patch, frames=frames, sizes=(depth, width, heads_of(width)))
+    model = shape(
+        reader, size=size, patch=patch, frames=frames, sizes=(depth, width, heads_of(width)), masked=masked
+    )
     config = SoraRun(
         model=model, clip=clip, steps=steps, batch=batch, clips=clips, lr=lr, warmup=min(100, max(steps // 10, 1)),
         languages={"en": english, "zh": 1 - english}, seed=seed,
@@ -243,7 +254,7 @@ def world(
 def shape(
     reader: Clip, *, size: int = 64, clip_size: int | None = None, frames: int = 16,
     sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16, head: int = 16,
-    shift: float = 1.0,
+    shift: float = 1.0, masked: bool = False,
 ) -> SoraConfig:  # fmt: skip
     """Pixels in patches of `patch` through a bottleneck, or latents of `codec` in patches of 2."""
     depth, width, heads = sizes
@@ -260,6 +271,7 @@ def shape(
             waves=8,
             head=head if stored is None else 0,
             width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
+            masked=MASKED if masked else None,
         ),
         text=reader.config.text, codec=stored, size=(size, size),
         clip_size=None if clip_size in (None, size) else (clip_size, clip_size), frames=frames,
@@ -347,6 +359,8 @@ def take_over(model: Sora, folder: str) -> None:
         theirs[inward] = _four_of_one(theirs[inward].T, model).T / 4
         for name in ("backbone.out.weight", "backbone.out.bias"):
             theirs[name] = _four_of_one(theirs[name], model)
+    if model.config.backbone.masked is None:
+        theirs = {name: value for name, value in theirs.items() if not name.startswith(OF_MASKED)}
     strange = [name for name, value in theirs.items() if name not in own or own[name].shape != value.shape]
     if strange:
         raise InputError(
@@ -393,7 +407,8 @@ class Source:
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
         size = self._format(step, "picture")
-        return self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
+        latents = self._pictures([i for _, i in keys], size)
+        return self._batch(keys, latents, "picture") | self._masked(keys, latents, "picture", step)
 
     def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
@@ -405,7 +420,8 @@ class Source:
         span = pace * (count - 1) + 1
         offset = int(u[1] * (self.frames - span + 1))
         window, size = slice(offset, offset + span, pace), self._format(step, "clip")
-        batch = self._batch(keys, self._encoded([self._video(i, window, size) for _, i in keys]), "clip")
+        latents = self._encoded([self._video(i, window, size) for _, i in keys])
+        batch = self._batch(keys, latents, "clip") | self._masked(keys, latents, "clip", step)
         batch["known"] = torch.stack([self._given(key, batch["latents"].shape[2]) for key in keys])
         return batch | {"pace": float(pace)}
 
@@ -414,6 +430,27 @@ class Source:
         if self._draw("known", *key) >= self.config.known:
             return torch.zeros(frames, dtype=torch.bool)
         return draw_given((frames, 1, 1), rng.generator(self.config.seed, "given", *key))[:, 0, 0]
+
+    def _masked(
+        self, keys: list[tuple[int, int]], latents: Tensor, kind: str, step: int
+    ) -> dict[str, Tensor]:
+        """Of the step's masked pass, if there is one: the patches that stay, as many in each item, and other noise."""
+        config, seed = self.config.model.backbone, self.config.seed
+        if config.masked is None:
+            return {}
+        (least, most), (frames, side) = config.masked, config.patch
+        _, _, f, h, w = latents.shape
+        u = torch.rand((), generator=rng.generator(seed, "masked", kind, step)).item()
+        share = least + (most - least) * u
+        noise = [
+            torch.randn(latents.shape[1:], generator=rng.generator(seed, "masked noise", kind, *key))
+            for key in keys
+        ]
+        patches = (f // frames) * (h // side) * (w // side)
+        return {
+            "keep": kept_patches(patches, share, seed=seed, keys=keys),
+            "masked_noise": torch.stack(noise),
+        }
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""

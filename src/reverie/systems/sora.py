@@ -132,24 +132,32 @@ class Sora(nn.Module):
 
         `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
         `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame); `pace` as the
-        backbone takes it.
+        backbone takes it. With `keep b k`, the patches that a masked pass sees, and `masked_noise` like the latents,
+        its error is added (MDT, 2303.14389).
         """
-        latents, noise, known = batch["latents"], batch["noise"], batch["known"]
         t = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
+        text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
+        whole = self._error(batch, batch["noise"], t, text)
+        if "keep" not in batch:
+            return {"loss": whole}
+        masked = self._error(batch, batch["masked_noise"], t, text, keep=batch["keep"])
+        return {"loss": whole + masked, "whole": whole, "masked": masked}
+
+    def _error(
+        self, batch: dict[str, Tensor], noise: Tensor, t: Tensor, text: Any, *, keep: Tensor | None = None
+    ) -> Tensor:
+        latents, known = batch["latents"], batch["known"]
         t = rearrange(t, "b -> b 1") * ~known
         wide = rearrange(t, "b f -> b 1 f 1 1")
         x_t = gaussian.corrupt(latents, noise, Flow().at(wide))
-        text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
-        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0))
+        out = self.backbone(x_t, t, *text, pace=batch.get("pace", 1.0), keep=keep)
         predicted = self._velocity(out, x_t, wide)
         target = (
             self._velocity(latents, x_t, wide)
             if self.config.prediction == "x0"
             else gaussian.velocity(latents, noise)
         )
-        return {
-            "loss": velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())
-        }
+        return velocity_loss(predicted, target, weight=rearrange(~known, "b f -> b 1 f 1 1").float())
 
     def draw_times(self, normal: Tensor) -> Tensor:
         """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""
