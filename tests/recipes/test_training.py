@@ -158,3 +158,47 @@ def test_patches_of_twice_the_side_begin_with_the_same_drawing(tmp_path):
     torch.testing.assert_close(
         one.repeat_interleave(2, -1).repeat_interleave(2, -2), two, atol=1e-4, rtol=1e-4
     )
+
+
+def some_clip():
+    torch.manual_seed(0)
+    tokenizer = Bpe.train(["a b c"], vocab=600)
+    text = TextConfig(vocab=tokenizer.vocab, length=8, width=16, depth=1, heads=1, end=tokenizer.end)
+    image = VitConfig(size=16, patch=16, width=16, depth=1, heads=1)
+    return Clip(ClipConfig(image=image, text=text, width=16), tokenizer)
+
+
+def test_masked_training_goes_on_from_plain_weights_and_back(tmp_path):
+    reader = some_clip()
+    plain, masked = (
+        Sora(sora.shape(reader, size=16, sizes=(3, 64, 1), patch=8, masked=on), reader.tokenizer)
+        for on in (False, True)
+    )
+    for parameter in plain.backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    reverie.save(plain, tmp_path / "plain")
+    sora.take_over(masked, tmp_path / "plain")
+    x, t, words = torch.randn(2, 3, 1, 16, 16), torch.rand(2, 1), plain.read(["a", "b"])
+    assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
+    reverie.save(masked, tmp_path / "masked")
+    assert reverie.load(tmp_path / "masked").config == masked.config
+    with torch.no_grad():
+        plain.backbone.out.bias.add_(1)
+    sora.take_over(plain, tmp_path / "masked")
+    assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
+
+
+def test_a_masked_step_leaves_as_many_patches_out_of_every_item(folder):
+    reader = some_clip()
+    shape = sora.shape(reader, size=16, sizes=(3, 64, 1), patch=4, masked=True)
+    config = sora.SoraRun(model=shape, steps=1, batch=2, clips=0)
+    source = sora.Source(Index.read(folder), config, Sora(shape, reader.tokenizer), frames=1)
+    batches = [source.pictures(step) for step in range(8)]
+    kept = [batch["keep"].shape for batch in batches]
+    assert all(items == 2 and 8 <= count <= 11 for items, count in kept)  # of 16 patches 50 to 70 %
+    assert len(set(kept)) > 1
+    assert not torch.equal(batches[0]["masked_noise"], batches[0]["noise"])
+    again = source.pictures(3)
+    assert torch.equal(again["keep"], batches[3]["keep"])
+    assert torch.equal(again["masked_noise"], batches[3]["masked_noise"])
+    assert "keep" not in source.fixed(2)

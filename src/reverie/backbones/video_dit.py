@@ -3,6 +3,9 @@
 A picture is a video of one frame. Positions are rotary over frames, rows and columns, so any size, duration and
 aspect ratio can be asked for. Every frame has its own time `t`, so some may be given clean (t = 0) while others are
 noise; the text comes in twice, pooled into the modulation and word by word through cross-attention.
+
+With `masked` it may also learn from some of its patches (MDT, 2303.14389, as in backbones/mdt.py): the first blocks see
+those alone, and an interpolater fills the rest before the last ones. Whole passes never ask it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reverie.nn.attention import Words
+from reverie.errors import InputError
+from reverie.nn.attention import Runs, Words
 from reverie.nn.block import ModulatedBlock, modulate, spread
 from reverie.nn.cache import Cache, through
 from reverie.nn.patches import patchify, unpatchify
@@ -37,9 +41,21 @@ class VideoDitConfig:
     context_width: int = 512
     waves: int = 0  # per axis, of the absolute places that are added to the patches; 0: rotary alone
     head: int = 0  # channels of convolutions that smooth the seams between patches (U-ViT, 2209.12152, 3.1)
-    zoom: int = (
-        1  # input and time are told, and seams smoothed, as at 1 / zoom of the size: see `_as_smaller`
-    )
+    zoom: int = 1  # the network sees and smooths what comes as at 1 / zoom of its size: see `_as_smaller`
+    masked: tuple[float, float] | None = None  # the share of patches that masked passes leave out
+    decoder: int = 2  # of the blocks, those that come after the interpolater, where there is one
+
+    def __post_init__(self) -> None:
+        if self.masked is None:
+            return
+        if not 0 <= self.masked[0] <= self.masked[1] < 1:
+            raise InputError(
+                f"masked {tuple(self.masked)} are no shares: give the least and the most, such as (0.3, 0.5)."
+            )
+        if not 1 <= self.decoder < self.depth:
+            raise InputError(
+                f"a decoder of {self.decoder} of {self.depth} blocks is none: give 1 to {self.depth - 1}."
+            )
 
 
 def smoothing(channels: int, width: int, zoom: int = 1) -> nn.Sequential:
@@ -130,10 +146,23 @@ def _times(
     )
 
 
+def _staying(keep: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Runs]:
+    """Of packed groups of items `b k`: which patches stay, counted over all, and what they are run after run."""
+    first, stay, runs = 0, list[Tensor](), list[tuple[int, int]]()
+    for rows, length in zip(keep, lengths, strict=True):
+        items, kept = rows.shape
+        begins = first + length * torch.arange(items, device=rows.device)
+        stay.append(rearrange(begins[:, None] + rows, "b k -> (b k)"))
+        first += items * length
+        before = runs.pop() if runs and runs[-1][1] == kept else (0, kept)
+        runs.append((before[0] + items, kept))
+    return torch.cat(stay), tuple(runs)
+
+
 class VideoDit(nn.Module):
     """`x b c f h w`, `t b f`, pooled text `b d`, context `b m d` and its mask `b m` -> `b c f h w`."""
 
-    no_decay = ("null_context", "null_pooled")
+    no_decay = ("null_context", "null_pooled", "missing")
 
     def __init__(self, config: VideoDitConfig):
         super().__init__()
@@ -158,6 +187,9 @@ class VideoDit(nn.Module):
             ModulatedBlock(config.width, config.heads, context_width=config.context_width)
             for _ in range(config.depth)
         )
+        if config.masked is not None:
+            self.missing = nn.Parameter(torch.randn(config.width) * 0.02)
+            self.interpolater = ModulatedBlock(config.width, config.heads, context_width=config.context_width)
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         modulation = nn.Linear(config.width, 2 * config.width)
         self.modulation = nn.Sequential(nn.SiLU(), modulation)
@@ -176,19 +208,23 @@ class VideoDit(nn.Module):
         context_mask: Tensor,
         *,
         pace: float | Sequence[float] | Tensor = 1.0,
+        keep: Tensor | Sequence[Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Any:
         """`pace` is the time between frames, in frames at the usual rate: one, or one for each item.
 
-        Rotary time knows differences alone. With `cache`, deep features of the step before may serve.
+        Rotary time knows differences alone. With `keep`, int64 `b k` or a sequence of `k`, different numbers of an
+        item's patches, as many where there are as many patches: a masked pass, whose first blocks see these alone.
+        With `cache`, deep features of the step before may serve.
         """
         if isinstance(x, Tensor) and isinstance(t, Tensor) and isinstance(pace, int | float):
-            return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask, cache)[
-                0
-            ]
+            whole = [_Like([*range(len(x))], x, t, pace)]
+            stay = None if keep is None else [torch.stack([*keep])]
+            return self._packed(whole, pooled, context, context_mask, stay, cache)[0]
         paces = [float(pace)] * len(x) if isinstance(pace, int | float) else [float(one) for one in pace]
         groups = _alike(x, t, paces, self.config.patch)
-        outs = self._packed(groups, pooled, context, context_mask, cache)
+        stay = None if keep is None else [torch.stack([keep[i] for i in group.items]) for group in groups]
+        outs = self._packed(groups, pooled, context, context_mask, stay, cache)
         of = {
             i: one
             for group, out in zip(groups, outs, strict=True)
@@ -203,6 +239,7 @@ class VideoDit(nn.Module):
         pooled: Tensor,
         context: Tensor,
         context_mask: Tensor,
+        keep: Sequence[Tensor] | None,
         cache: Cache | None,
     ) -> list[Tensor]:
         """The one path: the patches of all items one after the other, `t d`; the output of each group."""
@@ -224,9 +261,11 @@ class VideoDit(nn.Module):
         ends = [*itertools.accumulate(map(math.prod, grids), initial=0)]
         spans = zip(ends, ends[1:], counts, strict=False)
         spots = torch.cat([torch.arange(a, b, device=device).repeat(count) for a, b, count in spans])
+        placed: Tensor | float = 0.0
         if self.place is not None:
             where = torch.cat([_whereabouts(*sizes, self.config.waves) for sizes in grids])
-            tokens = tokens + F.embedding(spots, self.place(where.to(tokens)))
+            placed = F.embedding(spots, self.place(where.to(tokens)))
+            tokens = tokens + placed
         places = [
             grid(*sizes, device=device) * torch.tensor([group.pace, 1.0, 1.0], device=device)
             for group, sizes in zip(groups, grids, strict=True)
@@ -243,7 +282,19 @@ class VideoDit(nn.Module):
         else:  # to know how many there are would keep the GPU waiting
             words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
         asked = {"vector": vector, "context": words, "rows": rows, "runs": runs, "rotary": turns}
-        tokens = through(tokens, [partial(block, **asked) for block in self.blocks], cache)
+        blocks = [partial(block, **asked) for block in self.blocks]
+        if keep is not None:
+            assert cache is None, "a masked pass is never sampled"
+            early, blocks = blocks[: -self.config.decoder], blocks[-self.config.decoder :]
+            stay, kept_runs = _staying(keep, [math.prod(sizes) for sizes in grids])
+            some = {"rows": rows[stay], "runs": kept_runs, "rotary": (cos[spots[stay]], sin[spots[stay]])}
+            seen = tokens[stay]
+            for block in early:
+                seen = block(seen, **some)
+            missing = self.missing.to(tokens.dtype).expand_as(tokens) + placed
+            filled = self.interpolater(missing.index_copy(0, stay, seen), **asked)
+            tokens = filled.index_copy(0, stay, seen)
+        tokens = through(tokens, blocks, cache)
         shift, scale = spread(self.modulation(vector), rows, 2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
 

@@ -134,10 +134,22 @@ class Sora(nn.Module):
         `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
         `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame) or `b f h w` on the grid of
         patches; `pace` as the backbone takes it. Packed: `latents`, `noise` and `known` are lists with one for each
-        item, of any shapes; every place of the pack counts as much.
+        item, of any shapes; every place of the pack counts as much. With `keep b k`, the patches that a masked pass
+        sees, and `masked_noise` like the latents, its error is added (MDT, 2303.14389).
         """
-        latents, noise, known = batch["latents"], batch["noise"], batch["known"]
         times = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
+        text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
+        whole = self._error(batch, batch["noise"], times, text)
+        if "keep" not in batch:
+            return {"loss": whole}
+        masked = self._error(batch, batch["masked_noise"], times, text, keep=batch["keep"])
+        return {"loss": whole + masked, "whole": whole, "masked": masked}
+
+    def _error(
+        self, batch: dict[str, Any], noise: Any, times: Tensor, text: Any, *, keep: Tensor | None = None
+    ) -> Tensor:
+        """Of one pass, whole or masked."""
+        latents, known = batch["latents"], batch["known"]
         packed = isinstance(latents, list)
         if packed:
             parts = zip(
@@ -154,19 +166,18 @@ class Sora(nn.Module):
             by_x0 = self.config.prediction == "x0"
             targets.append(self._velocity(clean, x_t, wide) if by_x0 else gaussian.velocity(clean, noise))
             weights.append(self.within(~known).float())
-        text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
         pace = batch.get("pace", 1.0)
         if packed:
             x, ts = ([part[i][0] for part in entered] for i in range(2))
-            outs = [out[None] for out in self.backbone(x, ts, *text, pace=pace)]
+            outs = [out[None] for out in self.backbone(x, ts, *text, pace=pace, keep=keep)]
         else:
-            outs = [self.backbone(*entered[0][:2], *text, pace=pace)]
+            outs = [self.backbone(*entered[0][:2], *text, pace=pace, keep=keep)]
         predicted = [self._velocity(out, x, wide) for out, (x, _, wide) in zip(outs, entered, strict=True)]
         if not packed:
-            return {"loss": velocity_loss(predicted[0], targets[0], weight=weights[0])}
+            return velocity_loss(predicted[0], targets[0], weight=weights[0])
         weights = [weight.expand_as(target) for weight, target in zip(weights, targets, strict=True)]
         flat = [torch.cat([part.flatten() for part in parts]) for parts in (predicted, targets, weights)]
-        return {"loss": velocity_loss(flat[0], flat[1], weight=flat[2])}
+        return velocity_loss(flat[0], flat[1], weight=flat[2])
 
     def draw_times(self, normal: Tensor) -> Tensor:
         """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""
