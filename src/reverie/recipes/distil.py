@@ -131,7 +131,7 @@ def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Eng
     held = captioned(index.select(split="val", video=False)) or captioned(
         index.select(split="train", video=False)
     )
-    prompts = [item.captions[0].text for item in held][:16]
+    prompts = [item.captions[0].text for item in held][:: max(len(held) // 16, 1)][:16]
     goal = master.generate_image(prompts, seed=0, steps=items.model.steps * config.inside, together=True,
                                  guidance=config.guidance)  # fmt: skip
     sources = [source for source in (pictures, clips) if source is not None]

@@ -228,7 +228,8 @@ def dit(
     config = SoraRun(
         model=shape(reader, size=size, codec=codec, sizes=DIT[scale], masked=masked), clip=clip, codec=codec,
         latents=latents, steps=steps, batch=batch, clips=clips if index.select(video=True) else 0,
-        clip_frames=9 if codec else 8, native=native, budget=budget if native else 0, packs=packs, lr=lr, ema=0.9999, seed=seed,
+        clip_frames=9 if codec else 8, native=native, budget=budget if native else 0, packs=packs, lr=lr, ema=0.9999,
+        seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 

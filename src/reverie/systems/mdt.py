@@ -13,7 +13,7 @@ whole pass, with guidance that grows towards the data (samplers.guidance.power_c
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from einops import rearrange
@@ -65,6 +65,12 @@ class MaskedDiffusionTransformer(NoisePredicting):
 
     def __init__(self, config: MaskedDiffusionTransformerConfig):
         super().__init__(config, Mdt(config.backbone))
+
+    def drop_interpolater(self) -> Self:
+        """Without what masked passes alone need, in place: pictures stay as they are. Returns itself."""
+        self.backbone.drop_interpolater()
+        self.config = dataclasses.replace(self.config, backbone=self.backbone.config)
+        return self
 
     def weigh(self, guidance: float) -> Weight:
         """Almost no guidance among noise."""
