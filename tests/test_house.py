@@ -208,7 +208,10 @@ def test_help_and_import_are_light():
 
 
 def test_nothing_speaks_to_the_network():
-    """Nothing calls home. The sticker corpus is fetched by the package clients, which are programs of their own."""
+    """Nothing calls home. The sticker corpus is fetched by the package clients, which are programs of their own.
+
+    chat.py alone may, since a person names the endpoint that it asks.
+    """
     speaking = {
         "socket",
         "ssl",
@@ -228,7 +231,8 @@ def test_nothing_speaks_to_the_network():
                 names = {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
             else:
                 continue
-            assert not names & speaking, f"{path} imports {names & speaking}"
+            if path != SOURCE / "chat.py":
+                assert not names & speaking, f"{path} imports {names & speaking}"
 
 
 def test_randomness_is_keyed():

@@ -693,6 +693,7 @@ def sample(
     negative: str | None = None,
     interval: tuple[float, float] | None = None,
     rescale: float | None = None,
+    cache: float | None = None,
     first_frame: Path | None = None,
     best_of: int = 1,
     judge: str = "clip-stickers",
@@ -720,6 +721,7 @@ def sample(
         negative: What not to draw: guidance leads away from these words.
         interval: The times that guidance acts at, from 0 (data) to 1 (noise).
         rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
+        cache: Spare deep blocks until features have changed by so much, such as 0.15; quicker, and nearly the same.
         first_frame: A picture that the clip begins with.
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
@@ -758,7 +760,7 @@ def sample(
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     asked: dict[str, Any] = {
         "size": size, "steps": steps, "guidance": guidance, "sampler": sampler, "negative": negative,
-        "interval": interval, "rescale": rescale, "first_frame": first_frame,
+        "interval": interval, "rescale": rescale, "cache": cache, "first_frame": first_frame,
     }  # fmt: skip
     asked = {key: value for key, value in asked.items() if value is not None}
     drawing = ("generate_image", "generate_video", "generate", "generate_latents")
@@ -831,6 +833,54 @@ def info(files: list[Path], /, *, json: bool = False) -> None:
             print(made or "It does not say what made it.")
     if json:
         _print_json(told)
+
+
+def expand(
+    prompts: list[str],
+    /,
+    *,
+    like: str = "stickers",
+    seed: int = 0,
+    endpoint: str | None = None,
+    model: str = "",
+    key: str = "REVERIE_CHAT_KEY",
+    cache: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Turn short prompts into captions such as the models learnt from, one a line.
+
+    Offline by rules, which know the words of the stickers or of the procedural world; or by a language model behind any
+    endpoint that speaks OpenAI's protocol, if one is named.
+
+    Args:
+        prompts: What to expand; put each in quotes.
+        like: Whose captions: stickers or world.
+        seed: Another seed, other choices of the rules.
+        endpoint: The address of a chat up to /v1, such as http://localhost:8000/v1; without it nothing is sent.
+        model: The model that answers, as the endpoint calls it.
+        key: The environment variable that holds the endpoint's key, if it needs one.
+        cache: A file that keeps the answers, so that the same is not asked twice.
+        json: Print prompts, captions and what was done to them as one JSON list.
+    """
+    from dataclasses import asdict
+
+    from reverie.chat import Endpoint
+    from reverie.recipes.expansion import expand as work
+
+    if not prompts:
+        raise InputError('Say what to expand, such as: reverie expand "rocket".')
+    if endpoint is None and (model or cache):
+        raise InputError("model and cache are of an endpoint: name one with --endpoint, or leave them out.")
+    if endpoint is not None and not model:
+        raise InputError(f"say which model of {endpoint} shall answer, with --model.")
+    asked = None if endpoint is None else Endpoint(base=endpoint, model=model, key=key, cache=cache)
+    found = work(prompts, kind=like, seed=seed, endpoint=asked)
+    if json:
+        _print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        print(one.text)
+        say(f"{one.prompt}: {one.how}.")
 
 
 # ---------------------------------------------------------------- pictures and clips of one's own
@@ -1507,6 +1557,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": plan,
     "sample": sample,
     "info": info,
+    "expand": expand,
     "animate": animate,
     "extend": extend,
     "loop": loop,

@@ -1,4 +1,4 @@
-"""What Sora makes of given frames. A stand-in that knows whole films shows that every frame is asked for at its place."""
+"""What Sora makes of given frames. A stand-in that knows whole films shows that all are asked for at their places."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE, WINDOW = (32, 32), 8
 
 
 class Knowing(nn.Module):
-    """Stands for the backbone: finds where in its films `n 3 f h w` the clean frames are from, and says what is there."""
+    """Stands for the backbone: finds where in its films `n 3 f h w` the clean frames are, and says what is there."""
 
     def __init__(self, config: VideoDitConfig, films: torch.Tensor):
         super().__init__()

@@ -60,6 +60,11 @@ def captions(scene: Scene, *, each: int = 3) -> list[Caption]:
     return out
 
 
+def say(said: Description, language: str, draw: Draw) -> str:
+    """One caption in English ("en") or Chinese ("zh") that says the description and no more."""
+    return {"en": _english, "zh": _chinese}[language](said, draw)
+
+
 def select(scene: Scene, draw: Draw) -> Description:
     """What one caption will say of the scene: like things counted together, details kept by chance."""
     whole = scene.describe()

@@ -1,8 +1,8 @@
 """Whether a generator of clips goes on as a clip began: the measurement behind `reverie eval continuation`.
 
 The first half of unseen clips of the procedural world, in which something moves straight on, is given; the model draws
-the second half, once with the words that say what moves and where to, once by the frames alone, once by the words alone.
-The exact judge follows the thing and compares its direction and speed with those of the given half
+the second half, once with the words that say what moves and where to, once by the frames alone, once by the words
+alone. The exact judge follows the thing and compares its direction and speed with those of the given half
 (evals/continuation.py).
 """
 
