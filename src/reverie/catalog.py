@@ -123,8 +123,8 @@ def load(
 
     A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`), of open_clip, or of diffusers
     (`DiTPipeline`, `WanPipeline`, their transformers and autoencoders). A checkpoint is a .safetensors file with its
-    authors' own names (open_clip, OpenAI, DiT, SiT, MDT, Wan, latent diffusion); `config` says which model it is where the
-    file does not: a name such as "ViT-B-32" (`systems.clip_models.MODELS`) or "SiT-XL/2", or a system's config.
+    authors' own names (open_clip, OpenAI, DiT, SiT, MDT, Wan, latent diffusion); `config` says which model it is where
+    the file does not: a name such as "ViT-B-32" (`systems.clip_models.MODELS`) or "SiT-XL/2", or a system's config.
 
     Weights come tensor by tensor, so they may be larger than the memory that is left beside the model. `dtype`
     (torch.bfloat16) keeps those of linear layers narrower, `quantise="int8"` those of repeated blocks in eight bits,

@@ -693,6 +693,7 @@ def sample(
     negative: str | None = None,
     interval: tuple[float, float] | None = None,
     rescale: float | None = None,
+    cache: float | None = None,
     first_frame: Path | None = None,
     best_of: int = 1,
     judge: str = "clip-stickers",
@@ -720,6 +721,7 @@ def sample(
         negative: What not to draw: guidance leads away from these words.
         interval: The times that guidance acts at, from 0 (data) to 1 (noise).
         rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
+        cache: Spare deep blocks until features have changed by so much, such as 0.15; quicker, and nearly the same.
         first_frame: A picture that the clip begins with.
         best_of: Draw so many of each and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
@@ -758,7 +760,7 @@ def sample(
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     asked: dict[str, Any] = {
         "size": size, "steps": steps, "guidance": guidance, "sampler": sampler, "negative": negative,
-        "interval": interval, "rescale": rescale, "first_frame": first_frame,
+        "interval": interval, "rescale": rescale, "cache": cache, "first_frame": first_frame,
     }  # fmt: skip
     asked = {key: value for key, value in asked.items() if value is not None}
     drawing = ("generate_image", "generate_video", "generate", "generate_latents")

@@ -278,8 +278,8 @@ def pick(n: int, k: int | None) -> list[int]:
 def whole_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:
     """The (height, width) that a picture of `height x width` gets near its own aspect: sides in whole patches.
 
-    Sides are rounded up or down, to one patch at least, so that the aspect stays nearest. A picture of more than `area` pixels is
-    reduced until it has no more; a smaller one is not enlarged. InputError: `area` has no room for a patch.
+    Sides are rounded up or down, to one patch at least, so that the aspect stays nearest. A picture of more than `area`
+    pixels is reduced until it has no more; a smaller one is not enlarged. InputError: `area` has no room for a patch.
     """
     most = area // patch**2
     if patch < 1 or most < 1:

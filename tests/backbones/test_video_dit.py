@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from reverie.backbones.video_dit import VideoDit, VideoDitConfig, _whereabouts
+from reverie.errors import InputError
 
 CONFIG = VideoDitConfig(channels=3, patch=(1, 4), bottleneck=6, width=24, depth=2, heads=2, context_width=10)
 
@@ -320,3 +321,78 @@ def test_the_modulation_is_computed_once_for_each_different_time(t):
     model(torch.randn(2, 3, 8, 8, 8), t, *text)
     model(torch.randn(2, 3, 8, 8, 8), t[:, :, None, None].expand(2, 8, 2, 2), *text)
     assert sizes == [2 * len(t[0].unique())] * 2
+
+
+# Masked passes ----------------------------------------------------------------------------------------------------
+
+MASKED = dataclasses.replace(CONFIG, depth=3, waves=2, head=5, masked=(0.3, 0.5), decoder=1)
+
+
+def one_is_missing(items, patches, kept):
+    generator = torch.Generator().manual_seed(3)
+    return torch.stack([torch.randperm(patches, generator=generator)[:kept] for _ in range(items)])
+
+
+@torch.no_grad()
+def test_the_option_leaves_whole_passes_as_they_are(inputs):
+    torch.manual_seed(0)
+    masked = awake(VideoDit(MASKED))
+    plain = VideoDit(dataclasses.replace(MASKED, masked=None)).eval()
+    found = plain.load_state_dict(masked.state_dict(), strict=False)
+    assert not found.missing_keys
+    assert {name.split(".")[0] for name in found.unexpected_keys} == {"missing", "interpolater"}
+    assert torch.equal(masked(*inputs), plain(*inputs))
+
+
+@torch.no_grad()
+def test_a_masked_pass_sees_what_stays_alone(inputs):
+    torch.manual_seed(0)
+    model = awake(VideoDit(MASKED))
+    seen = []
+    for block in (*model.blocks, model.interpolater):
+        block.mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    x, t, *text = inputs
+    keep = one_is_missing(2, 18, 10)
+    out = model(*inputs, keep=keep)
+    assert seen == [20, 20, 36, 36]
+    away = torch.ones(2, 18, dtype=torch.bool).scatter(1, keep, False)
+    away = away.reshape(2, 1, 3, 2, 3).repeat_interleave(4, 3).repeat_interleave(4, 4)
+    assert torch.allclose(model(x + 3 * away, t, *text, keep=keep), out, **close)
+    assert not torch.allclose(model(x + 3 * ~away, t, *text, keep=keep), out, atol=1e-2)
+    assert torch.allclose(model(*inputs, keep=keep.flip(1)), out, **close)
+    assert torch.allclose(model(*inputs, keep=one_is_missing(2, 18, 18)), model(*inputs), **close)
+    missing = model.missing.clone()
+    model.missing.zero_()
+    assert not torch.allclose(model(*inputs, keep=keep), out, atol=1e-3)
+    model.missing.copy_(missing)
+
+
+@torch.no_grad()
+def test_masked_items_are_the_same_packed_and_alone(inputs):
+    torch.manual_seed(0)
+    model = awake(VideoDit(MASKED))
+    x, t, pooled, context, mask = inputs
+    four = [torch.cat([part, part]) for part in (pooled, context, mask)]
+    xs = [x[0], torch.randn(3, 1, 8, 8), x[1], torch.randn(3, 1, 12, 4)]
+    ts = [t[0], torch.tensor([0.4]), torch.rand(3, 2, 3), torch.tensor([0.9])]
+    keeps = [torch.randperm(n)[:k] for n, k in ((18, 10), (4, 2), (18, 10), (3, 2))]
+    outs = model(xs, ts, *four, keep=keeps)
+    for i, out in enumerate(outs):
+        alone = model(xs[i][None], ts[i][None], *(part[i : i + 1] for part in four), keep=keeps[i][None])
+        assert torch.allclose(out, alone[0], **close)
+
+
+def test_every_part_of_a_masked_pass_learns(inputs):
+    torch.manual_seed(0)
+    model = awake(VideoDit(MASKED))
+    text = model.without_text(*inputs[2:], torch.tensor([True, False]))
+    model(*inputs[:2], *text, keep=one_is_missing(2, 18, 10)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("wrong", [{"masked": (0.5, 0.3)}, {"masked": (0.3, 1.0)}, {"decoder": 3}, {"decoder": 0}])
+def test_masks_that_cannot_be(wrong):
+    with pytest.raises(InputError):
+        dataclasses.replace(MASKED, **wrong)

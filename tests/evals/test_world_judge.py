@@ -364,3 +364,25 @@ def test_every_colour_is_nearest_to_itself():
     names, table = list(COLOURS), np.array(list(COLOURS.values()), float)
     far = ((table[:, None] - table[None]) ** 2).sum(-1) ** 0.5
     assert (far + 1e9 * np.eye(len(names))).min() > 60
+
+
+@pytest.mark.parametrize("aspect", [0.5, 1.0, 1.4])
+def test_a_thing_is_cut_off_where_a_crop_cut_it(aspect):
+    """Of whole pictures none is; of their middle squares those of which a part lies outside, and no others."""
+    size = (48, round(48 * aspect)) if aspect >= 1 else (round(48 / aspect), 48)
+    outcomes = Counter()
+    for i in range(60):
+        scene = world(i, seed=3, kind="single", aspect=size[1] / size[0])
+        whole = render(scene, size=size)[0].numpy()
+        assert not any(thing.cut for thing in judge(whole).things)
+        top, left = (size[0] - 48) // 2, (size[1] - 48) // 2
+        there = (whole != whole[0, 0]).any(-1)
+        inside = there[top : top + 48, left : left + 48]
+        rims = [inside[0].sum(), inside[-1].sum(), inside[:, 0].sum(), inside[:, -1].sum()]
+        cut = inside.sum() < there.sum()
+        if inside.sum() < 24 or (max(rims) < 5 if cut else max(rims) > 0):
+            continue  # nothing to speak of is left, an antialiased edge alone is lost, or it just touches
+        outcomes[cut] += 1
+        assert any(thing.cut for thing in judge(whole[top : top + 48, left : left + 48]).things) == cut, i
+    assert outcomes[False] > 10
+    assert (outcomes[True] > 5) == (aspect != 1)

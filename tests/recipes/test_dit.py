@@ -1,4 +1,4 @@
-"""The recipes of DiT and SiT: they learn from class folders and from the world, and go on bit for bit."""
+"""The recipes of DiT, SiT and MDT: they learn from class folders and from the world, and go on bit for bit."""
 
 import shutil
 
@@ -30,12 +30,13 @@ def folder(tmp_path, monkeypatch):
 
 def small(folder, out, *, objective, codec="", steps=2, **changes):
     index = Index.read(folder)
-    model = dit.shape(objective, index, codec=codec, size=16, patch=2 if codec else 8, sizes=(1, 32, 2))
+    depth = 4 if objective == "mdt" else 1
+    model = dit.shape(objective, index, codec=codec, size=16, patch=2 if codec else 8, sizes=(depth, 32, 2))
     config = dit.DitRun(model=model, codec=codec, size=16, steps=steps, batch=4, lr=1e-3, **changes)
     return dit.fit(config, index, out)
 
 
-@pytest.mark.parametrize("objective", ["dit", "sit"])
+@pytest.mark.parametrize("objective", ["dit", "sit", "mdt"])
 def test_a_run_goes_on_bit_for_bit(objective, folder, tmp_path):
     whole = small(
         folder, tmp_path / "run", objective=objective, streamed=objective == "sit", fit="crop", flip=0.5
@@ -49,6 +50,27 @@ def test_a_run_goes_on_bit_for_bit(objective, folder, tmp_path):
     )
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_step_masks_as_many_patches_of_every_picture(folder):
+    index = Index.read(folder)
+    model = dit.shape("mdt", index, codec="", size=16, patch=2, sizes=(4, 32, 2))
+    assert model.backbone.decoder == 2
+    config = dit.DitRun(model=model, size=16, steps=2, batch=4)
+    source = dit.Source(index, config, dit._built(model))
+    keys = [(0, i) for i in source.good[:4]]
+    drawn = [source.masked(keys, step) for step in range(40)]
+    counts = [part["keep"].shape[1] for part in drawn]
+    assert 32 <= min(counts) < 37 < 41 < max(counts) <= 45  # of 64: 50 to 70 % stay, anew each step
+    assert all(len(set(row.tolist())) == counts[0] for row in drawn[0]["keep"])
+    whole = source.batch(keys)
+    assert not torch.equal(drawn[0]["masked_noise"], whole["noise"])
+    assert torch.equal(source.masked(keys[1:], 3)["masked_noise"], drawn[3]["masked_noise"][1:])
+    assert torch.equal(source.masked(keys[1:], 3)["keep"], drawn[3]["keep"][1:])
+    plain = dit.DitRun(
+        model=dit.shape("dit", index, codec="", size=16, patch=2, sizes=(1, 32, 2)), size=16, steps=2, batch=4
+    )
+    assert dit.Source(index, plain, dit._built(plain.model)).masked(keys, 0) == {}
 
 
 def test_a_run_in_latents_draws_pictures(folder, tmp_path):

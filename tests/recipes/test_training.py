@@ -17,6 +17,7 @@ from reverie.encoders.clip_resnet import ClipResnetConfig
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
+from reverie.processes import gaussian
 from reverie.recipes import clip, sora
 from reverie.recipes.parts import heads_of, home, name_bad
 from reverie.systems.clip import Clip, ClipConfig
@@ -132,22 +133,72 @@ def test_a_clip_needs_two_to_compare(folder, tmp_path, capsys):
     assert "there are 6 pictures, so a batch has 6 and not 64" in capsys.readouterr().err
 
 
-def test_patches_of_twice_the_side_begin_from_the_same_drawing(tmp_path):
-    """What was learnt small is taken over larger: equal outputs on what the small one would see."""
+def test_patches_of_twice_the_side_begin_with_the_same_drawing(tmp_path):
+    """What was learnt small is taken over larger: of pictures whose noise is seen smaller, the same, enlarged."""
     torch.manual_seed(0)
     tokenizer = Bpe.train(["a b c"], vocab=600)
     text = TextConfig(vocab=tokenizer.vocab, length=8, width=16, depth=1, heads=1, end=tokenizer.end)
     image = VitConfig(size=16, patch=16, width=16, depth=1, heads=1)
     reader = Clip(ClipConfig(image=image, text=text, width=16), tokenizer)
-    small = Sora(sora.shape(reader, size=16, sizes=(1, 64, 1), patch=8), reader.tokenizer)
+    small = Sora(sora.shape(reader, size=16, sizes=(1, 64, 1), patch=8), tokenizer)
     for parameter in small.backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     reverie.save(small, tmp_path / "small")
-    large = Sora(sora.shape(reader, size=32, sizes=(1, 64, 1), patch=16, head=8), reader.tokenizer)
+    large = Sora(sora.shape(reader, size=32, sizes=(1, 64, 1), patch=16, zoom=2), tokenizer)
     sora.take_over(large, tmp_path / "small")
-    small.backbone.head = large.backbone.head = None
-    x, t = torch.randn(2, 3, 1, 32, 32), torch.rand(2, 1)
     words = small.read(["a", "b"])
-    one = small.backbone(F.avg_pool2d(x[:, :, 0], 2)[:, :, None], t, *words)
-    two = large.backbone(x, t, *words)
-    torch.testing.assert_close(F.interpolate(one[:, :, 0], scale_factor=2)[:, :, None], two)
+    x0, noise, t = torch.randn(2, 3, 1, 16, 16), torch.randn(2, 3, 1, 32, 32), torch.tensor([[0.3], [0.9]])
+    seen = F.avg_pool2d(noise[:, :, 0], 2)[:, :, None] * 2  # the mean of four has half the deviation
+    wide = t[:, None, :, None, None]
+    one = small.backbone((1 - wide) * x0 + wide * seen, t, *words)
+    later = gaussian.shift(t, 2.0)
+    wide = later[:, None, :, None, None]
+    enlarged = x0.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    two = large.backbone((1 - wide) * enlarged + wide * noise, later, *words)
+    torch.testing.assert_close(
+        one.repeat_interleave(2, -1).repeat_interleave(2, -2), two, atol=1e-4, rtol=1e-4
+    )
+
+
+def some_clip():
+    torch.manual_seed(0)
+    tokenizer = Bpe.train(["a b c"], vocab=600)
+    text = TextConfig(vocab=tokenizer.vocab, length=8, width=16, depth=1, heads=1, end=tokenizer.end)
+    image = VitConfig(size=16, patch=16, width=16, depth=1, heads=1)
+    return Clip(ClipConfig(image=image, text=text, width=16), tokenizer)
+
+
+def test_masked_training_goes_on_from_plain_weights_and_back(tmp_path):
+    reader = some_clip()
+    plain, masked = (
+        Sora(sora.shape(reader, size=16, sizes=(3, 64, 1), patch=8, masked=on), reader.tokenizer)
+        for on in (False, True)
+    )
+    for parameter in plain.backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    reverie.save(plain, tmp_path / "plain")
+    sora.take_over(masked, tmp_path / "plain")
+    x, t, words = torch.randn(2, 3, 1, 16, 16), torch.rand(2, 1), plain.read(["a", "b"])
+    assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
+    reverie.save(masked, tmp_path / "masked")
+    assert reverie.load(tmp_path / "masked").config == masked.config
+    with torch.no_grad():
+        plain.backbone.out.bias.add_(1)
+    sora.take_over(plain, tmp_path / "masked")
+    assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
+
+
+def test_a_masked_step_leaves_as_many_patches_out_of_every_item(folder):
+    reader = some_clip()
+    shape = sora.shape(reader, size=16, sizes=(3, 64, 1), patch=4, masked=True)
+    config = sora.SoraRun(model=shape, steps=1, batch=2, clips=0)
+    source = sora.Source(Index.read(folder), config, Sora(shape, reader.tokenizer), frames=1)
+    batches = [source.pictures(step) for step in range(8)]
+    kept = [batch["keep"].shape for batch in batches]
+    assert all(items == 2 and 8 <= count <= 11 for items, count in kept)  # of 16 patches 50 to 70 %
+    assert len(set(kept)) > 1
+    assert not torch.equal(batches[0]["masked_noise"], batches[0]["noise"])
+    again = source.pictures(3)
+    assert torch.equal(again["keep"], batches[3]["keep"])
+    assert torch.equal(again["masked_noise"], batches[3]["masked_noise"])
+    assert "keep" not in source.fixed(2)

@@ -219,6 +219,36 @@ def test_one_batch_has_one_loss_packed_or_not(latent, tokenizer):
     torch.testing.assert_close(latent.loss(packed), latent.loss(batch))
 
 
+def test_a_masked_pass_adds_its_own_error(config, tokenizer):
+    """At the same times, on other noise, and on frames that are not given alone."""
+    backbone = dataclasses.replace(config.backbone, masked=(0.3, 0.5), decoder=1)
+    model = awake(dataclasses.replace(config, backbone=backbone), tokenizer)
+    latents, generator = pictures(2, 3), torch.Generator().manual_seed(1)
+    batch = {
+        "latents": latents,
+        "tokens": tokenizer.encode(PROMPTS[:2]),
+        "noise": torch.randn(latents.shape, generator=generator),
+        "normal": torch.tensor([-0.3, 0.7]),
+        "drop": torch.tensor([False, True]),
+        "known": torch.tensor([[True, False, False], [False, False, True]]),
+    }
+    other = torch.randn(latents.shape, generator=generator)
+    patches = latents[0, 0].numel() // backbone.patch[1] ** 2
+    whole = model.loss(batch)
+    assert whole.keys() == {"loss"}
+    every = torch.arange(patches).expand(2, -1)
+    both = model.loss(batch | {"masked_noise": other, "keep": every})
+    torch.testing.assert_close(both["whole"], whole["loss"])
+    torch.testing.assert_close(both["masked"], model.loss(batch | {"noise": other})["loss"], **near)
+    torch.testing.assert_close(both["loss"], both["whole"] + both["masked"])
+    some = model.loss(batch | {"masked_noise": other, "keep": every[:, ::2]})
+    assert not torch.allclose(some["masked"], both["masked"], rtol=1e-3)
+    given = model.loss(
+        batch | {"masked_noise": other, "keep": every[:, ::2], "known": torch.ones(2, 3, dtype=torch.bool)}
+    )
+    assert given["loss"] == 0
+
+
 def test_times_are_logit_normal_and_shifted(sora, config, tokenizer):
     normal = torch.linspace(-2, 2, 9)
     shifted = Sora(dataclasses.replace(config, t_mean=0.4, t_std=0.5, shift=3.0), tokenizer)
@@ -318,7 +348,7 @@ def test_pace_is_heard(sora, tokenizer):
         sora.loss(batch | {"pace": 2.0})
     finally:
         hook.remove()
-    assert seen == [{"pace": 1.0}, {"pace": 2.0}]
+    assert [asked["pace"] for asked in seen] == [1.0, 2.0]
 
 
 def test_progress_and_steps(sora):
@@ -542,3 +572,25 @@ def test_without_a_tokenizer_it_asks_for_tokens(config, tokenizer):
     with pytest.raises(InputError, match="no tokenizer"):
         model.generate_image(["cat"])
     assert model.generate_image(tokenizer.encode(["cat"]), steps=1).shape == (1, 3, 8, 8)
+
+
+def test_a_cache_spares_blocks_and_at_0_changes_nothing(sora):
+    """The last block works in every step without a cache; with a threshold that nothing reaches, in the first alone."""
+    times: list[int] = []
+    handle = sora.backbone.blocks[-1].register_forward_hook(lambda *_: times.append(1))
+
+    def draw(cache: float) -> tuple[torch.Tensor, int]:
+        times.clear()
+        return sora.generate_image(["red square"], seed=3, steps=6, cache=cache), len(times)
+
+    plain, often = draw(0)
+    assert often == 6
+    same, often = draw(1e-9)
+    assert often == 6
+    assert torch.equal(plain, same)
+    other, often = draw(1e9)
+    assert often == 1
+    assert not torch.equal(plain, other)
+    with pytest.raises(InputError, match="no threshold"):
+        draw(-1)
+    handle.remove()

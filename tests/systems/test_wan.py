@@ -95,6 +95,25 @@ def test_guidance_of_one_is_the_prompt_alone_and_others_lead_away(wan):
     ).abs().max() > 1e-2
 
 
+def test_a_cache_spares_the_blocks_behind_the_first_and_at_0_changes_nothing(wan):
+    times = []
+    handle = wan.backbone.blocks[-1].register_forward_hook(lambda *_: times.append(1))
+
+    def draw(cache):
+        times.clear()
+        return wan.generate_latents(features(1), negative=features(1, seed=2), steps=4, cache=cache), len(
+            times
+        )
+
+    (plain, often), (same, always), (other, once) = draw(0), draw(1e-9), draw(1e9)
+    assert torch.equal(plain, same)
+    assert not torch.equal(plain, other)
+    assert (often, always, once) == (4, 4, 1)
+    with pytest.raises(InputError, match="no threshold"):
+        draw(float("nan"))
+    handle.remove()
+
+
 def test_one_time_for_all_is_each_with_its_own(wan):
     x, context = torch.randn(2, 4, 2, 4, 4), wan.read(features(2))
     with torch.no_grad():

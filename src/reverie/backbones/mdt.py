@@ -1,7 +1,7 @@
 """A class-conditional transformer that learns from parts: "Masked Diffusion Transformer" (Gao et al. 2023, 2303.14389).
 
-    whole    patches + places ---- encoder ------------------------------ + places of the decoder ---- decoder --- DiT's end
-    masked   patches + places ---- encoder of the `keep` that stay ---- interpolater fills the rest ---- decoder --- DiT's end
+    whole    patches + places ---- encoder -------------------- + places of the decoder --------- decoder --- DiT's end
+    masked   patches + places ---- encoder of `keep` alone ---- interpolater fills the rest ----- decoder --- DiT's end
 
 Blocks are DiT's (backbones/dit.py), whose attention also has a learned score for how far apart two patches are. The
 interpolater: a learned token stands for each missing patch, places are added, one block runs over all, and what stayed
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from einops import rearrange, repeat
@@ -45,7 +44,7 @@ class MdtConfig:
     classes: int = 1000  # the null class, "any", comes after them
     learned_sigma: bool = True  # as many channels again come out, for the variance
     skips: bool = True  # version 2
-    # The share of patches that a masked pass leaves out, drawn anew each time; None: no interpolater, whole passes alone.
+    # The share of patches that masked passes leave out, drawn anew each time; None: there are none of them
     masked: tuple[float, float] | None = (0.3, 0.5)
 
     def __post_init__(self) -> None:
@@ -184,7 +183,9 @@ class Mdt(nn.Module):
         `modulations` are those of `Modulations.at`, instead of `t` and `classes`, for whole passes.
         """
         config = self.config
-        assert x.shape[-2:] == (config.size, config.size), f"{tuple(x.shape)} is not of the size of the training"
+        assert x.shape[-2:] == (config.size, config.size), (
+            f"{tuple(x.shape)} is not of the size of the training"
+        )
         entered = tokens = rearrange(self.embed(x), "b d h w -> b (h w) d") + self.places.to(x.dtype)
         if modulations is None:
             assert t is not None
@@ -218,7 +219,7 @@ class Mdt(nn.Module):
         )  # fmt: skip
 
     def _filled(self, x: Tensor, keep: Tensor | None, vector: Tensor | None, pairs: Tensor) -> Tensor:
-        """What the decoder reads, `b n d`: with `keep`, patches that are not among `x b k d` come from the interpolater."""
+        """What the decoder reads, `b n d`: with `keep`, the interpolater's of patches that are not among `x b k d`."""
         places = self.decoder_places.to(x.dtype)
         if keep is None:
             return x + places

@@ -3,6 +3,9 @@
 A picture is a video of one frame. Positions are rotary over frames, rows and columns, so any size, duration and
 aspect ratio can be asked for. Every frame has its own time `t`, so some may be given clean (t = 0) while others are
 noise; the text comes in twice, pooled into the modulation and word by word through cross-attention.
+
+With `masked` it may also learn from some of its patches (MDT, 2303.14389, as in backbones/mdt.py): the first blocks see
+those alone, and an interpolater fills the rest before the last ones. Whole passes never ask it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reverie.nn.attention import Words
+from reverie.errors import InputError
+from reverie.nn.attention import Runs, Words
 from reverie.nn.block import ModulatedBlock, modulate, spread
 from reverie.nn.cache import Cache, through
 from reverie.nn.patches import patchify, unpatchify
@@ -37,15 +41,42 @@ class VideoDitConfig:
     context_width: int = 512
     waves: int = 0  # per axis, of the absolute places that are added to the patches; 0: rotary alone
     head: int = 0  # channels of convolutions that smooth the seams between patches (U-ViT, 2209.12152, 3.1)
+    zoom: int = 1  # the network sees and smooths what comes as at 1 / zoom of its size: see `_as_smaller`
+    masked: tuple[float, float] | None = None  # the share of patches that masked passes leave out
+    decoder: int = 2  # of the blocks, those that come after the interpolater, where there is one
+
+    def __post_init__(self) -> None:
+        if self.masked is None:
+            return
+        if not 0 <= self.masked[0] <= self.masked[1] < 1:
+            raise InputError(
+                f"masked {tuple(self.masked)} are no shares: give the least and the most, such as (0.3, 0.5)."
+            )
+        if not 1 <= self.decoder < self.depth:
+            raise InputError(
+                f"a decoder of {self.decoder} of {self.depth} blocks is none: give 1 to {self.depth - 1}."
+            )
 
 
-def smoothing(channels: int, width: int) -> nn.Sequential:
-    """Three 3 x 3 convolutions on pictures, whose output starts at zero."""
+def smoothing(channels: int, width: int, zoom: int = 1) -> nn.Sequential:
+    """Three 3 x 3 convolutions on pictures, squares of zoom x zoom being one place. Its output starts at zero."""
+    channels *= zoom**2
     last = nn.Conv2d(width, channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
     first, second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
+
+
+def _as_smaller(t: Tensor, zoom: int) -> tuple[Tensor, Tensor]:
+    """How much x_t is to be enlarged, and its time, for a network that sees it `zoom` times smaller.
+
+    In the mean of zoom x zoom pixels noise is zoom times weaker beside the picture ("simple diffusion", 2301.11093,
+    section 3.1): (1 - t) x0 + (t / zoom) noise, which is x_t at another time, t / (t + zoom (1 - t)), but for its
+    size. So a network of small pictures begins as one of large ones, and no noise level is new to it.
+    """
+    size = 1 - t + t / zoom
+    return 1 / size, t / zoom / size
 
 
 def _whereabouts(f: int, h: int, w: int, waves: int) -> Tensor:
@@ -115,10 +146,23 @@ def _times(
     )
 
 
+def _staying(keep: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Runs]:
+    """Of packed groups of items `b k`: which patches stay, counted over all, and what they are run after run."""
+    first, stay, runs = 0, list[Tensor](), list[tuple[int, int]]()
+    for rows, length in zip(keep, lengths, strict=True):
+        items, kept = rows.shape
+        begins = first + length * torch.arange(items, device=rows.device)
+        stay.append(rearrange(begins[:, None] + rows, "b k -> (b k)"))
+        first += items * length
+        before = runs.pop() if runs and runs[-1][1] == kept else (0, kept)
+        runs.append((before[0] + items, kept))
+    return torch.cat(stay), tuple(runs)
+
+
 class VideoDit(nn.Module):
     """`x b c f h w`, `t b f`, pooled text `b d`, context `b m d` and its mask `b m` -> `b c f h w`."""
 
-    no_decay = ("null_context", "null_pooled")
+    no_decay = ("null_context", "null_pooled", "missing")
 
     def __init__(self, config: VideoDitConfig):
         super().__init__()
@@ -143,11 +187,14 @@ class VideoDit(nn.Module):
             ModulatedBlock(config.width, config.heads, context_width=config.context_width)
             for _ in range(config.depth)
         )
+        if config.masked is not None:
+            self.missing = nn.Parameter(torch.randn(config.width) * 0.02)
+            self.interpolater = ModulatedBlock(config.width, config.heads, context_width=config.context_width)
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         modulation = nn.Linear(config.width, 2 * config.width)
         self.modulation = nn.Sequential(nn.SiLU(), modulation)
         self.out = nn.Linear(config.width, contents)
-        self.head = smoothing(config.channels, config.head) if config.head else None
+        self.head = smoothing(config.channels, config.head, config.zoom) if config.head else None
         for zero in (modulation, self.out):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
@@ -161,17 +208,23 @@ class VideoDit(nn.Module):
         context_mask: Tensor,
         *,
         pace: float | Sequence[float] | Tensor = 1.0,
+        keep: Tensor | Sequence[Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Any:
         """`pace` is the time between frames, in frames at the usual rate: one, or one for each item.
 
-        Rotary time knows differences alone. With `cache`, deep features may be those of a step before.
+        Rotary time knows differences alone. With `keep`, int64 `b k` or a sequence of `k`, different numbers of an
+        item's patches, as many where there are as many patches: a masked pass, whose first blocks see these alone.
+        With `cache`, deep features of the step before may serve.
         """
         if isinstance(x, Tensor) and isinstance(t, Tensor) and isinstance(pace, int | float):
-            return self._packed([_Like([*range(len(x))], x, t, pace)], pooled, context, context_mask, cache)[0]
+            whole = [_Like([*range(len(x))], x, t, pace)]
+            stay = None if keep is None else [torch.stack([*keep])]
+            return self._packed(whole, pooled, context, context_mask, stay, cache)[0]
         paces = [float(pace)] * len(x) if isinstance(pace, int | float) else [float(one) for one in pace]
         groups = _alike(x, t, paces, self.config.patch)
-        outs = self._packed(groups, pooled, context, context_mask, cache)
+        stay = None if keep is None else [torch.stack([keep[i] for i in group.items]) for group in groups]
+        outs = self._packed(groups, pooled, context, context_mask, stay, cache)
         of = {
             i: one
             for group, out in zip(groups, outs, strict=True)
@@ -186,6 +239,7 @@ class VideoDit(nn.Module):
         pooled: Tensor,
         context: Tensor,
         context_mask: Tensor,
+        keep: Sequence[Tensor] | None,
         cache: Cache | None,
     ) -> list[Tensor]:
         """The one path: the patches of all items one after the other, `t d`; the output of each group."""
@@ -196,15 +250,22 @@ class VideoDit(nn.Module):
         grids = [_patches(group.x, self.config.patch) for group in groups]
         counts = [len(group.x) for group in groups]
         contents = [rearrange(patchify(group.x, self.config.patch), "b n p -> (b n) p") for group in groups]
-        tokens = self.embed(contents[0] if len(contents) == 1 else torch.cat(contents))
+        patches = contents[0] if len(contents) == 1 else torch.cat(contents)
+        times, items, rows = _times(groups, grids, frames)
+        if self.config.zoom > 1:
+            enlarge, times = _as_smaller(times, self.config.zoom)
+            patches = patches * enlarge[rows, None].to(patches.dtype)
+        tokens = self.embed(patches)
 
         # Where a patch stands is computed once for all items that are alike; `spots t` says which place each has.
         ends = [*itertools.accumulate(map(math.prod, grids), initial=0)]
         spans = zip(ends, ends[1:], counts, strict=False)
         spots = torch.cat([torch.arange(a, b, device=device).repeat(count) for a, b, count in spans])
+        placed: Tensor | float = 0.0
         if self.place is not None:
             where = torch.cat([_whereabouts(*sizes, self.config.waves) for sizes in grids])
-            tokens = tokens + F.embedding(spots, self.place(where.to(tokens)))
+            placed = F.embedding(spots, self.place(where.to(tokens)))
+            tokens = tokens + placed
         places = [
             grid(*sizes, device=device) * torch.tensor([group.pace, 1.0, 1.0], device=device)
             for group, sizes in zip(groups, grids, strict=True)
@@ -212,7 +273,6 @@ class VideoDit(nn.Module):
         cos, sin = rotary(torch.cat(places), self.config.width // self.config.heads)
         turns = cos[spots], sin[spots]
 
-        times, items, rows = _times(groups, grids, frames)
         clock = sinusoidal(times, 256, scale=1000.0).to(tokens.dtype)
         vector = self.time(clock) + self.pooled(pooled)[items]
         alike = itertools.groupby(zip(counts, grids, strict=True), lambda pair: math.prod(pair[1]))
@@ -221,10 +281,19 @@ class VideoDit(nn.Module):
             words = Words.of(context, context_mask)
         else:  # to know how many there are would keep the GPU waiting
             words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
-        blocks = [
-            partial(block, vector=vector, context=words, rows=rows, runs=runs, rotary=turns)
-            for block in self.blocks
-        ]
+        asked = {"vector": vector, "context": words, "rows": rows, "runs": runs, "rotary": turns}
+        blocks = [partial(block, **asked) for block in self.blocks]
+        if keep is not None:
+            assert cache is None, "a masked pass is never sampled"
+            early, blocks = blocks[: -self.config.decoder], blocks[-self.config.decoder :]
+            stay, kept_runs = _staying(keep, [math.prod(sizes) for sizes in grids])
+            some = {"rows": rows[stay], "runs": kept_runs, "rotary": (cos[spots[stay]], sin[spots[stay]])}
+            seen = tokens[stay]
+            for block in early:
+                seen = block(seen, **some)
+            missing = self.missing.to(tokens.dtype).expand_as(tokens) + placed
+            filled = self.interpolater(missing.index_copy(0, stay, seen), **asked)
+            tokens = filled.index_copy(0, stay, seen)
         tokens = through(tokens, blocks, cache)
         shift, scale = spread(self.modulation(vector), rows, 2)
         tokens = self.out(modulate(self.norm(tokens), shift, scale))
@@ -237,8 +306,14 @@ class VideoDit(nn.Module):
             out = unpatchify(rearrange(part, "(b n) p -> b n p", b=b), self.config.patch, (f, h, w))
             if self.head is not None:
                 flat = rearrange(out, "b c f h w -> (b f) c h w")
-                flat = flat.contiguous(memory_format=torch.channels_last)  # few channels: nearly twice as fast
-                out = out + rearrange(self.head(flat), "(b f) c h w -> b c f h w", b=b)
+                flat = flat.contiguous(
+                    memory_format=torch.channels_last
+                )  # few channels: nearly twice as fast
+                if (zoom := self.config.zoom) > 1:
+                    flat = F.pixel_shuffle(self.head(F.pixel_unshuffle(flat, zoom)), zoom)
+                else:
+                    flat = self.head(flat)
+                out = out + rearrange(flat, "(b f) c h w -> b c f h w", b=b)
             outs.append(out)
         return outs
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from reverie.errors import InputError
 from reverie.nn.attention import attend
 from reverie.nn.block import norm_modulate
+from reverie.nn.cache import Cache, through
 from reverie.nn.linear import Linear
 from reverie.nn.mlp import Mlp
 from reverie.nn.patches import patchify, unpatchify
@@ -214,7 +215,7 @@ class WanDit(nn.Module):
     def _blocks(self) -> Iterator[WanBlock]:
         return (cast(WanBlock, block) for block in self.blocks)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | Words) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | Words, *, cache: Cache | None = None) -> Tensor:
         words = context if isinstance(context, Words) else self._read(context)
         config, shape = self.config, (x.shape[-3], x.shape[-2], x.shape[-1])
         frames, side = config.patch
@@ -224,8 +225,11 @@ class WanDit(nn.Module):
         # In float64, as the original: at 1000 a float32 has lost the fifth digit of the quickest wave.
         vector = self.time(sinusoidal(t.double(), config.clock, scale=1000.0).to(tokens.dtype))
         each = rearrange(self.modulation(vector), "b (six d) -> b six d", six=6)
-        for block, keys, values in zip(self._blocks(), words.keys, words.values, strict=True):
-            tokens = block(tokens, each, turns, keys, values, words.bias)
+        blocks = [
+            partial(block, vector=each, turns=turns, keys=keys, values=values, bias=words.bias)
+            for block, keys, values in zip(self._blocks(), words.keys, words.values, strict=True)
+        ]
+        tokens = through(tokens, blocks, cache)
         shift, scale = rearrange(self.table + rearrange(vector, "b d -> b 1 d"), "b two d -> two b 1 d")
         return unpatchify(self.out(norm_modulate(tokens, shift, scale, eps=config.eps)), config.patch, shape)
 

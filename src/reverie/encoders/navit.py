@@ -121,8 +121,9 @@ class PackedPool(nn.Module):
         lengths = [items * length for items, length in runs]
         for (items, _), score, part in zip(runs, scores.split(lengths), features.split(lengths), strict=True):
             weight = rearrange(score, "(b n) heads -> b heads n", b=items)
-            gathered.append(weight.softmax(-1) @ rearrange(part, "(b n) d -> b n d", b=items))
-        mixed = einsum(torch.cat(gathered), v.to(features.dtype), "b heads d, heads e d -> b heads e")
+            gathered.append(weight.softmax(-1).to(part.dtype) @ rearrange(part, "(b n) d -> b n d", b=items))
+        whole = torch.cat(gathered)
+        mixed = einsum(whole, v.to(whole.dtype), "b heads d, heads e d -> b heads e")
         x = self.out(rearrange(mixed, "b heads e -> b (heads e)"))
         return x + self.mlp(self.norm(x))
 

@@ -43,6 +43,7 @@ from reverie.scene import (
 if TYPE_CHECKING:
     import torch
 
+LEAST_RIM = 2  # pixels of the picture's edge that a thing covers where it is cut off
 LEAST_OVERLAP = 0.72  # intersection over union with the best template below which a region has no shape
 
 
@@ -50,7 +51,8 @@ LEAST_OVERLAP = 0.72  # intersection over union with the best template below whi
 class Seen:
     """One thing as read from pixels, at its first frame. `shape` is None where no shape of the world fits.
 
-    `inside` is the number of the thing that surrounds this one; `motion` is None for a single image.
+    `inside` is the number of the thing that surrounds this one; `motion` is None for a single image, and `cut` False
+    for a clip. `cut`: it reaches the picture's edge, which whole things of the world never do: it is cut off there.
     """
 
     shape: str | None
@@ -62,6 +64,7 @@ class Seen:
     r: float
     inside: int | None = None
     motion: Motion | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,10 @@ def judge(pixels: torch.Tensor | np.ndarray) -> Reading:
     regions = find(frames, ground, noise, short)
     blur = _blur([region for row in regions for region in row])
     if len(frames) == 1:
-        things = [_see([region], blur, short) for region in regions[0]]
+        things = [
+            replace(_see([region], blur, short), cut=region.rim(*frames.shape[1:3]) >= LEAST_RIM)
+            for region in regions[0]
+        ]
         return Reading(background=background, things=_insides(things, regions[0], short), frames=1)
     things = _followed(regions, blur, len(frames), short)
     return Reading(background=background, things=things, frames=len(frames))

@@ -32,6 +32,14 @@ class Region:
     plain: bool  # of one colour
     host: Region | None = None  # the region that it was found in
 
+    def rim(self, height: int, width: int) -> int:
+        """How many pixels of one edge of the picture it covers, at most."""
+        rows = [self.mask[at - self.top : at - self.top + 1].sum() for at in (0, height - 1) if at >= self.top]
+        columns = [
+            self.mask[:, at - self.left : at - self.left + 1].sum() for at in (0, width - 1) if at >= self.left
+        ]
+        return int(max(*rows, *columns, 0, 0))
+
 
 def smooth(frames: np.ndarray) -> np.ndarray:
     for axis in (1, 2):

@@ -1,15 +1,19 @@
 """What deep blocks add to their tokens, kept from one step of a sampler to the next ones that ask nearly the same.
 
 From step to step features change little, so some are not computed again: TeaCache (2411.19108) reuses what all blocks
-together add, and computes it anew once the changes of what enters have added up to a threshold. Here the first blocks
-are always computed, and what leaves them is what is watched: it knows the time and the text, which what enters does not.
+together add, and computes it anew once the changes of what enters have added up to a threshold. Here the first block is
+always computed, and what leaves it is watched: it knows the time and the text, which what enters does not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
+
+from reverie.errors import InputError
 
 
 def through(tokens: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]], cache: Cache | None) -> Tensor:
@@ -19,6 +23,12 @@ def through(tokens: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]], cache:
     for block in blocks:
         tokens = block(tokens)
     return tokens
+
+
+def check_threshold(threshold: Any) -> None:
+    """InputError: it is no threshold of a cache."""
+    if not isinstance(threshold, int | float) or not math.isfinite(threshold) or threshold < 0:
+        raise InputError(f"cache {threshold!r:.60} is no threshold: give 0 for none, or such as 0.15.")
 
 
 class Cache:

@@ -131,7 +131,7 @@ def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Eng
     held = captioned(index.select(split="val", video=False)) or captioned(
         index.select(split="train", video=False)
     )
-    prompts = [item.captions[0].text for item in held][:16]
+    prompts = [item.captions[0].text for item in held][:: max(len(held) // 16, 1)][:16]
     goal = master.generate_image(prompts, seed=0, steps=items.model.steps * config.inside, together=True,
                                  guidance=config.guidance)  # fmt: skip
     sources = [source for source in (pictures, clips) if source is not None]
@@ -158,7 +158,7 @@ def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Eng
 
 
 def loss(student: Sora, master: Sora, config: DistilRun, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """One step of the student against several of the teacher, on the frames that are not given.
+    """One step of the student against several of the teacher, where nothing is given.
 
     `batch` is that of `Sora.loss`, with `which`, the student's step, and `own`, whether it comes there by itself.
     """
@@ -166,7 +166,7 @@ def loss(student: Sora, master: Sora, config: DistilRun, batch: dict[str, Any]) 
     inside, which = config.inside, batch["which"]
     flow = Flow(shift=student.config.shift)
     coarse, fine = flow.points(student.config.steps), flow.points(student.config.steps * inside)
-    wide = rearrange(known, "b f -> b 1 f 1 1")
+    wide = master.within(known)
     given = {"latents": latents, "known": known, "pace": batch.get("pace", 1.0)}
     with torch.no_grad():
         text = master.read(batch["tokens"])
@@ -180,7 +180,7 @@ def loss(student: Sora, master: Sora, config: DistilRun, batch: dict[str, Any]) 
         x = torch.where(wide, latents, x)
         led = guided(predictor(master, both, **given), config.guidance)
         x_after = euler(led, x, fine[which * inside : (which + 1) * inside + 1])
-    weight = rearrange(~known, "b f -> b 1 f 1 1").float()
+    weight = (~wide).float()
     return {
         "loss": step_loss(told(x, coarse[which]), x, x_after, coarse[which], coarse[which + 1], weight=weight)
     }
@@ -189,17 +189,17 @@ def loss(student: Sora, master: Sora, config: DistilRun, batch: dict[str, Any]) 
 def predictor(
     model: Sora, text: tuple[Tensor, ...], *, latents: Tensor, known: Tensor, pace: float
 ) -> Callable[[Tensor, Point], Tensor]:
-    """x0 by a model of `x`, once or twice the batch, whose `known b f` frames are those of `latents`."""
+    """x0 by a model of `x`, once or twice the batch; what is `known` (as in `Sora.loss`) is that of `latents`."""
 
     def predict(x: Tensor, point: Point) -> Tensor:
         copies = len(x) // len(latents)
         given, mask = torch.cat([latents] * copies), torch.cat([known] * copies)
-        wide = rearrange(mask, "b f -> b 1 f 1 1")
+        wide = model.within(mask)
         x = torch.where(wide, given, x)
         t = point.t * (~mask).float()
         out = model.backbone(x, t, *(part[: len(x)] for part in text), pace=pace)
         if model.config.prediction == "x0":
-            out = gaussian.velocity_from(out, x, rearrange(t, "b f -> b 1 f 1 1"))
+            out = gaussian.velocity_from(out, x, model.within(t))
         return torch.where(wide, given, x - point.t * out)
 
     return predict

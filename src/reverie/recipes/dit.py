@@ -159,11 +159,19 @@ def imagenet(
 
 
 def shape(
-    objective: str, index: Index, *, codec: str, size: int, patch: int, sizes: tuple[int, int, int], decoder: int = 0
+    objective: str,
+    index: Index,
+    *,
+    codec: str,
+    size: int,
+    patch: int,
+    sizes: tuple[int, int, int],
+    decoder: int = 0,
 ) -> Config:
     """The model for the labels of an index, in pixels or in the latents of `codec`.
 
-    `sizes` are depth, width and heads; `decoder` how many of MDT's blocks are its decoder's (0: 2, or 3 of an odd depth).
+    `sizes` are depth, width and heads; `decoder` says how many of MDT's blocks are its decoder's (0: 2, or 3 if
+    the depth is odd).
     """
     if objective not in ("dit", "sit", "mdt"):
         raise InputError(f"there is no objective {objective!r}: choose dit, sit or mdt.")
@@ -256,13 +264,13 @@ def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
 
 
 def judged(
-    model: Model, names: tuple[str, ...], *, count: int, seed: int = 0
+    model: Model, names: tuple[str, ...], *, count: int, seed: int = 0, steps: int = QUICK
 ) -> dict[str, float]:
     """Shares of `count` drawn pictures, class after class, with one thing, its colour, its shape, and all of that."""
     asked = [i % len(names) for i in range(count)]
     parts = [asked[at : at + 16] for at in range(0, count, 16)]
     images = torch.cat(
-        [model.generate_image(part, seed=seed + 16 * i, steps=QUICK) for i, part in enumerate(parts)]
+        [model.generate_image(part, seed=seed + 16 * i, steps=steps) for i, part in enumerate(parts)]
     )
     words = [names[i].split() for i in asked]
     said = [Description(mentions=(Mention(colour=colour, shape=thing),)) for colour, thing in words]
@@ -318,12 +326,13 @@ class Source:
         }
 
     def masked(self, keys: list[tuple[int, int]], step: int) -> dict[str, Tensor]:
-        """Of the step's masked pass, where there is one: the patches that stay, as many in each item, and other noise."""
+        """Of the step's masked pass, if there is one: the patches that stay, as many in each item, and other noise."""
         backbone, seed = self.config.model.backbone, self.config.seed
         if not isinstance(backbone, MdtConfig) or backbone.masked is None:
             return {}
         least, most = backbone.masked
-        share = least + (most - least) * torch.rand((), generator=rng.generator(seed, "masked", step)).item()
+        u = torch.rand((), generator=rng.generator(seed, "masked", step)).item()
+        share = least + (most - least) * u
         like = backbone.channels, backbone.size, backbone.size
         noise = [torch.randn(like, generator=rng.generator(seed, "masked noise", *key)) for key in keys]
         return {

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import framed, on_white
+from reverie.data.dropping import kept_patches
 from reverie.data.given import draw_given
 from reverie.data.index import Index
 from reverie.data.latents import Latents
@@ -77,6 +78,9 @@ FORMATS = (
     (1.25, 0.75),
 )  # height and width, in the usual side
 
+MASKED = (0.3, 0.5)  # of the patches, as MDT's second version
+OF_MASKED = ("backbone.missing", "backbone.interpolater.")  # what masked passes alone need
+
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
     "火箭", "grinning face", "green apple", "blue heart", "cat face", "hot beverage", "rainbow", "orange circle",
@@ -105,6 +109,7 @@ class SoraRun:
     vary: float = (
         0.0  # how often a step has another format: what is square stands in the middle of it, on white
     )
+    crop: bool = False  # of what is not square, the middle; else all of it, on white
     native: str = ""  # "packs" or "buckets" of items at their own aspect and length; "": batches of one shape
     budget: int = 0  # tokens of a pack
     packs: int = 1  # of a step
@@ -115,7 +120,7 @@ class SoraRun:
 
 def tiny(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int = 32, clips: int = 2,
-    size: int = 64, native: str = "", budget: int = 1024, lr: float = 1e-3, seed: int = 0,
+    size: int = 64, native: str = "", budget: int = 1024, lr: float = 1e-3, masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A small model from random weights on any captioned folder; its text tower is that of a CLIP.
@@ -132,12 +137,13 @@ def tiny(
             size; packs mix all shapes, a bucket has one. Without it, squares.
         budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
         lr: The highest learning rate.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
     reader = load_clip(clip)
     index = open_index(data)
     config = SoraRun(
-        model=shape(reader, size=size), clip=clip, steps=steps, batch=batch,
+        model=shape(reader, size=size, masked=masked), clip=clip, steps=steps, batch=batch,
         clips=clips if index.select(video=True) else 0, native=native, budget=budget if native else 0, lr=lr, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
@@ -146,7 +152,8 @@ def tiny(
 def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
     lr: float = 1e-3, size: int = 128, clip_size: int = 96, frames: int = 24, codec: str = "", latents: bool = False,
-    native: str = "", budget: int = 1024, start: str = "", width: int = TINY[1], depth: int = TINY[0], seed: int = 0,
+    native: str = "", budget: int = 1024, start: str = "", width: int = TINY[1], depth: int = TINY[0],
+    masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
@@ -170,12 +177,14 @@ def stickers(
         start: The folder of a Sora whose weights to begin from; random weights if not given.
         width: Channels, a multiple of 64.
         depth: Blocks.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
     reader = load_clip(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     model = stickers_shape(
-        reader, size=size, clip_size=clip_size, frames=frames, codec=codec, sizes=(depth, width, heads_of(width))
+        reader, size=size, clip_size=clip_size, frames=frames, codec=codec, sizes=(depth, width, heads_of(width)),
+        masked=masked,
     )  # fmt: skip
     config = SoraRun(
         model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
@@ -188,7 +197,7 @@ def stickers(
 def dit(
     data: Path, out: Path, *, clip: str, codec: str = "", latents: bool = False, scale: str = "XL", size: int = 256,
     steps: int = 400_000, batch: int = 256, clips: int = 16, native: str = "", budget: int = 65_536, packs: int = 1,
-    lr: float = 1e-4, seed: int = 0,
+    lr: float = 1e-4, masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """Any captioned folder at DiT's sizes and learning rate (2212.09748, table 1 and section 4). Not yet run by us.
@@ -209,6 +218,7 @@ def dit(
         budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
         packs: Packs of a step, with native: a multiple of the processes.
         lr: The highest learning rate.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
     if scale not in DIT:
@@ -216,9 +226,10 @@ def dit(
     reader = load_clip(clip)
     index = open_index(data)
     config = SoraRun(
-        model=shape(reader, size=size, codec=codec, sizes=DIT[scale]), clip=clip, codec=codec, latents=latents,
-        steps=steps, batch=batch, clips=clips if index.select(video=True) else 0, clip_frames=9 if codec else 8,
-        native=native, budget=budget if native else 0, packs=packs, lr=lr, ema=0.9999, seed=seed,
+        model=shape(reader, size=size, codec=codec, sizes=DIT[scale], masked=masked), clip=clip, codec=codec,
+        latents=latents, steps=steps, batch=batch, clips=clips if index.select(video=True) else 0,
+        clip_frames=9 if codec else 8, native=native, budget=budget if native else 0, packs=packs, lr=lr, ema=0.9999,
+        seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
@@ -226,7 +237,7 @@ def dit(
 def world(
     data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, hidden: int = 200, size: int = 64,
     patch: int = 16, width: int = TINY[1], depth: int = TINY[0], frames: int = 16, steps: int = 3000,
-    batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8,
+    batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8, masked: bool = False,
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
@@ -249,13 +260,16 @@ def world(
         clips: Clips of a step, beside the pictures.
         lr: The highest learning rate.
         english: The share of captions in English; the rest are in Chinese.
+        masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another world, another start and another order.
     """
     if not 8 <= frames <= 64:
         raise InputError(f"frames is {frames}: a clip of the world has 8 to 64 of them.")
     index = open_world(data, count, moving, hidden, seed=seed, frames=frames, size=size)
     reader = load_clip(clip)
-    model = shape(reader, size=size, patch=patch, frames=frames, sizes=(depth, width, heads_of(width)))
+    model = shape(
+        reader, size=size, patch=patch, frames=frames, sizes=(depth, width, heads_of(width)), masked=masked
+    )
     config = SoraRun(
         model=model, clip=clip, steps=steps, batch=batch, clips=clips, lr=lr, warmup=min(100, max(steps // 10, 1)),
         languages={"en": english, "zh": 1 - english}, seed=seed,
@@ -265,10 +279,13 @@ def world(
 
 def shape(
     reader: Clip, *, size: int = 64, clip_size: int | None = None, frames: int = 16,
-    sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16, head: int = 16,
-    shift: float = 1.0,
+    sizes: tuple[int, int, int] = TINY, codec: str = "", patch: int = 16, zoom: int = 1,
+    masked: bool = False,
 ) -> SoraConfig:  # fmt: skip
-    """Pixels in patches of `patch` through a bottleneck, or latents of `codec` in patches of 2."""
+    """Pixels in patches of `patch` through a bottleneck, or latents of `codec` in patches of 2.
+
+    With `zoom`, patches are of a picture that the network sees so many times smaller, and times are nearer to noise.
+    """
     depth, width, heads = sizes
     stored = reverie.load(codec).config if codec else None
     side = patch if stored is None else 2 * stored.stride[1]
@@ -281,18 +298,20 @@ def shape(
             patch=(1, patch) if stored is None else (1, 2),
             bottleneck=128 if stored is None else 0,
             waves=8,
-            head=head if stored is None else 0,
+            head=16 if stored is None else 0,
+            zoom=zoom if stored is None else 1,
             width=width, depth=depth, heads=heads, context_width=reader.config.text.width,
+            masked=MASKED if masked else None,
         ),
         text=reader.config.text, codec=stored, size=(size, size),
         clip_size=None if clip_size in (None, size) else (clip_size, clip_size), frames=frames,
-        t_mean=0.8, t_std=1.5, shift=shift, prediction="x0",
+        t_mean=0.8, t_std=1.5, shift=float(zoom), prediction="x0",
     )  # fmt: skip
 
 
 def stickers_shape(reader: Clip, **how: Any) -> SoraConfig:
-    """`shape` with patches twice as wide, and so times nearer to noise, as larger pictures ask (2403.03206, 5.3.2)."""
-    return shape(reader, patch=32, head=8, shift=2.0, **how)
+    """`shape` for twice the usual size at the usual number of patches."""
+    return shape(reader, patch=32, zoom=2, **how)
 
 
 def fit(
@@ -305,6 +324,8 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Sora:
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
+    if config.native and config.model.backbone.masked is not None:
+        raise InputError("masked passes are made of batches of one shape: leave out --masked or --native.")
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
     model.text.load_state_dict(reader.text.state_dict())
@@ -362,19 +383,29 @@ def fit(
 
 
 def take_over(model: Sora, folder: str) -> None:
-    """Take over the weights of a saved Sora; what it lacks, or a head of another width, begins anew.
+    """Take over the weights of a saved Sora; parts that it lacks (such as a new head) stay as they are.
 
-    Of one with patches of half the side, each pixel's weights serve four: so it draws the same, larger.
+    Of one that saw its pictures `zoom` times smaller, each pixel's weights serve zoom x zoom: it draws the same.
     """
     own, start = model.state_dict(), reverie.load(folder)
-    theirs = start.state_dict()
-    if model.config.backbone.head != start.config.backbone.head:
-        theirs = {name: value for name, value in theirs.items() if not name.startswith("backbone.head.")}
-    if model.config.backbone.patch[1] == 2 * start.config.backbone.patch[1]:
-        inward = "backbone.embed.0.weight" if model.config.backbone.bottleneck else "backbone.embed.weight"
-        theirs[inward] = _four_of_one(theirs[inward].T, model).T / 4
+    theirs, config = start.state_dict(), model.config.backbone
+    zoom = config.zoom
+    if (
+        zoom > 1
+        and start.config.backbone.zoom == 1
+        and config.patch[1] == zoom * start.config.backbone.patch[1]
+    ):
+        side = start.config.backbone.patch[1]
+        embed = "backbone.embed.0.weight" if config.bottleneck else "backbone.embed.weight"
+        theirs[embed] = _spread(theirs[embed].T, zoom, side, side).T / zoom**2
         for name in ("backbone.out.weight", "backbone.out.bias"):
-            theirs[name] = _four_of_one(theirs[name], model)
+            theirs[name] = _spread(theirs[name], zoom, side, side)
+        if config.head and start.config.backbone.head:
+            first, *last = "backbone.head.0.weight", "backbone.head.4.weight", "backbone.head.4.bias"
+            theirs[first] = _spread(theirs[first].transpose(0, 1), zoom).transpose(0, 1) / zoom**2
+            theirs |= {name: _spread(theirs[name], zoom) for name in last}
+    if config.masked is None:
+        theirs = {name: value for name, value in theirs.items() if not name.startswith(OF_MASKED)}
     strange = [name for name, value in theirs.items() if name not in own or own[name].shape != value.shape]
     if strange:
         raise InputError(
@@ -383,12 +414,9 @@ def take_over(model: Sora, folder: str) -> None:
     model.load_state_dict(own | theirs)
 
 
-def _four_of_one(weights: Tensor, model: Sora) -> Tensor:
-    """`(c f h w) ...`, one row for each value of a patch -> `(c f 2h 2w) ...`."""
-    side = model.config.backbone.patch[1] // 2
-    rows = rearrange(weights, "(c h w) ... -> c h w ...", h=side, w=side)
-    rows = rows.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    return rearrange(rows, "c h w ... -> (c h w) ...")
+def _spread(rows: Tensor, zoom: int, h: int = 1, w: int = 1) -> Tensor:
+    """One row for each pixel, `(c h w) ...`, to one for each of zoom x zoom in its place, `(c h zoom w zoom) ...`."""
+    return repeat(rows, "(c h w) ... -> (c h y w x) ...", h=h, w=w, y=zoom, x=zoom)
 
 
 class Source:
@@ -409,7 +437,8 @@ class Source:
             own = Native(patch=self.model.unit, area=math.prod(self.size))
             self.pixels = decoded(index, size=own, frames=frames, fit="squash")
         else:
-            self.pixels = decoded(index, size=self.size, frames=frames)
+            fit = "crop" if config.crop else "pad"
+            self.pixels = decoded(index, size=self.size, frames=frames, fit=fit)
         bad = {entry.path for entry in self.pixels.bad}
         self.good = [i for i, item in enumerate(index) if item.captions and item.file_name not in bad]
         if not self.good:
@@ -426,8 +455,9 @@ class Source:
     def pictures(self, step: int) -> dict[str, Any]:
         keys = self._keys(step, self.config.batch)
         size = self._format(step, "picture")
-        batch = self._batch(keys, self._pictures([i for _, i in keys], size), "picture")
-        return batch | {"known": self.given(keys, batch["latents"], self.config.known_pictures)}
+        latents = self._pictures([i for _, i in keys], size)
+        batch = self._batch(keys, latents, "picture") | self._masked(keys, latents, "picture", step)
+        return batch | {"known": self.given(keys, latents, self.config.known_pictures)}
 
     def clips(self, step: int) -> dict[str, Any]:
         """Every other frame of whole clips, or a run of neighbours; often with some of it given."""
@@ -439,8 +469,9 @@ class Source:
         span = pace * (count - 1) + 1
         offset = int(u[1] * (self.frames - span + 1))
         window, size = slice(offset, offset + span, pace), self._format(step, "clip")
-        batch = self._batch(keys, self._encoded([self._video(i, window, size) for _, i in keys]), "clip")
-        batch["known"] = self.given(keys, batch["latents"], self.config.known)
+        latents = self._encoded([self._video(i, window, size) for _, i in keys])
+        batch = self._batch(keys, latents, "clip") | self._masked(keys, latents, "clip", step)
+        batch["known"] = self.given(keys, latents, self.config.known)
         return batch | {"pace": float(pace)}
 
     def given(self, keys: list[tuple[int, int]], latents: Tensor, share: float) -> Tensor:
@@ -459,6 +490,27 @@ class Source:
         if (whole.any(-1) == whole.all(-1)).all():
             return whole.all(-1).repeat_interleave(frames, 1)
         return mask
+
+    def _masked(
+        self, keys: list[tuple[int, int]], latents: Tensor, kind: str, step: int
+    ) -> dict[str, Tensor]:
+        """Of the step's masked pass, if there is one: the patches that stay, as many in each item, and other noise."""
+        config, seed = self.config.model.backbone, self.config.seed
+        if config.masked is None:
+            return {}
+        (least, most), (frames, side) = config.masked, config.patch
+        _, _, f, h, w = latents.shape
+        u = torch.rand((), generator=rng.generator(seed, "masked", kind, step)).item()
+        share = least + (most - least) * u
+        noise = [
+            torch.randn(latents.shape[1:], generator=rng.generator(seed, "masked noise", kind, *key))
+            for key in keys
+        ]
+        patches = (f // frames) * (h // side) * (w // side)
+        return {
+            "keep": kept_patches(patches, share, seed=seed, keys=keys),
+            "masked_noise": torch.stack(noise),
+        }
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""

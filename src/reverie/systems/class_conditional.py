@@ -146,7 +146,9 @@ class NoisePredicting(ClassConditional):
         )  # fmt: skip
 
 
-def branches(network: Dit | Mdt, classes: Tensor, times: Sequence[float]) -> Callable[[Tensor, float], Tensor]:
+def branches(
+    network: Dit | Mdt, classes: Tensor, times: Sequence[float]
+) -> Callable[[Tensor, float], Tensor]:
     """What the network says of a batch at one of `times`: with its classes, and where it comes twice, without them."""
     both = torch.cat([classes, torch.full_like(classes, network.null)])
     modulations = Modulations(network, times, both)
@@ -190,7 +192,9 @@ def latent_shape(backbone: DitConfig | MdtConfig, codec: Vae | None, size: Any) 
         )
     if isinstance(backbone, MdtConfig) and set(sides) != {backbone.size * stride}:
         only = backbone.size * stride
-        raise InputError(f"size {size!r:.60} cannot be drawn: this model has learned places for {only} x {only} alone.")
+        raise InputError(
+            f"size {size!r:.60} cannot be drawn: this model has learned places for {only} x {only} alone."
+        )
     return backbone.channels, int(sides[0]) // stride, int(sides[1]) // stride
 
 

@@ -1,9 +1,9 @@
 """MDT: "Masked Diffusion Transformer is a Strong Image Synthesizer" (Gao et al. 2023, 2303.14389, version 2 of 2024).
 
-    class, or the null class -------------------------------------- vector
-                                                                      |
-    noise ------- DDPM's process --- x_t --- all patches ------------ Mdt --- noise, variance --- codec or pixels --- picture
-    other noise - DDPM's process --- x_t --- some patches ----------- Mdt --- noise, variance of all patches
+    class, or the null class ------------------------------ vector
+                                                              |
+    noise ------- DDPM's process --- x_t --- all patches ---- Mdt --- noise, variance --- codec or pixels --- picture
+    other noise - DDPM's process --- x_t --- some patches --- Mdt --- noise, variance of all patches
 
 DiT that also learns what belongs together: each step is taken twice, on whole pictures and on some of their patches,
 at the same times and with equal weight. A missing patch can only be said from the others. Pictures are drawn by the
@@ -13,7 +13,7 @@ whole pass, with guidance that grows towards the data (samplers.guidance.power_c
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from einops import rearrange
@@ -33,7 +33,9 @@ class MaskedDiffusionTransformerConfig:
     backbone: MdtConfig
     codec: VaeConfig | None = None  # None: pixels are the latents, or they are drawn without a codec
     process: Ddpm = Ddpm()
-    gamma: float | None = 5.0  # no step's signal to noise counts for more (Min-SNR); None: all alike, as in version 1
+    gamma: float | None = (
+        5.0  # no step's signal to noise counts for more (Min-SNR); None: all alike, as in version 1
+    )
     names: tuple[str, ...] = ()  # of the classes; several for one are separated by commas
     # Sampling. The authors' code draws 250 steps of DDPM and guides three of the four channels of latents.
     sampler: Sampler = "ddpm"
@@ -64,12 +66,18 @@ class MaskedDiffusionTransformer(NoisePredicting):
     def __init__(self, config: MaskedDiffusionTransformerConfig):
         super().__init__(config, Mdt(config.backbone))
 
+    def drop_interpolater(self) -> Self:
+        """Without what masked passes alone need, in place: pictures stay as they are. Returns itself."""
+        self.backbone.drop_interpolater()
+        self.config = dataclasses.replace(self.config, backbone=self.backbone.config)
+        return self
+
     def weigh(self, guidance: float) -> Weight:
         """Almost no guidance among noise."""
         return power_cosine(guidance, power=self.config.power, end=self.config.process.steps)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The whole pass's error of the noise and bound of the variance, and where patches are masked the masked pass's.
+        """The whole pass's error of the noise and bound of the variance, and with `keep` the masked pass's.
 
         `latents b c h w`, `noise` like the latents, `classes b`, `drop b` (True: the null class), `uniform b` (in
         [0, 1), makes the indices, or `t b` to fix them). With `keep b k`, the patches that a masked pass sees, also

@@ -32,6 +32,7 @@ from reverie.codecs.pieces import Pieces
 from reverie.codecs.video_vae import VideoVae, VideoVaeConfig
 from reverie.encoders.text import Text, TextConfig
 from reverie.errors import InputError
+from reverie.nn.cache import Cache, check_threshold
 from reverie.objectives.denoising import velocity_loss
 from reverie.pictures import to_signal
 from reverie.processes import gaussian
@@ -133,10 +134,22 @@ class Sora(nn.Module):
         `latents b c f h w`, `tokens b n`, `noise` like the latents, `normal b` (standard normal, makes the times, or
         `t b` to fix them), `drop b` (True: no text), `known b f` (True: a given frame) or `b f h w` on the grid of
         patches; `pace` as the backbone takes it. Packed: `latents`, `noise` and `known` are lists with one for each
-        item, of any shapes; every place of the pack counts as much.
+        item, of any shapes; every place of the pack counts as much. With `keep b k`, the patches that a masked pass
+        sees, and `masked_noise` like the latents, its error is added (MDT, 2303.14389).
         """
-        latents, noise, known = batch["latents"], batch["noise"], batch["known"]
         times = batch["t"] if "t" in batch else self.draw_times(batch["normal"])
+        text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
+        whole = self._error(batch, batch["noise"], times, text)
+        if "keep" not in batch:
+            return {"loss": whole}
+        masked = self._error(batch, batch["masked_noise"], times, text, keep=batch["keep"])
+        return {"loss": whole + masked, "whole": whole, "masked": masked}
+
+    def _error(
+        self, batch: dict[str, Any], noise: Any, times: Tensor, text: Any, *, keep: Tensor | None = None
+    ) -> Tensor:
+        """Of one pass, whole or masked."""
+        latents, known = batch["latents"], batch["known"]
         packed = isinstance(latents, list)
         if packed:
             parts = zip(
@@ -147,25 +160,24 @@ class Sora(nn.Module):
         entered, targets, weights = [], [], []
         for clean, noise, known, time in parts:
             t = rearrange(time, f"b -> b{' 1' * (known.ndim - 1)}") * ~known
-            wide = self._within(t)
+            wide = self.within(t)
             x_t = gaussian.corrupt(clean, noise, Flow().at(wide))
             entered.append((x_t, t, wide))
             by_x0 = self.config.prediction == "x0"
             targets.append(self._velocity(clean, x_t, wide) if by_x0 else gaussian.velocity(clean, noise))
-            weights.append(self._within(~known).float())
-        text = self.backbone.without_text(*self.read(batch["tokens"]), batch["drop"])
+            weights.append(self.within(~known).float())
         pace = batch.get("pace", 1.0)
         if packed:
             x, ts = ([part[i][0] for part in entered] for i in range(2))
-            outs = [out[None] for out in self.backbone(x, ts, *text, pace=pace)]
+            outs = [out[None] for out in self.backbone(x, ts, *text, pace=pace, keep=keep)]
         else:
-            outs = [self.backbone(*entered[0][:2], *text, pace=pace)]
+            outs = [self.backbone(*entered[0][:2], *text, pace=pace, keep=keep)]
         predicted = [self._velocity(out, x, wide) for out, (x, _, wide) in zip(outs, entered, strict=True)]
         if not packed:
-            return {"loss": velocity_loss(predicted[0], targets[0], weight=weights[0])}
+            return velocity_loss(predicted[0], targets[0], weight=weights[0])
         weights = [weight.expand_as(target) for weight, target in zip(weights, targets, strict=True)]
         flat = [torch.cat([part.flatten() for part in parts]) for parts in (predicted, targets, weights)]
-        return {"loss": velocity_loss(flat[0], flat[1], weight=flat[2])}
+        return velocity_loss(flat[0], flat[1], weight=flat[2])
 
     def draw_times(self, normal: Tensor) -> Tensor:
         """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""
@@ -240,6 +252,7 @@ class Sora(nn.Module):
         negative: str | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         rescale: float = 0.0,
+        cache: float = 0.0,
         together: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
@@ -255,13 +268,15 @@ class Sora(nn.Module):
         `together` draws the items in one batch, which is quicker and rounds otherwise; on a CPU they are drawn one by
         one unless it is True, so that a seed gives the same bytes whatever the batch. Guidance leads away from no text,
         or from the text `negative`, at times within `interval`; a share `rescale` of the contrast that it adds is taken
-        back (samplers/guidance.py). Raises InputError for sizes that are no multiple of the patch, unknown samplers,
-        and an empty list of prompts.
+        back (samplers/guidance.py). With `cache` above 0 the deep blocks are computed only after features have changed
+        so much in all, such as 0.15 (nn/cache.py). Raises InputError for sizes that are no multiple of the patch,
+        unknown samplers, and an empty list of prompts.
         """
         frames, size, seeds, known_mask = self._check(
             prompts, frames, size, seed, known, known_mask, sampler, start, steps, guidance, pace
         )
         self._check_guided(negative, interval, rescale)
+        check_threshold(cache)
         points = Flow(shift=self.config.shift).points(
             self.config.steps if steps is None else int(steps), start=start
         )
@@ -280,7 +295,7 @@ class Sora(nn.Module):
             self._draw(
                 prompts[some], frames, size, seeds[some], known if known is None else known[some], known_mask[some],
                 points=points, pace=pace, negative=negative, sampler=SAMPLERS[sampler], progress=told(number),
-                guidance=weight, interval=(low, high), rescale=float(rescale),
+                guidance=weight, interval=(low, high), rescale=float(rescale), cache=float(cache),
             )
             for number, some in enumerate(batches)
         ]  # fmt: skip
@@ -302,6 +317,7 @@ class Sora(nn.Module):
         guidance: float,
         interval: tuple[float, float],
         rescale: float,
+        cache: float,
         progress: Callable[[int, int], None] | None,
     ) -> Tensor:
         """One batch of `generate`."""
@@ -321,7 +337,7 @@ class Sora(nn.Module):
         if self.codec is not None:
             mask = self.codec.latent_mask(mask)
         whole = self._whole(mask)  # the patches that enter clean
-        wide, clean = _wide(mask), self._within(whole)
+        wide, clean = _wide(mask), self.within(whole)
         if negative is None:
             text = self.read(prompts)
             everywhere = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -329,6 +345,8 @@ class Sora(nn.Module):
             both = tuple(torch.cat(pair) for pair in zip(text, none, strict=True))
         else:
             both = self.read(torch.cat(list(map(self._tokens, (prompts, [negative] * len(prompts))))))
+
+        kept = Cache(cache) if cache else None
 
         def predict(x: Tensor, point: Point) -> Tensor:
             """x0 of `x`: the prompts with their text, and where they come twice, the second time without.
@@ -341,7 +359,7 @@ class Sora(nn.Module):
             )
             x = torch.where(clean2, given2, x)
             t = point.t * (~whole2).float()
-            out = self.backbone(x, t, *(part[: len(x)] for part in both), pace=pace)
+            out = self.backbone(x, t, *(part[: len(x)] for part in both), pace=pace, cache=kept)
             velocity = self._velocity(out, x, point.t * (~clean2).float())
             return torch.where(wide2, given2, x - point.t * velocity)
 
@@ -370,8 +388,8 @@ class Sora(nn.Module):
         blocks = rearrange(mask, "b (f p) (h q) (w r) -> b f h w (p q r)", p=frames, q=side, r=side)
         return blocks.all(-1)
 
-    def _within(self, whole: Tensor) -> Tensor:
-        """What `_whole` gives -> `b 1 f h w` of the latents, or what broadcasts to it."""
+    def within(self, whole: Tensor) -> Tensor:
+        """Frames `b f` or patches on their grid `b f h w` -> `b 1 f h w` of the latents, or what broadcasts to it."""
         if whole.ndim == 2:
             return _wide(whole)
         frames, side = self.config.backbone.patch

@@ -29,6 +29,7 @@ from reverie.backbones.wan import SHAPES, WanDit, WanDitConfig
 from reverie.codecs.video_vae import WAN, VideoVae, VideoVaeConfig
 from reverie.encoders.umt5 import Umt5
 from reverie.errors import InputError
+from reverie.nn.cache import Cache, check_threshold
 from reverie.objectives.denoising import velocity_loss
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Flow, Point
@@ -182,6 +183,7 @@ class Wan(nn.Module):
         shift: float | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         rescale: float = 0.0,
+        cache: float = 0.0,
         noise: Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
@@ -190,7 +192,9 @@ class Wan(nn.Module):
         Guidance leads away from `negative`, one prompt or features `1 m d`; 1 is none, and costs half. `sampler` is a
         name or whole settings; `shift` moves its times towards noise (None: as the model came). `frames` are filled up
         to 1, 5, 9, ...; `size` is (height, width). Item i has the seed `seed + i`, so a batch equals its items drawn
-        alone; `noise`, of the latents' shape, takes its place. Raises InputError.
+        alone; `noise`, of the latents' shape, takes its place. With `cache` above 0 all blocks but the first are
+        computed only after the batch's features have changed so much in all, such as 0.15 (nn/cache.py). Raises
+        InputError.
         """
         if not isinstance(prompts, Tensor) and (
             isinstance(prompts, str) or not len(prompts) or not all(isinstance(text, str) for text in prompts)
@@ -203,6 +207,8 @@ class Wan(nn.Module):
         count = int(_number("steps", self.config.steps if steps is None else steps, least=1, whole=True))
         guidance = _number("guidance", self.config.guidance if guidance is None else guidance)
         check_options(interval, rescale)
+        check_threshold(cache)
+        kept = Cache(cache) if cache else None
         sampling = self._sampling(sampler, shift)
         shape = self.latent_shape(frames, size)
         context = self.read(prompts)
@@ -224,7 +230,7 @@ class Wan(nn.Module):
             def predict(x: Tensor, point: Point) -> Tensor:
                 """x0 of `x`: the prompts, and where they come twice, the second time the negative one."""
                 t = torch.tensor([point.t], dtype=torch.float64, device=x.device)
-                velocity = self.backbone(x, t, words.first(len(x))).float()
+                velocity = self.backbone(x, t, words.first(len(x)), cache=kept).float()
                 return gaussian.to_x0("velocity", velocity, x, point)
 
             points = sampling.points(count, tokens=math.prod(shape[1:]) // self._together())

@@ -51,7 +51,9 @@ def read_alone(
     patches = (backbone["size"] // backbone["patch"]) ** 2
     for name, entry in entries.items():  # before as many numbers are computed
         if name.endswith(INDEX) and entry.shape != (patches, patches):
-            raise ModelFileError(f"{what} has {entry.shape} distances; {patches} patches have {(patches,) * 2}.")
+            raise ModelFileError(
+                f"{what} has {entry.shape} distances; {patches} patches have {(patches,) * 2}."
+            )
     ignore = tuple(name for name in entries if name.startswith(MASKED)) if backbone["masked"] is None else ()
     return Foreign(system="mdt", values=values, table=table(backbone), ignore=ignore)
 
