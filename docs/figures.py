@@ -149,12 +149,12 @@ class Figures:
         return [(f"rocket, {clip.shape[1]} frames", clip, [False] * clip.shape[1])]
 
     def draft(self) -> list[np.ndarray]:
-        """Drafts of half the size, and large ones that began from them."""
-        from reverie.recipes.given import half
+        """Drafts of three quarters the size, and large ones that began from them."""
+        from reverie.recipes.given import smaller
 
         size, shown = self.config.size, []
         for prompt in ("red apple", "dog face", "rocket", "octopus"):
-            small = self.sora.generate([prompt], size=half(size, self.sora.unit), **self.options)
+            small = self.sora.generate([prompt], size=smaller(size, self.sora.unit), **self.options)
             grown = torch.nn.functional.interpolate(small[:, :, 0], size=size, mode="bicubic", antialias=True)
             large = self.sora.edit(grown.clamp(-1, 1)[:, :, None], [prompt], strength=0.8, **self.options)
             shown += [to_bytes(small[:, :, 0])[0], to_bytes(large[:, :, 0])[0]]
