@@ -13,7 +13,7 @@ from reverie.backbones.video_dit import VideoDitConfig
 from reverie.codecs.bpe import Bpe
 from reverie.encoders.text import TextConfig
 from reverie.media import decode_array, flatten, probe
-from reverie.recipes.given import fitted, half
+from reverie.recipes.given import fitted, smaller
 from reverie.systems.sora import Sora, SoraConfig
 
 
@@ -107,7 +107,7 @@ def test_what_made_a_file_stays_its_prompt_and_a_draft_becomes_large(run, files,
         cli.main(["sample", "green disc", "--draft", "--model", model, "--out", str(files / "drafts")]) == 0
     )
     draft = capsys.readouterr().out.strip()
-    assert probe(draft).width == 16  # half of 32
+    assert probe(draft).width == 24  # three quarters of 32
     path, pixels, err = run("edit", draft, "--size", 32, 32, "--strength", 0.7)
     assert path.endswith("out/000-green-disc-edit.png")  # without the draft's own number
     assert pixels.shape == (1, 32, 32, 3)
@@ -178,8 +178,8 @@ def test_shapes_are_fitted_to_patches():
     assert fitted(100, 100, (96, 96), 32) == (96, 96)
     assert fitted(480, 640, (96, 96), 16) == (80, 112)
     assert fitted(1, 1000, (96, 96), 32) == (32, 3040)
-    assert half((128, 128), 32) == (64, 64)
-    assert half((32, 96), 32) == (32, 32 * round(96 / 64))
+    assert smaller((128, 128), 32) == (96, 96)
+    assert smaller((32, 96), 32) == (32, 64)
 
 
 def test_mistakes_are_one_sentence(files, model, capsys):

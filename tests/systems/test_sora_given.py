@@ -143,7 +143,7 @@ def test_clips_may_be_joined_from_a_cross_fade(sora):
     dark, light = (torch.full((1, 3, 3, *SIZE), grey) for grey in (-0.6, 0.6))
     out = sora.connect(dark, light, WORDS, between=2, start=1e-4)
     torch.testing.assert_close(out[0, 0, 3:5].mean((1, 2)), torch.tensor([-0.2, 0.2]), atol=0.01, rtol=0.0)
-    other = sora.connect(dark, light, WORDS, between=2)
+    other = sora.connect(dark, light, WORDS, between=2, start=1.0)
     assert not torch.allclose(out, other, atol=0.05)
     assert out[:, :, :3].equal(dark)
 

@@ -71,7 +71,7 @@ def connect(
     prompt: str = "",
     *,
     between: int | None = None,
-    start: float = 1.0,
+    start: float = 0.7,
     ask: Ask,
 ) -> Path:
     """The first clip, the frames that lead over, and the second clip, which takes the size of the first."""
@@ -157,9 +157,9 @@ def long_clip(
     yield from sora.stream(prompts, frames=frames - (given is not None), given=given, **options)
 
 
-def half(size: tuple[int, int], unit: int) -> tuple[int, int]:
-    """The size of a draft: half as high and wide, in whole patches."""
-    return _rounded(size[0] / 2, unit), _rounded(size[1] / 2, unit)
+def smaller(size: tuple[int, int], unit: int) -> tuple[int, int]:
+    """The size of a draft: three quarters as high and wide, about half the patches."""
+    return _rounded(size[0] * 0.75, unit), _rounded(size[1] * 0.75, unit)
 
 
 def fitted(height: int, width: int, like: tuple[int, int], unit: int) -> tuple[int, int]:

@@ -79,13 +79,13 @@ def connect(
     prompts: Sequence[str],
     *,
     between: int | None = None,
-    start: float = 1.0,
+    start: float = 0.7,
     **options: Any,
 ) -> Tensor:
     """The first clip, `between` frames that lead over, and the second clip.
 
-    What lies between begins from noise, or with `start` < 1 from a cross-fade of the last frame and the first one,
-    corrupted to that time.
+    What lies between begins from a cross-fade of the last frame and the first one, corrupted to the time `start`; 1 is
+    noise alone.
     """
     first, second = _clip(first, prompts), _clip(second, prompts)
     if first.shape[3:] != second.shape[3:]:
