@@ -54,7 +54,9 @@ def reader(tmp_path_factory):
 
 def config_of(clip: Clip, **how) -> sora.SoraRun:
     """A tiny network on packs of 32 tokens."""
-    model = dataclasses.replace(sora.shape(clip, size=48, sizes=(1, 32, 1), patch=16), steps=1)
+    masked = how.pop("masked", False)
+    shape = sora.shape(clip, size=48, sizes=(3 if masked else 1, 32, 1), patch=16, masked=masked)
+    model = dataclasses.replace(shape, steps=1)
     settings = {"native": "packs", "budget": 32, "clip_frames": 5, "steps": 6} | how
     return sora.SoraRun(model=model, batch=1, clips=1, **settings)
 
@@ -156,6 +158,39 @@ def test_a_run_on_packs_that_is_stopped_goes_on_to_the_same_bits(folder, reader,
     run(tmp_path / "twice")
     one, two = (reverie.load(tmp_path / name / "model").state_dict() for name in ("whole", "twice"))
     assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_packs_have_masked_passes(folder, reader):
+    """A share of each item goes, whatever its shape, and the loss is that of items alone, weighed by what they hold."""
+    packs = packs_of(folder, reader, masked=True, known=0.0, known_pictures=0.0)
+    for parameter in packs.model.backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    shares = set()
+    for step in range(4):
+        batch = packs.batch(step)
+        for one, kept in zip(batch["latents"], batch["keep"], strict=True):
+            stays = max(round(tokens(one) * (1 - left_out(packs, step))), 1)
+            assert len(set(kept.tolist())) == len(kept) == stays
+            assert int(kept.max()) < tokens(one)
+        shares.add(left_out(packs, step))
+    assert len(shares) == 4
+    assert all(0.3 <= share <= 0.5 for share in shares)
+    together = packs.model.loss(batch)
+    alone, weight = 0.0, 0
+    for i, one in enumerate(batch["latents"]):
+        single = {
+            name: batch[name][i][None]
+            for name in ("latents", "noise", "known", "keep", "masked_noise", "normal", "drop", "tokens")
+        }
+        alone += packs.model.loss(single | {"pace": batch["pace"][i]})["masked"] * one.numel()
+        weight += one.numel()
+    assert len({one.shape for one in batch["latents"]}) > 1
+    torch.testing.assert_close(together["masked"], alone / weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together["loss"], together["whole"] + together["masked"])
+
+
+def left_out(packs, step):
+    return sora.share_of(packs.config, step)
 
 
 def test_what_cannot_be_packed_is_said(folder, reader):

@@ -23,6 +23,7 @@ from reverie.recipes.parts import heads_of, home, name_bad, open_world
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.log import Run
+from reverie.train.optimizers import adamw
 
 
 @pytest.fixture
@@ -241,3 +242,12 @@ def test_a_masked_step_leaves_as_many_patches_out_of_every_item(folder):
     assert torch.equal(again["keep"], batches[3]["keep"])
     assert torch.equal(again["masked_noise"], batches[3]["masked_noise"])
     assert "keep" not in source.fixed(2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_optimizer_takes_sora_with_masks_and_without(masked):
+    model = Sora(sora.shape(some_clip(), size=16, sizes=(3, 64, 1), patch=8, masked=masked), None)
+    groups = adamw(model, lr=1e-3, weight_decay=0.1).param_groups
+    spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert id(model.backbone.null_context) in spared
+    assert not masked or id(model.backbone.missing) in spared

@@ -158,7 +158,7 @@ def _staying(keep: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Ru
 class VideoDit(nn.Module):
     """`x b c f h w`, `t b f`, pooled text `b d`, context `b m d` and its mask `b m` -> `b c f h w`."""
 
-    no_decay = ("null_context", "null_pooled", "missing")
+    no_decay = ("null_context", "null_pooled")
 
     def __init__(self, config: VideoDitConfig):
         super().__init__()

@@ -326,8 +326,6 @@ def fit(
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
     if config.native and engine.compile:
         raise InputError("Every pack would be compiled anew: leave --compile out, or --native.")
-    if config.native and config.model.backbone.masked is not None:
-        raise InputError("masked passes are made of batches of one shape: leave out --masked or --native.")
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
     model.text.load_state_dict(reader.text.state_dict())
@@ -459,7 +457,7 @@ class Source:
         keys = self._keys(step, self.config.batch)
         size = self._format(step, "picture")
         latents = self._pictures([i for _, i in keys], size)
-        batch = self._batch(keys, latents, "picture") | self._masked(keys, latents, "picture", step)
+        batch = self._batch(keys, latents, "picture", share=share_of(self.config, step))
         return batch | {"known": self.given(keys, latents, self.config.known_pictures)}
 
     def clips(self, step: int) -> dict[str, Any]:
@@ -473,7 +471,7 @@ class Source:
         offset = int(u[1] * (self.frames - span + 1))
         window, size = slice(offset, offset + span, pace), self._format(step, "clip")
         latents = self._encoded([self._video(i, window, size) for _, i in keys])
-        batch = self._batch(keys, latents, "clip") | self._masked(keys, latents, "clip", step)
+        batch = self._batch(keys, latents, "clip", share=share_of(self.config, step))
         batch["known"] = self.given(keys, latents, self.config.known)
         return batch | {"pace": float(pace)}
 
@@ -494,25 +492,14 @@ class Source:
             return whole.all(-1).repeat_interleave(frames, 1)
         return mask
 
-    def _masked(
-        self, keys: list[tuple[int, int]], latents: Tensor, kind: str, step: int
-    ) -> dict[str, Tensor]:
-        """Of the step's masked pass, if there is one: the patches that stay, as many in each item, and other noise."""
-        config, seed = self.config.model.backbone, self.config.seed
-        if config.masked is None:
-            return {}
-        (least, most), (frames, side) = config.masked, config.patch
-        _, _, f, h, w = latents.shape
-        u = torch.rand((), generator=rng.generator(seed, "masked", kind, step)).item()
-        share = least + (most - least) * u
-        noise = [
-            torch.randn(latents.shape[1:], generator=rng.generator(seed, "masked noise", kind, *key))
-            for key in keys
-        ]
+    def masked(self, epoch: int, i: int, latents: Tensor, kind: str, *, share: float) -> dict[str, Tensor]:
+        """Of an item's masked pass: the patches that stay when this share goes, and other noise."""
+        seed, (frames, side), (_, f, h, w) = self.config.seed, self.config.model.backbone.patch, latents.shape
         patches = (f // frames) * (h // side) * (w // side)
+        draws = rng.generator(seed, "masked noise", kind, epoch, i)
         return {
-            "keep": kept_patches(patches, share, seed=seed, keys=keys),
-            "masked_noise": torch.stack(noise),
+            "keep": kept_patches(patches, share, seed=seed, keys=[(epoch, i)])[0],
+            "masked_noise": torch.randn(latents.shape, generator=draws),
         }
 
     def fixed(self, count: int) -> dict[str, Tensor]:
@@ -598,11 +585,19 @@ class Source:
         return torch.rand((), generator=rng.generator(self.config.seed, purpose, epoch, i)).item()
 
     def _batch(
-        self, keys: list[tuple[int, int]], latents: Tensor | list[Tensor], kind: str
+        self,
+        keys: list[tuple[int, int]],
+        latents: Tensor | list[Tensor],
+        kind: str,
+        *,
+        share: float | None = None,
     ) -> dict[str, Any]:
-        return batched(
-            [self.item(*key, one, kind) for key, one in zip(keys, latents, strict=True)], self.model
-        )
+        """`share`: what a masked pass leaves out; None: there is none."""
+        items = []
+        for key, one in zip(keys, latents, strict=True):
+            more = {} if share is None else self.masked(*key, one, kind, share=share)
+            items.append(self.item(*key, one, kind) | more)
+        return batched(items, self.model)
 
     def item(self, epoch: int, i: int, latents: Tensor, kind: str) -> dict[str, Any]:
         """All that `Sora.loss` wants of one item, whose latents are `c f h w`; its text as a string."""
@@ -620,11 +615,21 @@ class Source:
         }
 
 
+def share_of(config: SoraRun, step: int) -> float | None:
+    """The share of patches that the step's masked pass leaves out, the same in every item; None: there is none."""
+    if config.model.backbone.masked is None:
+        return None
+    least, most = config.model.backbone.masked
+    u = torch.rand((), generator=rng.generator(config.seed, "masked", step)).item()
+    return least + (most - least) * u
+
+
 def batched(items: Sequence[dict[str, Any]], model: Sora) -> dict[str, Any]:
     """Items as `Sora.loss` takes them: as tensors where all are of one shape, else packed, as lists."""
     assert model.tokenizer is not None
     alike = len({(item["latents"].shape, item["known"].shape) for item in items}) == 1
-    large = {name: [item[name] for item in items] for name in ("latents", "noise", "known")}
+    names = [name for name in ("latents", "noise", "known", "keep", "masked_noise") if name in items[0]]
+    large = {name: [item[name] for item in items] for name in names}
     return {
         **({name: torch.stack(parts) for name, parts in large.items()} if alike else large),
         **{name: torch.stack([item[name] for item in items]) for name in ("normal", "drop")},
@@ -660,13 +665,15 @@ class Packs:
         return len(self.plan.step(0, rank=team().rank, world=team().count))
 
     def batch(self, step: int, micro: int) -> dict[str, Any]:
-        items, paces = [], []
+        items, paces, left_out = [], [], share_of(self.config, step)
         for epoch, place in self.plan.step(step, rank=team().rank, world=team().count)[micro]:
             (source, i), view = self.items[place], self.views(epoch)[place]
             kind = "clip" if source.frames > 1 else "picture"
             item = source.item(epoch, i, source.one(i, view), kind)
             share = self.config.known if kind == "clip" else self.config.known_pictures
             item["known"] = source.given([(epoch, i)], item["latents"][None], share)[0]
+            if left_out is not None:
+                item |= source.masked(epoch, i, item["latents"], kind, share=left_out)
             items.append(item)
             paces.append(float(view.pace))
         return batched(items, self.model) | {"pace": paces}
