@@ -199,6 +199,7 @@ def test_mistakes_are_one_sentence(files, model, capsys):
         "0 frames between": ["loop", clip, "--between", "0"],
         "its own words are not in it": ["edit", clip],
         "say what to draw anew": ["inpaint", clip],
+        "without words nothing is guided": ["loop", clip, "--negative", "a cat"],
         "give one of them": ["inpaint", wide, "--box", "0", "0", "9", "9", "--mask", mask],
         "does not lie in 80 x 40 pixels": ["inpaint", wide, "--box", "0", "0", "9", "41"],
         "box has 3 numbers": ["inpaint", wide, "--box", "0", "0", "9"],

@@ -167,7 +167,7 @@ def test_packs_have_masked_passes(folder, reader):
         torch.nn.init.normal_(parameter, std=0.1)
     shares = set()
     for step in range(4):
-        batch = packs.batch(step)
+        batch = packs.batch(step, 0)
         for one, kept in zip(batch["latents"], batch["keep"], strict=True):
             stays = max(round(tokens(one) * (1 - left_out(packs, step))), 1)
             assert len(set(kept.tolist())) == len(kept) == stays

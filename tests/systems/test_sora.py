@@ -316,6 +316,16 @@ def test_the_prompt_and_the_guidance_matter(sora):
     assert not torch.allclose(one, other, atol=1e-2)
     one, other = sora.generate_image(PROMPTS[:2], seed=[0, 0], guidance=0.0)
     torch.testing.assert_close(one, other, **near)  # weight 0: no text is heard
+    asked = {"guidance": 0.0, "seed": [0, 0], "interval": (-1.0, 1.0)}
+    torch.testing.assert_close(sora.generate_image(PROMPTS[:2], **asked, rescale=1e-9)[0], one, **near)
+    calls = []
+    hook = sora.backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    try:
+        sora.generate_image(PROMPTS[:1], guidance=0.0, steps=2)
+        sora.generate_image(PROMPTS[:1], guidance=2.0, steps=2)
+    finally:
+        hook.remove()
+    assert calls == [1, 1, 2, 2]  # nor paid for
     images = [sora.generate_image(PROMPTS[:1], guidance=w) for w in (0.0, 1.0, 3.0)]
     assert (images[2] - images[0]).abs().mean() > (images[1] - images[0]).abs().mean() > 1e-3
 

@@ -32,7 +32,7 @@ class Knowing(nn.Module):
     def without_text(self, pooled, context, context_mask, drop):
         return pooled, context, context_mask
 
-    def forward(self, x, t, pooled, context, context_mask, *, pace=1.0):
+    def forward(self, x, t, pooled, context, context_mask, **more):
         said = []
         for clip, times in zip(x, t, strict=True):
             known, f = times == 0, clip.shape[1]
