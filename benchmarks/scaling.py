@@ -151,7 +151,6 @@ def losses(model: Sora, index: Index, folder: Path) -> dict[str, float]:
         steps=1,
         batch=1,
         clips=1,
-        length=FRAMES,
         languages={"en": 1.0, "zh": 0.0},
         seed=SEED,
     )

@@ -96,7 +96,7 @@ def test_a_world_of_short_clips_is_seen_whole(tmp_path):
     model = Sora(sora.shape(reader, size=16, patch=8, sizes=(1, 32, 1)), tokenizer).to(home())
     assert model.config.backbone.patch == (1, 8)
     for length, paces in ((8, {1.0}), (16, {1.0, 2.0})):
-        config = sora.SoraRun(model=model.config, steps=1, batch=2, clips=2, length=length)
+        config = sora.SoraRun(model=model.config, steps=1, batch=2, clips=2)
         source = sora.Source(index.select(video=True), config, model, frames=length)
         batches = [source.clips(step) for step in range(12)]
         assert {batch["pace"] for batch in batches} == paces
