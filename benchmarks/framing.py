@@ -1,19 +1,18 @@
 """The framing experiment of Sora's report: native aspects against square crops, on the procedural world.
 
-    python benchmarks/framing.py OUT [--steps 1200] [--count 3000] [--prompts 120] [--seed 0]
+    python benchmarks/framing.py OUT [--steps 1000] [--count 3000] [--prompts 120] [--seed 0]
 
-One thing on a ground, in pictures of five aspects from 1:2 to 2:1, never cut off. Two small video transformers learn
-from the same pictures for as many steps of as many tokens:
+One thing on a ground, never cut off, in pictures of 48 x 48, 32 x 64 and 64 x 32 pixels, a third of each. Two small
+video transformers learn from the same pictures for as many steps of as many tokens:
 
-native     each picture at its own aspect, some 36 patches of 8 pixels, in packs (`recipes/sora.py`, native="packs")
-crops      its middle square of 48 pixels, short side to short side, as systems before cropped
+native     each picture at its own aspect, in packs (`recipes/sora.py`, native="packs")
+crops      its middle square of 48 pixels, as long as its short side, as systems before cropped
 
-Both then draw the captions of unseen pictures, from the same noise, as squares of 48 pixels and as wide and tall pictures
-of 32 x 64 and 64 x 32. The world's judge reads each: whether there is one thing of a known shape, whether the picture's
-edge cuts it off, whether shape and colour are what was asked for. Before that it reads what each has learnt from.
+Both then draw the captions of unseen pictures in these three sizes, from the same noise. The world's judge reads each:
+whether there is one thing, whether the picture's edge cuts it off, whether shape and colour are what was asked for. It
+reads as well what each has learnt from.
 
-OUT holds the data, both runs, results.json and framing.png. A run that is stopped goes on from its last checkpoint, and
-what is measured is not measured again.
+OUT holds the data, both runs, results.json and framing.png. A run that is stopped goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ SIZES = (
     (256, 128),
 )  # of the files: four times what is learnt
 DRAWN = ((48, 48), (32, 64), (64, 32))
-SIDE, PATCH, BUDGET = 48, 8, 576  # pixels, pixels, tokens of a step: 16 squares
+SIDE, PATCH, BUDGET = 48, 16, 288  # pixels, pixels, tokens of a step: 32 squares
 SHAPE = (4, 128, 2)  # depth, width, heads
 
 
@@ -175,7 +174,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--count", type=int, default=3000, help="pictures of the world")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)

@@ -149,6 +149,8 @@ def test_copies_are_right_and_shown_to_be_copies(corpus, tmp_path, serve):
         < numbers["nearest"]["pixels"]["held_out"]["5%"]
     )
     assert numbers["nearest"]["pixels"]["file"][0][0] == "fluent-3d/0.png"
+    far = numbers["frechet"]["knows"]
+    assert far["generator"]["samples"] == far["held_out"]["samples"] == 2  # as many as are held out
     assert numbers["drawn"]["seconds"] > 0
     assert numbers["drawn"]["prompts"] == NAMES[:10]
     assert "100.0%" in str(done)
@@ -192,15 +194,19 @@ def test_clips_move_and_are_judged_frame_by_frame(corpus, tmp_path, serve):
     measure.clips(corpus, tmp_path / "copy", model="painter", judges=("a/knows",), ask=ASK)
     copy = json.loads((tmp_path / "copy" / "numbers.json").read_text())["numbers"]
     assert copy["frames"]["motion"]["generator"] == pytest.approx(copy["frames"]["motion"]["real"], rel=1e-5)
+    for name in ("flicker", "consistency knows"):
+        assert copy["frames"][name]["generator"] == pytest.approx(copy["frames"][name]["real"], rel=1e-3)
+    assert set(still["frames"]["flicker"]["generator"]) == {0}
+    assert still["frames"]["consistency knows"]["generator"] == pytest.approx([1.0] * 10, rel=1e-4)
     assert copy["nearest"]["pixels"]["samples"]["95%"] < 1e-6
     assert Image.open(tmp_path / "copy" / "samples.webp").n_frames == FRAMES
 
 
-@pytest.mark.parametrize("frames", [1, 12])
-def test_a_painter_of_the_world_is_read_back(frames, tmp_path, serve):
+@pytest.mark.parametrize(("frames", "kind"), [(1, None), (12, None), (12, "occlusion")])
+def test_a_painter_of_the_world_is_read_back(frames, kind, tmp_path, serve):
     from reverie.data.world import World
 
-    truth = World(8, size=(SIDE * 2, SIDE * 2), frames=frames, first=measure.UNSEEN)
+    truth = World(8, size=(SIDE * 2, SIDE * 2), frames=frames, kind=kind, first=measure.UNSEEN)
     answers = {}
     for i in range(8):
         example = truth[i]
@@ -208,13 +214,14 @@ def test_a_painter_of_the_world_is_read_back(frames, tmp_path, serve):
     serve(lambda name, frames, seed: answers[name])
     Fake.config.size = (SIDE * 2, SIDE * 2)
     try:
-        done = measure.world(tmp_path, model="painter", frames=frames, ask=measure.Ask(count=8))
+        done = measure.world(tmp_path, model="painter", frames=frames, kind=kind, ask=measure.Ask(count=8))
     finally:
         Fake.config.size = (SIDE, SIDE)
     assert done.numbers["generator"] == done.numbers["real"]
     assert done.numbers["generator"]["all"]["right"] >= 7 / 8
     assert done.numbers["other_scenes"]["all"]["right"] <= 1 / 8
     assert ("motion" in done.numbers["generator"]) == (frames > 1)
+    assert ("permanence" in done.numbers["generator"]) == (kind == "occlusion")
 
 
 class Reads:
@@ -363,6 +370,10 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
     assert done.numbers["drawn"]["steps"] == 1
     done = measure.clips(corpus, tmp_path / "clips", model=model, judges=judges, frames=FRAMES, ask=ask)
     assert len(done.numbers["frames"]["motion"]["generator"]) == 6
+    assert len(done.numbers["frames"]["clip_score clip"]["generator"]) == 6
+    assert "clip_score judge" not in done.numbers["frames"]  # it reads no words
+    assert {"clip", "judge"} == done.numbers["frechet"].keys()
+    assert all(one["generator"]["distance"] > 0 for one in done.numbers["frechet"].values())
     done = measure.world(tmp_path / "world", model=model, ask=ask)
     assert done.numbers["generator"]["all"]["asked"] == 6
     done = measure_clip.zero_shot(corpus, tmp_path / "names", model=judges[0])

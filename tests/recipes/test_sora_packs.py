@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from reverie.errors import InputError
 from reverie.recipes import sora
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
+from reverie.train.engine import Engine
 
 SIZES = ((32, 32), (48, 16), (16, 48), (32, 48), (64, 16), (32, 16))  # width, height
 
@@ -78,7 +80,7 @@ def test_a_step_holds_items_of_their_own_shape_within_the_budget(folder, reader,
     seen: Counter[str] = Counter()
     shapes = set()
     for step in range(len(packs.plan.packs(0))):
-        batch = packs.batch(step)
+        batch = packs.batch(step, 0)
         assert sum(map(tokens, batch["latents"])) <= 32
         if native == "buckets":
             assert len({one.shape for one in batch["latents"]}) == 1
@@ -96,6 +98,18 @@ def test_a_step_holds_items_of_their_own_shape_within_the_budget(folder, reader,
     assert seen == Counter({path.name: 1 for path in folder.iterdir() if path.suffix in (".png", ".webp")})
     assert {shape[1:] for shape in shapes} == {(height, width) for width, height in SIZES}
     assert max(shape[0] for shape in shapes) > 2
+
+
+def test_the_packs_of_a_step_are_shared_by_the_processes(folder, reader, monkeypatch):
+    packs = packs_of(folder, reader, packs=2)
+    assert packs.share == 2
+    alone = [packs.batch(1, micro)["ids"] for micro in range(2)]
+    monkeypatch.setattr(sora, "team", lambda: SimpleNamespace(rank=1, count=2))
+    assert packs.share == 1
+    assert packs.batch(1, 0)["ids"] == alone[1]
+    monkeypatch.setattr(sora, "team", lambda: SimpleNamespace(rank=1, count=3))
+    with pytest.raises(InputError, match="2 packs of a step cannot be shared by 3 processes"):
+        packs.batch(0, 0)
 
 
 def test_formats_vary_by_item_and_epoch(folder, reader):
@@ -148,6 +162,9 @@ def test_what_cannot_be_packed_is_said(folder, reader):
     with pytest.raises(InputError, match="native is 'both': choose packs or buckets"):
         packs_of(folder, reader, native="both")
     with pytest.raises(InputError, match="tokens, more than the 4 of a pack"):
-        packs_of(folder, reader, budget=4).batch(0)
+        packs_of(folder, reader, budget=4).batch(0, 0)
     with pytest.raises(InputError, match="leave --latents out, or --native"):
         packs_of(folder, reader, latents=True)
+    clip = reverie.load(reader)
+    with pytest.raises(InputError, match="leave --compile out, or --native"):
+        sora.fit(config_of(clip), clip, Index.read(folder), folder, prompts=(), engine=Engine(compile=True))

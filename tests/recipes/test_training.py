@@ -19,7 +19,7 @@ from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.processes import gaussian
 from reverie.recipes import clip, sora
-from reverie.recipes.parts import heads_of, home, name_bad
+from reverie.recipes.parts import heads_of, home, name_bad, open_world
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.log import Run
@@ -73,6 +73,45 @@ def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
     fixed = sora.Source(Index.read(folder), config, model, frames=1).fixed(64)
     assert len(fixed["latents"]) == 5
     assert torch.isfinite(model.loss(fixed)["loss"])
+
+
+def test_a_world_of_short_clips_is_seen_whole(tmp_path):
+    """Clips of 8 frames are never cut or thinned; of 16, half the batches see each other frame, half a stretch."""
+    index = open_world(tmp_path / "world", 4, 4, 4, seed=0, frames=8, size=16)
+    assert (
+        sorted(item.file_name.split("/")[0] for item in index)
+        == ["clips"] * 4 + ["hidden"] * 4 + ["pictures"] * 4
+    )
+    assert {(item.width, item.height, item.frames) for item in index} == {(16, 16, 1), (16, 16, 8)}
+    assert (
+        len(open_world(tmp_path / "world", 4, 4, 0, seed=0)) == 8
+    )  # what is there stays, what is not asked for
+    tokenizer = Bpe.train([item.captions[0].text for item in index], vocab=600)
+    text = TextConfig(vocab=tokenizer.vocab, length=8, width=32, depth=1, heads=1, end=tokenizer.end)
+    reader = Clip(
+        ClipConfig(image=VitConfig(size=16, patch=16, width=32, depth=1, heads=1), text=text, width=16),
+        tokenizer,
+    )
+    model = Sora(sora.shape(reader, size=16, patch=8, sizes=(1, 32, 1)), tokenizer).to(home())
+    assert model.config.backbone.patch == (1, 8)
+    for length, paces in ((8, {1.0}), (16, {1.0, 2.0})):
+        config = sora.SoraRun(model=model.config, steps=1, batch=2, clips=2, length=length)
+        source = sora.Source(index.select(video=True), config, model, frames=length)
+        batches = [source.clips(step) for step in range(12)]
+        assert {batch["pace"] for batch in batches} == paces
+        assert all(batch["latents"].shape == (2, 3, 8, 16, 16) for batch in batches)
+        if length == 8:
+            whole = [source._video(i, slice(None)) for i in source.good]
+            assert all(
+                any(torch.equal(one, clip) for clip in whole)
+                for batch in batches
+                for one in batch["latents"].cpu()
+            )
+
+
+def test_clips_too_short_to_be_judged_are_refused(tmp_path):
+    with pytest.raises(InputError, match="frames is 4"):
+        sora.world(tmp_path / "world", tmp_path / "run", clip="clip-stickers", frames=4)
 
 
 @pytest.mark.parametrize(("scale", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])

@@ -1,7 +1,7 @@
 """Our MDT against its authors' code, version 1 or 2, at small random weights: predictions, losses, gradients, samples.
 
-Their code is no package of an index: check out https://github.com/sail-sg/MDT (branch main, or mdtv1) and set PYTHONPATH
-to it. Without it these tests are left out; tests/systems/test_mdt.py has an arithmetic of its own.
+Their code is no package of an index: check out https://github.com/sail-sg/MDT (branch main, or mdtv1) and set
+PYTHONPATH to it. Without it these tests are left out; tests/systems/test_mdt.py has an arithmetic of its own.
 """
 
 import dataclasses
@@ -138,12 +138,11 @@ def test_samples_with_guidance_are_equal(pair, code, sampler):
     fresh = [torch.randn(4, 4, 8, 8) for _ in range(12)]
     loop = process.ddim_sample_loop if sampler == "ddim" else process.p_sample_loop
     drawn = iter(fresh)
-    with mock.patch.object(torch, "randn_like", lambda x: next(drawn)), torch.no_grad():
+    with mock.patch.object(torch, "randn_like", side_effect=drawn), torch.no_grad():
         expected = loop(
             theirs.forward_with_cfg, (4, 4, 8, 8), torch.cat([z, z]), clip_denoised=False, device="cpu",
             model_kwargs={"y": both, "cfg_scale": 3.8, "scale_pow": 4.0},
         )[:2]  # fmt: skip
-    again = iter(fresh)
-    with mock.patch.object(diffusion, "draw", lambda *_: next(again)[:2]):
+    with mock.patch.object(diffusion, "draw", side_effect=[noise[:2] for noise in fresh]):
         found = ours.sample(classes, z, steps=12, guidance=3.8, sampler=sampler)
     assert near(found, expected)

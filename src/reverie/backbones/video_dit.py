@@ -134,16 +134,12 @@ def _times(
         first += len(t)
     every = torch.cat(keys)
     rows = torch.arange(len(every), device=every.device)
-    if (
-        every.device.type == "cpu" or 1 in covers
-    ):  # frame by frame, a GPU does not wait to know how many there are
+    if every.device.type == "cpu" or 1 in covers:
+        # With a time for each frame a GPU would wait longer to know how many differ than it saves.
         every, rows = every.unique(dim=0, return_inverse=True)
     parts = zip(rows.split([len(key) for key in keys]), covers, strict=True)
-    return (
-        every[:, 1],
-        every[:, 0].long(),
-        torch.cat([part.repeat_interleave(cover) for part, cover in parts]),
-    )
+    of_patches = torch.cat([part.repeat_interleave(cover) for part, cover in parts])
+    return every[:, 1], every[:, 0].long(), of_patches
 
 
 def _staying(keep: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Runs]:

@@ -72,7 +72,9 @@ def attend_packed(
     `ends`: 0 and where each item ends, in q and in k; `longest`: their greatest length. Flash attention for any lengths
     where it is there (a GPU, half precision), else torch's jagged tensors, which have kernels for float32.
     """
-    parts = [rearrange(x, "heads t d -> t heads d").contiguous() for x in (q, k, v)]
+    parts = [
+        rearrange(x, "heads t d -> t heads d").to(v.dtype).contiguous() for x in (q, k, v)
+    ]  # autocast mixes them
     if varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
         out: Any = varlen_attn(parts[0], parts[1], parts[2], ends[0].int(), ends[1].int(), *longest)
         return rearrange(out, "t heads d -> heads t d")

@@ -31,7 +31,7 @@ from reverie.planning import roofline
 from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
 from reverie.planning.roofline import Memory, Setup, Time, Weights
-from reverie.recipes import clip, clip_finetune, clip_native, dit, judge, sora, video_vae
+from reverie.recipes import clip, clip_finetune, clip_native, distil, dit, judge, sora, video_vae
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
@@ -149,28 +149,51 @@ def _clip(name: str, config: ClipConfig, how: How, *, batch: int, steps: int, em
     return Subject(name=name, build=build, parts=(part,), steps=steps, ema=ema)
 
 
+def _sora_batch(model: Sora, items: int, how: How, frames: int) -> dict[str, Any]:
+    latents = _empty(items, *model.latent_shape(frames, model.size_of(frames)))
+    return {
+        "latents": latents,
+        "noise": torch.empty_like(latents),
+        "normal": _empty(items),
+        "tokens": _empty(items, how.words or model.config.text.length, dtype=torch.long),
+        "drop": _empty(items, dtype=torch.bool),
+        "known": _empty(items, latents.shape[2], dtype=torch.bool),
+    }
+
+
 def _sora_loss(model: Sora, items: int, how: How, peers: Peers, *, frames: int) -> Tensor:
-    config = model.config
-    size = config.size if frames == 1 else config.clip_size or config.size
-    latents = _empty(items, *model.latent_shape(frames, size))
-    return model.loss(
-        {
-            "latents": latents,
-            "noise": torch.empty_like(latents),
-            "normal": _empty(items),
-            "tokens": _empty(items, how.words or config.text.length, dtype=torch.long),
-            "drop": _empty(items, dtype=torch.bool),
-            "known": _empty(items, latents.shape[2], dtype=torch.bool),
-        }
-    )["loss"]
+    return model.loss(_sora_batch(model, items, how, frames))["loss"]
 
 
-def _sora(name: str, config: SoraConfig, *, batch: int, clips: int, clip_frames: int, steps: int) -> Subject:
-    loss = partial(_sora_loss, frames=1)
+def _distil_loss(
+    model: Sora, items: int, how: How, peers: Peers, *, frames: int, own: Mapping[str, Any]
+) -> Tensor:
+    """The student's step and the teacher's without gradients, by one model: the teacher's weights are not counted."""
+    count_of = own["student_steps"]
+    run = distil.DistilRun(
+        items=distil.SoraRun(model=model.config, steps=1, batch=items, clips=0), teacher="", weights="",
+        inside=own["teacher_steps"] // count_of, guidance=4.0, own=own["own"],
+    )  # fmt: skip
+    model.config = replace(model.config, steps=count_of, guidance=1.0)
+    batch = _sora_batch(model, items, how, frames) | {"which": count_of // 2, "own": False}
+    return distil.loss(model, model, run, batch)["loss"]
+
+
+def _sora(
+    name: str,
+    config: SoraConfig,
+    *,
+    batch: int,
+    clips: int,
+    clip_frames: int,
+    steps: int,
+    loss_of: Any = _sora_loss,
+) -> Subject:
+    loss = partial(loss_of, frames=1)
     parts = [Part(what="pictures", batch=batch, pixels=math.prod(config.size), loss=loss)]
     if clips:
         pixels = config.frames * math.prod(config.clip_size or config.size)  # the whole clip is decoded
-        loss = partial(_sora_loss, frames=clip_frames)
+        loss = partial(loss_of, frames=clip_frames)
         parts.append(Part(what="clips", batch=clips, pixels=pixels, loss=loss))
     return Subject(name=name, build=lambda: Sora(config), parts=tuple(parts), steps=steps)
 
@@ -264,6 +287,7 @@ _RECIPES: dict[str, Callable[..., Any]] = {
     "sora-stickers": sora.stickers,
     "sora-world": sora.world,
     "sora-dit": sora.dit,
+    "sora-distil": distil.sora,
     "dit-world": dit.world,
     "dit-imagenet": dit.imagenet,
     "video-vae-stickers": video_vae.stickers,
@@ -315,13 +339,18 @@ def subject(
                 Clip(ClipConfig()) if kind == "sora-dit" else Clip(clip.shape(VOCAB, VOCAB - 1))
             )  # whose text tower reads
         sizes = sora.DIT[scale or own["scale"]] if kind == "sora-dit" else sora.TINY
+        if name == "sora-distil":  # its teacher is not known: as the shipped one
+            own = {key: _defaults(sora.stickers)[key] for key in ("size", "clip_size", "frames")} | own
         size, clips = size or own.get("size", 64), own["clips"] if clips is None else clips
-        if name == "sora-stickers":
+        if name in ("sora-stickers", "sora-distil"):
             config = sora.stickers_shape(reader, size=size, clip_size=own["clip_size"], frames=own["frames"])
         else:
             config = sora.shape(reader, size=size, sizes=sizes)
         clip_frames = own.get("frames", 8)
-        return _sora(name, config, batch=batch, clips=clips, clip_frames=clip_frames, steps=steps)
+        loss_of = partial(_distil_loss, own=own) if name == "sora-distil" else _sora_loss
+        return _sora(
+            name, config, batch=batch, clips=clips, clip_frames=clip_frames, steps=steps, loss_of=loss_of
+        )
     if kind in ("dit-world", "dit-imagenet"):
         return _dit(name, own, batch=batch, steps=steps, size=size or own["size"])
     if kind == "judge-stickers":

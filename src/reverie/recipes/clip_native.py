@@ -129,7 +129,7 @@ def native(
         buckets: Packs of pictures of one shape each, in place of mixed ones.
         size: Pictures have at most as many pixels as a square of this side, at their own aspect.
         patch: Pixels a side of a patch; sides are rounded to whole patches.
-        smallest: Draw each picture's area anew every epoch, from that of a square of this side up. 0: always the largest.
+        smallest: Draw each picture's area anew every epoch, from a square's of this side up. 0: always the largest.
         drop: Leave out patches at random, of each picture another share, up to this.
         positions: absolute counts patches from the corner, fractional goes by the share of the picture's sides.
         width: Channels of both towers, a multiple of 64.
@@ -139,7 +139,7 @@ def native(
         loss: softmax compares each picture with all of the step (CLIP), sigmoid each pair by itself (SigLIP).
         start: The CLIP of this kind to go on from (its name or folder), with its own shape and words.
         seed: Another seed, another start and another order.
-    """  # noqa: E501
+    """
     index = open_index(data)
     train_set = index.select(split="train")
     shaped = partial(shape, size=size, patch=patch, width=width, depth=depth, positions=positions, loss=loss)

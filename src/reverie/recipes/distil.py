@@ -87,7 +87,7 @@ def sora(
     moving = clips if index.select(split="train", video=True) else 0
     items = SoraRun(
         model=model, start=teacher, steps=steps, batch=batch, clips=moving, clip_frames=model.frames,
-        lr=lr, warmup=min(50, steps), ema=max(1 - 20 / max(steps, 40), 0.9), drop=0.0,
+        lr=lr, warmup=min(50, steps // 10), ema=max(1 - 20 / max(steps, 40), 0.9), drop=0.0,
         languages={"en": 0.8, "zh": 0.2}, seed=seed,
     )  # fmt: skip
     config = DistilRun(

@@ -233,7 +233,7 @@ def _pick(
 def _frames(
     panel: dict[str, Any], names: list[str], samples: Tensor, truth: Tensor, rows: list[Row]
 ) -> dict[str, Any]:
-    """Frame by frame: whether it fits the words, by judges that read; of clips also how they go from one to the next."""
+    """Frame by frame: whether it fits the words, by judges that read; of clips also how frames follow on each other."""
     numbers: dict[str, Any] = {}
 
     def row(text: str, kind: str, ours: Tensor, theirs: Tensor, compared: str, digits: int = 3) -> None:
@@ -266,7 +266,7 @@ def _frames(
 def _frechet(
     samples: Tensor, training: Real, held: Real | None, spaces: dict[str, generation.Space], rows: list[Row]
 ) -> dict[str, Any]:
-    """Samples against the training items in each judge's features, beside as many held-out ones: the floor of its bias."""
+    """Samples against the training items in each judge's features, beside as many held-out ones, the bias's floor."""
     numbers = {}
     count = len(samples) if held is None else min(len(samples), len(held))
     if count < 2 or len(training) < 2:

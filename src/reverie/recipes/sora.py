@@ -324,6 +324,8 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Sora:
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
+    if config.native and engine.compile:
+        raise InputError("Every pack would be compiled anew: leave --compile out, or --native.")
     if config.native and config.model.backbone.masked is not None:
         raise InputError("masked passes are made of batches of one shape: leave out --masked or --native.")
     torch.manual_seed(rng.integer(config.seed, "weights"))
@@ -353,13 +355,14 @@ def fit(
 
     def batches(step: int, micro: int) -> dict[str, Any]:
         if packs is not None:
-            return packs.batch(step)
+            return packs.batch(step, micro)
         return pictures.pictures(step) if clips is None or not micro else clips.clips(step)
 
     run = Run(out, dataclasses.replace(config, data=tuple(source.digest for source in sources)))
     if packs is not None:
         run.say(packs.told())
-    for step in train([player], batches, run=run, steps=config.steps, accumulate=len(sources) if packs is None else 1,
+    for step in train([player], batches, run=run, steps=config.steps,
+                      accumulate=len(sources) if packs is None else packs.share,
                       seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2,
                       **engine.loop):  # fmt: skip
         if step.number == 1:
@@ -651,10 +654,14 @@ class Packs:
         self.views = lru_cache(maxsize=2)(self._views)
         self.plan = Plan(self._epoch, together=config.packs)
 
-    def batch(self, step: int) -> dict[str, Any]:
-        keys = [key for pack in self.plan.step(step, rank=team().rank, world=team().count) for key in pack]
+    @property
+    def share(self) -> int:
+        """How many packs of a step this process has, one after the other: they count equally."""
+        return len(self.plan.step(0, rank=team().rank, world=team().count))
+
+    def batch(self, step: int, micro: int) -> dict[str, Any]:
         items, paces = [], []
-        for epoch, place in keys:
+        for epoch, place in self.plan.step(step, rank=team().rank, world=team().count)[micro]:
             (source, i), view = self.items[place], self.views(epoch)[place]
             kind = "clip" if source.frames > 1 else "picture"
             item = source.item(epoch, i, source.one(i, view), kind)
