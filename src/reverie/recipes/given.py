@@ -220,7 +220,9 @@ class _Task:
         if what == "edit" and not prompt:
             raise InputError(f"say what {self.file.name} shall show: its own words are not in it.")
         if not prompt and (self.ask.guidance is not None or self.ask.negative is not None):
-            raise InputError("without words nothing is guided: give a prompt, or leave --guidance and --negative out.")
+            raise InputError(
+                "without words nothing is guided: give a prompt, or leave --guidance and --negative out."
+            )
         options = {
             "seed": self.ask.seed, "steps": self.ask.steps, "sampler": self.ask.sampler, "negative": self.ask.negative,
             "guidance": self.ask.guidance if prompt else 0.0,  # without words, nothing leads away from none
