@@ -1,6 +1,6 @@
 """The video transformer on pictures and clips of many sizes: packs, buckets and padding, in turn in one process.
 
-    python benchmarks/video_packing.py [--pictures 32] [--clips 6] [--budget 1024] [--rounds 3] [--device cuda] [--json]
+    python benchmarks/video_packing.py [--pictures 24] [--clips 4] [--budget 1024] [--rounds 3] [--device cuda] [--json]
 
 Pictures with sides from 64 to 192 and clips of 2 to 12 frames with sides from 48 to 96, patches of 16, times and texts
 of their own; 6 blocks of width 256. Every way computes the loss and the gradients of all items once:
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,8 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=32)
-    parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -167,10 +168,12 @@ def main() -> None:
     real = sum(map(tokens, items.x))
     table = ways(items, asked.budget)
     times: dict[tuple[str, str], list[float]] = {}
-    for _ in range(asked.rounds):
+    for number in range(asked.rounds):
         for name, (batches, _) in table.items():
             for what in ("forward", "train"):
                 times.setdefault((name, what), []).append(once(model, batches, asked.device, what == "train"))
+        last = {" ".join(key): round(some[-1], 2) for key, some in times.items()}
+        print(f"round {number + 1}: {json.dumps(last)}", file=sys.stderr, flush=True)
     results = [
         {
             "way": name,
