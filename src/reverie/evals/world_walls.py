@@ -88,9 +88,13 @@ def bars(frames: np.ndarray, ground: np.ndarray, noise: float) -> Bars | None:
 
 
 def _longest(mask: np.ndarray) -> tuple[int, int]:
-    """Where the longest run of True begins and ends."""
-    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    return tuple(max(edges.tolist(), key=lambda run: run[1] - run[0], default=(0, 0)))  # type: ignore[return-value]
+    """Where the longest run of True begins and ends; 0 and 0 without one."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    if not len(edges):
+        return 0, 0
+    starts, stops = edges[::2], edges[1::2]
+    longest = (stops - starts).argmax()
+    return int(starts[longest]), int(stops[longest])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
