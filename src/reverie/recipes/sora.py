@@ -631,7 +631,7 @@ def batched(items: Sequence[dict[str, Any]], model: Sora) -> dict[str, Any]:
     names = [name for name in ("latents", "noise", "known", "keep", "masked_noise") if name in items[0]]
     large = {name: [item[name] for item in items] for name in names}
     return {
-        **({name: torch.stack(parts) for name, parts in large.items()} if alike else large),
+        **{name: torch.stack(parts) if alike else parts for name, parts in large.items()},
         **{name: torch.stack([item[name] for item in items]) for name in ("normal", "drop")},
         "tokens": model.tokenizer.encode([item["text"] for item in items], length=model.config.text.length),
         "ids": [item["id"] for item in items],
