@@ -629,7 +629,7 @@ def batched(items: Sequence[dict[str, Any]], model: Sora) -> dict[str, Any]:
     assert model.tokenizer is not None
     alike = len({(item["latents"].shape, item["known"].shape) for item in items}) == 1
     names = [name for name in ("latents", "noise", "known", "keep", "masked_noise") if name in items[0]]
-    large = {name: [item[name] for item in items] for name in names}
+    large: dict[str, Any] = {name: [item[name] for item in items] for name in names}
     return {
         **{name: torch.stack(parts) if alike else parts for name, parts in large.items()},
         **{name: torch.stack([item[name] for item in items]) for name in ("normal", "drop")},
