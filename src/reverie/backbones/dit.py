@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -187,8 +187,10 @@ class Modulated(Protocol):
     """A network of a time and a class, as `Modulations` sees it."""
 
     classes: nn.Embedding
-    vector: Any  # times `b` and classes `b` -> what modulates
-    modulations: Any  # the layers that it passes through, in the order of `forward`'s modulations
+
+    def vector(self, t: Tensor, classes: Tensor) -> Tensor: ...
+
+    def modulations(self) -> list[Linear]: ...
 
 
 class Modulations:

@@ -75,6 +75,7 @@ def world(index: int, *, seed: int = 0, kind: str = "image", aspect: float = 1.0
         topic = Draw(seed, kind, index).weighted(IMAGE_TOPICS if kind == "image" else VIDEO_TOPICS)
     what, where = Draw(seed, topic, index, "what"), Draw(seed, topic, index, "where")
     background = what.choice(list(BACKGROUNDS))
+    things: tuple[Thing, ...]
     wall, predicate = None, None
     if topic == "occlusion":
         things, wall = _occlusion(what, where, background, (max(1.0, aspect), max(1.0, 1.0 / aspect)))

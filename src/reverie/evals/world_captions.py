@@ -249,7 +249,7 @@ def read_caption(text: str) -> Description:
         mentions=tuple(thing.mention() for thing in things),
         relation=_relation(link, len(things), chinese),
         background=background,
-        wall=wall and replace(wall.mention(), count=1),
+        wall=None if wall is None else replace(wall.mention(), count=1),
     )
 
 
@@ -321,7 +321,7 @@ def agree(said: Description | str, scene: Scene) -> dict[str, bool | None]:
         if claim.motion is not None
     ]
     if said.wall is not None and said.wall.motion is not None:
-        moves.append((said.wall.motion, scene.wall and scene.wall.motion))
+        moves.append((said.wall.motion, None if scene.wall is None else scene.wall.motion))
     if moves:
         out["motion"] = all(_same(claim, shown) for claim, shown in moves)
     paces = [(claim, shown) for claim, shown in moves if claim.speed is not None]

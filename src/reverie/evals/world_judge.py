@@ -120,11 +120,11 @@ def judge(pixels: torch.Tensor | np.ndarray) -> Reading:
     regions = find(frames, ground, noise, short)
     blur = _blur([region for row in regions for region in row])
     if len(frames) == 1:
-        things = [
+        seen = [
             replace(_see([region], blur, short), cut=region.rim(*frames.shape[1:3]) >= LEAST_RIM)
             for region in regions[0]
         ]
-        return Reading(background=background, things=_insides(things, regions[0], short), frames=1)
+        return Reading(background=background, things=_insides(seen, regions[0], short), frames=1)
     things = _followed(regions, blur, len(frames), short)
     return Reading(background=background, things=things, frames=len(frames))
 

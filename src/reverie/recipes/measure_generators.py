@@ -236,7 +236,8 @@ def _frames(
     """Frame by frame: whether it fits the words, by judges that read; of clips also how frames follow on each other."""
     numbers: dict[str, Any] = {}
 
-    def row(text: str, kind: str, ours: Tensor, theirs: Tensor, compared: str, digits: int = 3) -> None:
+    def row(text: str, kind: str, pair: Sequence[Tensor], compared: str, digits: int = 3) -> None:
+        ours, theirs = pair
         numbers[kind] = {"generator": ours.tolist(), "real": theirs.tolist()}
         low, high = bootstrap(ours.double())
         mine = f"{ours.mean():.{digits}f}  [{low:.{digits}f}, {high:.{digits}f}]"
@@ -250,16 +251,16 @@ def _frames(
             scores = [video.clip_score(some, texts).mean(1) for some in (ours, theirs)]
             other = video.clip_score(theirs, texts.roll(1, dims=0)).mean()
             text = f"CLIP score{' of a frame' if clips else ''}: cosine with the name, {name}"
-            row(text, f"clip_score {name}", *scores, f"{other:.3f} real, of other names")
+            row(text, f"clip_score {name}", scores, f"{other:.3f} real, of other names")
         if clips:
             pair = [video.consistency(some) for some in (ours, theirs)]
-            row(f"cosine of neighbouring frames, {name}", f"consistency {name}", *pair, "1: nothing changes")
+            row(f"cosine of neighbouring frames, {name}", f"consistency {name}", pair, "1: nothing changes")
     if clips:
         pair = [generation.motion(some) for some in (samples, truth)]
-        row("motion: difference of neighbouring frames", "motion", *pair, "0: still", 4)
+        row("motion: difference of neighbouring frames", "motion", pair, "0: still", 4)
     if clips and samples.shape[2] > 2:
         pair = [video.flicker(some) for some in (samples, truth)]
-        row("flicker: second differences over first", "flicker", *pair, "0: even, 1.73: noise", 2)
+        row("flicker: second differences over first", "flicker", pair, "0: even, 1.73: noise", 2)
     return numbers
 
 

@@ -630,10 +630,8 @@ def batched(items: Sequence[dict[str, Any]], model: Sora) -> dict[str, Any]:
     alike = len({(item["latents"].shape, item["known"].shape) for item in items}) == 1
     names = [name for name in ("latents", "noise", "known", "keep", "masked_noise") if name in items[0]]
     large: dict[str, Any] = {name: [item[name] for item in items] for name in names}
-    if alike:
-        large = {name: torch.stack(parts) for name, parts in large.items()}
     return {
-        **large,
+        **{name: torch.stack(parts) if alike else parts for name, parts in large.items()},
         **{name: torch.stack([item[name] for item in items]) for name in ("normal", "drop")},
         "tokens": model.tokenizer.encode([item["text"] for item in items], length=model.config.text.length),
         "ids": [item["id"] for item in items],
