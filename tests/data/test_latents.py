@@ -158,11 +158,18 @@ def test_bad_files_are_listed_and_the_recipe_leaves_them_out(folder, codec):
     assert [bad.path for bad in found.bad] == ["3.png"]
     kept = Latents.open(index, key=key_of(codec.model), size=(SIZE, SIZE))
     assert set(kept.names) == {item.file_name for item in index}
-    config = SimpleNamespace(size=(SIZE, SIZE), text=SimpleNamespace(length=8))
+    backbone = SimpleNamespace(masked=None, patch=(1, 1))
+    config = SimpleNamespace(
+        size=(SIZE, SIZE), clip_size=None, text=SimpleNamespace(length=8), backbone=backbone
+    )
     words = SimpleNamespace(encode=lambda texts, length: torch.zeros(len(texts), length, dtype=torch.long))
     encode_now = torch.no_grad()(codec.model.encode)
     model = SimpleNamespace(
-        codec=codec.model, encode=encode_now, tokenizer=words, parameters=codec.model.parameters
+        codec=codec.model,
+        encode=encode_now,
+        tokenizer=words,
+        parameters=codec.model.parameters,
+        config=config,
     )
     run = {"model": config, "steps": 1, "batch": 4, "clips": 0}
     one, two = (
