@@ -80,6 +80,11 @@ def test_base_dependencies_are_few_and_above_their_cves():
     assert all(floor for name, floor in base), "every base dependency has a floor"
 
 
+def test_a_system_is_there_without_the_compiler():
+    """sympy comes with torch's compiler, whose import takes many times as long as drawing a picture."""
+    assert "sympy" not in modules_after("import reverie.systems.sora, reverie.systems.clip, reverie.systems.wan")
+
+
 def test_every_import_is_declared():
     """What the package imports is among its own dependencies, not merely there because something else needs it."""
     own = {"PIL": "pillow", "resvg_py": "resvg-py", "faiss": "faiss-cpu", "reverie": "reverie"}

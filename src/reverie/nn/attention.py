@@ -19,11 +19,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-try:  # torch 2.10
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn: Any = None  # type: ignore[no-redef]
-
 from reverie.nn.linear import Linear, widens
 from reverie.nn.positions import rotate
 
@@ -64,6 +59,16 @@ def _unlike(x: Tensor, runs: Runs) -> bool:
     return x.device.type == "cuda" and len(runs) > 1
 
 
+@lru_cache(maxsize=1)
+def _varlen() -> Any:
+    """torch's flash attention for sequences of any length (2.10), or None. It takes seconds to import."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, *, ends: tuple[Tensor, Tensor], longest: tuple[int, int]
 ) -> Tensor:
@@ -75,7 +80,8 @@ def attend_packed(
     parts = [
         rearrange(x, "heads t d -> t heads d").to(v.dtype).contiguous() for x in (q, k, v)
     ]  # autocast mixes them
-    if varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    half = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
+    if half and (varlen_attn := _varlen()) is not None:
         out: Any = varlen_attn(parts[0], parts[1], parts[2], ends[0].int(), ends[1].int(), *longest)
         return rearrange(out, "t heads d -> heads t d")
     q, k, v = (
