@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -604,3 +605,21 @@ def test_a_cache_spares_blocks_and_at_0_changes_nothing(sora):
     with pytest.raises(InputError, match="no threshold"):
         draw(-1)
     handle.remove()
+
+
+@torch.no_grad()
+def test_numbers_of_numpy_are_numbers(sora, tokenizer):
+    plain = sora.generate(PROMPTS[:1], size=(4, 4), steps=1, pace=2, seed=3)
+    assert torch.equal(
+        sora.generate(PROMPTS[:1], size=(4, 4), steps=1, pace=np.int64(2), seed=np.int64(3)), plain
+    )
+    assert torch.equal(
+        sora.generate(PROMPTS[:1], size=(4, 4), steps=1, pace=np.float32(2), seed=3, cache=np.float32(0)),
+        plain,
+    )
+
+
+@torch.no_grad()
+def test_pixels_of_another_range_are_refused(sora):
+    with pytest.raises(InputError, match=r"known reaches 255: give frames in \[-1, 1\]"):
+        sora.generate(PROMPTS[:1], size=(4, 4), steps=1, start=0.5, known=torch.full((1, 3, 1, 4, 4), 255.0))

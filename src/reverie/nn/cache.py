@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def through(tokens: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]], cache:
 
 def check_threshold(threshold: Any) -> None:
     """InputError: it is no threshold of a cache."""
-    if not isinstance(threshold, int | float) or not math.isfinite(threshold) or threshold < 0:
+    if not isinstance(threshold, Real) or not math.isfinite(threshold) or threshold < 0:
         raise InputError(f"cache {threshold!r:.60} is no threshold: give 0 for none, or such as 0.15.")
 
 

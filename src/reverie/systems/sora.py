@@ -51,6 +51,9 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+FAR = 2.0  # what a signal in [-1, 1] may reach by rounding and resizing, and no scale of 0 to 255
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoraConfig:
     backbone: VideoDitConfig
@@ -277,6 +280,7 @@ class Sora(nn.Module):
         )
         self._check_guided(negative, interval, rescale)
         check_threshold(cache)
+        pace = float(pace)
         points = Flow(shift=self.config.shift).points(
             self.config.steps if steps is None else int(steps), start=start
         )
@@ -466,6 +470,8 @@ class Sora(nn.Module):
             raise InputError(f"known must be float in [-1, 1], but is {known.dtype}.")
         if known is not None and not known.isfinite().all():
             raise InputError("known holds NaN or infinity: give frames in [-1, 1].")
+        if known is not None and (furthest := known.abs().max().item()) > FAR:
+            raise InputError(f"known reaches {furthest:.4g}: give frames in [-1, 1], such as x / 127.5 - 1.")
         if known_mask.dtype != torch.bool:
             raise InputError(
                 f"known_mask must be bool, True where a frame or pixel is known, but is {known_mask.dtype}."

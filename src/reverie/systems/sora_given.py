@@ -16,6 +16,7 @@ itself. Other options are those of `generate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -311,7 +312,11 @@ def _blank(like: Tensor, count: int) -> Tensor:
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One for each item, as `generate` numbers them, which refuses what is no seed."""
-    return [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, Sequence):
+        return list(seed)
+    if not isinstance(seed, Integral):
+        raise InputError(f"seed {seed!r:.60} is no whole number: give one, or a list with one each.")
+    return [int(seed) + i for i in range(count)]
 
 
 def _of_window(seeds: Sequence[int], number: int) -> list[int]:
