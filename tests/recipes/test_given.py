@@ -87,7 +87,8 @@ def test_a_clip_goes_on_and_back_and_round(run, files):
     assert probe(path).fps == 5
     assert output.read(path).guidance == 0  # no words, no guidance
     assert not err
-    pixels = run("extend", "clip.webp", "--forward", 1, "--every", 3)[1]
+    path, pixels, _ = run("extend", "clip.webp", "--forward", 1, "--every", 3)
+    assert output.read(path).asked["every"] == 3
     assert np.array_equal(pixels[:3], given[::3])
     pixels = run("loop", "clip.webp", "--between", 2)[1]
     assert len(pixels) == 9
@@ -95,7 +96,8 @@ def test_a_clip_goes_on_and_back_and_round(run, files):
 
 
 def test_two_files_are_connected(run, files):
-    path, pixels, _ = run("connect", "clip.webp", "wide.png", "--between", 2, "--start", 0.5)
+    path, pixels, said = run("connect", "clip.webp", "wide.png", "--between", 2, "--start", 0.5)
+    assert "wide.png is 80 x 40: drawn at 16 x 16, cut to fit." in said
     assert path.endswith("-clip-connect.webp")
     assert pixels.shape == (10, 16, 16, 3)
     assert np.array_equal(pixels[:7], source(files, "clip.webp"))
@@ -208,6 +210,7 @@ def test_mistakes_are_one_sentence(files, model, capsys):
         "size is 0 16": ["edit", clip, "x", "--size", "0", "16"],
         "fps is 0": ["loop", clip, "--fps", "0"],
         "jpg holds pictures": ["loop", clip, "--format", "jpg"],
+        "jpg holds pictures and": ["edit", clip, "x", "--format", "jpg"],
         "cannot extend": ["loop", clip, "--model", "clip-stickers"],
     }  # fmt: skip
     for words, call in cases.items():

@@ -115,7 +115,7 @@ def test_the_packs_of_a_step_are_shared_by_the_processes(folder, reader, monkeyp
 
 
 def test_formats_vary_by_item_and_epoch(folder, reader):
-    packs = packs_of(folder, reader, vary=0.5)
+    packs = packs_of(folder, reader, vary=0.5, budget=64)
     first, second = ([view.latents for view in packs.views(epoch)] for epoch in (0, 1))
     assert first != second
     own = [view.size is None for view in packs.views(0)]
@@ -196,10 +196,20 @@ def left_out(packs, step):
 def test_what_cannot_be_packed_is_said(folder, reader):
     with pytest.raises(InputError, match="native is 'both': choose packs or buckets"):
         packs_of(folder, reader, native="both")
-    with pytest.raises(InputError, match="tokens, more than the 4 of a pack"):
-        packs_of(folder, reader, budget=4).batch(0, 0)
+    with pytest.raises(InputError, match=r"may take \d+ tokens, more than the 4 of a pack: give a budget of"):
+        packs_of(folder, reader, budget=4)
     with pytest.raises(InputError, match="leave --latents out, or --native"):
         packs_of(folder, reader, latents=True)
     clip = reverie.load(reader)
     with pytest.raises(InputError, match="leave --compile out, or --native"):
         sora.fit(config_of(clip), clip, Index.read(folder), folder, prompts=(), engine=Engine(compile=True))
+
+
+def test_no_epoch_has_what_the_budget_cannot_hold(folder, reader):
+    """Formats and paces differ from epoch to epoch; what may come is asked before the first step."""
+    packs = packs_of(folder, reader, vary=0.5, budget=4096)
+    largest = max(packs._tokens(source.largest(i)) for source, i in packs.items)
+    seen = [max(packs._lengths(epoch)) for epoch in range(12)]
+    assert max(seen) <= largest
+    with pytest.raises(InputError, match=f"may take {largest} tokens"):
+        packs_of(folder, reader, vary=0.5, budget=largest - 1)

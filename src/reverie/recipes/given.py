@@ -177,12 +177,17 @@ class _Task:
             raise InputError(f"every is {self.ask.every}: give 1 to read every frame, 2 for every other one.")
         if self.ask.fps is not None and not 1 <= self.ask.fps <= 1000:
             raise InputError(f"fps is {self.ask.fps:g}: a clip shows from 1 to 1000 frames a second.")
-        if self.ask.format is not None:
-            check_format(self.ask.format, 2 if moving else 1, self.ask.fps or 1)
         self.file, self.found = file, _probe(file)
+        frames = 2 if moving else -(-self.found.frames // self.ask.every)
+        if self.ask.format is not None:
+            check_format(self.ask.format, frames, self.ask.fps or self.pace or 1)
         self.sora: Sora = capable(self.ask.model, "extend", device=self.ask.device)
-        frames = 2 if moving else self.found.frames
         self.size = self._size(self.sora.size_of(frames))
+
+    @property
+    def pace(self) -> float:
+        """Frames a second of the file as it is read; 0 for a picture."""
+        return self.found.fps / self.ask.every if self.found.frames > 1 else 0.0
 
     def _size(self, like: tuple[int, int]) -> tuple[int, int]:
         unit = self.sora.unit
@@ -205,6 +210,10 @@ class _Task:
     def read(self, file: Path, *, least: int = 1) -> Tensor:
         """Frames `1 3 f h w`, cut to the task's size."""
         found = self.found if file == self.file else _probe(file)
+        if (found.height, found.width) != (self.found.height, self.found.width):
+            say(
+                f"{file.name} is {found.width} x {found.height}: drawn at {self.size[1]} x {self.size[0]}, cut to fit."
+            )
         there = -(-found.frames // self.ask.every)
         if there < least:
             raise InputError(
@@ -231,8 +240,9 @@ class _Task:
         with counting(what) as progress:
             signal = work(prompts=[prompt], progress=progress, **options)[0]
         name = re.sub(r"^\d{3,9}-", "", self.file.stem)  # the number that it has itself
-        own = self.found.fps / self.ask.every if self.found.frames > 1 else self.sora.config.fps
+        own = self.pace or self.sora.config.fps
         asked = options | {"file": self.file.name, "size": self.size} | told
+        asked |= {"every": self.ask.every} if self.ask.every > 1 else {}
         made = what_made(
             self.sora, self.ask.model, task=what, **{k: v for k, v in asked.items() if k != "seed"}
         )

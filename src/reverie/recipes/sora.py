@@ -526,14 +526,26 @@ class Source:
         pace, count, offset = 1, 1, 0
         if self.frames > 1:
             pace = 2 if frames > 2 and u("pace") < 0.5 else 1
-            count = min(self.config.clip_frames, (frames - 1) // pace + 1)
-            if self.model.codec is not None:
-                count -= (count - 1) % self.model.codec.config.stride[0]  # whole latent frames
+            count = self._count((frames - 1) // pace + 1)
             offset = int(u("offset") * (frames - pace * (count - 1)))
         window = slice(offset, offset + pace * (count - 1) + 1, pace)
         height, width = size or sides
         shape = self.model.latent_shape(count, (height, width))
         return View(window=window, pace=pace, size=size, latents=shape)
+
+    def _count(self, frames: int) -> int:
+        """How many of so many frames are shown: whole latent frames."""
+        count = min(self.config.clip_frames, frames)
+        return count if self.model.codec is None else count - (count - 1) % self.model.codec.config.stride[0]
+
+    def largest(self, i: int) -> tuple[int, int, int, int]:
+        """The latents of the largest view that item i may ever have."""
+        assert isinstance(self.pixels, Pixels)
+        frames, *sides = self.pixels.shape(i)
+        formats = FORMATS if self.config.vary else ()
+        sizes = [tuple(sides), *(self._sides(one, sides) for one in formats)]
+        count = self._count(frames) if self.frames > 1 else 1
+        return self.model.latent_shape(count, max(sizes, key=math.prod))
 
     def one(self, i: int, view: View) -> Tensor:
         """The latents `c f h w` of what item i shows."""
@@ -657,6 +669,14 @@ class Packs:
         self.config, self.model = config, sources[0].model
         self.items = [(source, i) for source in sources for i in source.good]
         self.views = lru_cache(maxsize=2)(self._views)
+        most, name = max(
+            (self._tokens(source.largest(i)), source.index[i].file_name) for source, i in self.items
+        )
+        if most > config.budget:
+            raise InputError(
+                f"{name} may take {most:,} tokens, more than the {config.budget:,} of a pack: give a budget of {most:,}"
+                " or more, or smaller pictures."
+            )
         self.plan = Plan(self._epoch, together=config.packs)
 
     @property
@@ -689,10 +709,12 @@ class Packs:
     def _views(self, epoch: int) -> list[View]:
         return [source.view(epoch, i) for source, i in self.items]
 
+    def _tokens(self, latents: tuple[int, int, int, int]) -> int:
+        (frames, side), (_, f, h, w) = self.model.config.backbone.patch, latents
+        return (f // frames) * (h // side) * (w // side)
+
     def _lengths(self, epoch: int) -> list[int]:
-        frames, side = self.model.config.backbone.patch
-        shapes = (view.latents for view in self.views(epoch))
-        return [(f // frames) * (h // side) * (w // side) for _, f, h, w in shapes]
+        return [self._tokens(view.latents) for view in self.views(epoch)]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         how = {"budget": self.config.budget, "seed": self.config.seed, "epoch": epoch}
