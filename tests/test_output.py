@@ -164,3 +164,13 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="reverie\\[video\\]"):
         output.write(tmp_path / "a.mp4", moving(2))
     assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_is_written_and_what_no_format_can_say_is_refused(tmp_path):
+    signal = torch.linspace(-1, 1, 3 * 2 * 8 * 8).reshape(3, 2, 8, 8)
+    path = output.store(signal.bfloat16(), tmp_path / "half", fps=0.02)
+    assert media.probe(path).frames == 2
+    for format in ("png", "gif", "webp"):
+        assert media.probe(output.store(signal, tmp_path / "slow", fps=0.02, format=format)).frames == 2
+    with pytest.raises(InputError, match=r"fps is 0.01: a webp shows 0.02 to 1000"):
+        output.store(signal, tmp_path / "none", fps=0.01)

@@ -39,6 +39,7 @@ from reverie.pictures import to_bytes
 FORMATS = ("png", "webp", "gif", "mp4", "webm", "jpg")
 MOVIES = {"mp4": "libx264", "webm": "libvpx-vp9"}
 FASTEST = {"gif": 50.0, "mp4": 1000.0, "webm": 1000.0, "webp": 1000.0, "png": 1000.0}  # frames a second
+SLOWEST = 0.02  # fifty seconds a frame, which every format can say
 _DESCRIPTION = 0x010E  # of Exif
 
 
@@ -160,8 +161,8 @@ def check_format(format: str, frames: int, fps: float) -> None:
         raise InputError(f"there is no format {format!r:.40}: choose one of {', '.join(FORMATS)}.")
     if format == "jpg" and frames > 1:
         raise InputError("jpg holds pictures and no clips: choose webp, mp4, webm, gif or png.")
-    if frames > 1 and not 0 < fps <= FASTEST[format]:
-        raise InputError(f"fps is {fps:g}: a {format} shows up to {FASTEST[format]:g} frames a second.")
+    if frames > 1 and not SLOWEST <= fps <= FASTEST[format]:
+        raise InputError(f"fps is {fps:g}: a {format} shows {SLOWEST:g} to {FASTEST[format]:g} frames a second.")
     if format in MOVIES:
         try:
             import av  # noqa: F401
@@ -181,7 +182,7 @@ def next_number(folder: str | Path) -> int:
 
 def _by_frame(part: Any) -> np.ndarray:
     """`c f h w` -> `f c h w`."""
-    return np.moveaxis(np.asarray(part.detach().cpu() if hasattr(part, "cpu") else part), 1, 0)
+    return np.moveaxis(np.asarray(part.detach().float().cpu() if hasattr(part, "cpu") else part), 1, 0)
 
 
 def _pixels(frame: np.ndarray | Image.Image) -> np.ndarray:
