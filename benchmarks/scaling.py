@@ -1,6 +1,6 @@
-"""What more compute buys: one Sora on the procedural world, trained for budgets of 1, 4 and 16, and two below.
+"""What more compute buys: one Sora on the procedural world, trained for budgets of 1, 4, 16 and 64, and two below.
 
-    python benchmarks/scaling.py [--out runs/scaling] [--base STEPS] [--only FACTOR ...]
+    python benchmarks/scaling.py [--out runs/scaling] [--most FACTOR] [--base STEPS] [--only FACTOR ...]
 
 One command: draws the world, trains the reader of its captions, then a Sora for each budget, from the same random
 weights on the same data, differing in the number of steps alone, each with its whole schedule; then measures them with
@@ -35,23 +35,25 @@ from reverie.planning.plan import How, Part, Subject, model_of, tally
 from reverie.recipes import clip, sora
 from reverie.recipes.measure_generators import UNSEEN
 from reverie.recipes.measured import save_figure
-from reverie.recipes.parts import captioned, open_world
+from reverie.recipes.parts import captioned, home, open_world
 from reverie.systems.sora import Sora
 
 SIZE, FRAMES, SEED = 40, 8, 0
 WORLD = {"count": 8000, "moving": 2400, "hidden": 1200}
-READER = {"steps": 1}  # a tower at its start tells words apart better than a short training leaves it (docs/log.md)
+READER = {
+    "steps": 1
+}  # a tower at its start tells words apart better than a short training leaves it (docs/log.md)
 SHAPE = {"patch": 8, "width": 128, "depth": 6}
 TRAIN = {"batch": 32, "clips": 4, "lr": 2e-3}
 BASE = 64  # steps of the budget 1
-FACTORS = (1 / 4, 1 / 2, 1, 4, 16)
-SHOWN = (1, 4, 16)  # of which pictures and clips are drawn
+FACTORS = (1 / 4, 1 / 2, 1, 4, 16, 64)
+SHOWN = (1, 4, 16, 64)  # of which pictures and clips are drawn
 KINDS = {
     "image": 200,
     "motion": 60,
     "occlusion": 40,
 }  # topics or mixes, and how many scenes of each are drawn
-SAID = ("colour", "shape", "count", "relation", "motion", "speed", "permanence")
+SAID = ("background", "colour", "shape", "count", "relation", "motion", "speed", "permanence")
 DRAW = {"steps": 16, "guidance": 3.0}
 TIMES = (0.2, 0.4, 0.6, 0.8)
 
@@ -59,6 +61,7 @@ TIMES = (0.2, 0.4, 0.6, 0.8)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
+    parser.add_argument("--most", type=float, default=16, help="the largest budget; 64 goes one further")
     parser.add_argument("--base", type=int, default=BASE, help="steps of the budget 1")
     parser.add_argument("--only", type=float, nargs="*", help="train these budgets and measure nothing")
     options = parser.parse_args()
@@ -67,8 +70,9 @@ def main() -> None:
     index = open_world(world, *WORLD.values(), seed=SEED, frames=FRAMES, size=SIZE)
     if not (reader / "model").exists():
         clip.world(world, reader, english=1.0, seed=SEED, **READER)
+    factors = [factor for factor in FACTORS if factor <= options.most]
     folders = {factor: options.out / f"budget-{factor:g}" for factor in FACTORS}
-    for factor in options.only or FACTORS:
+    for factor in options.only or factors:
         if not (folders[factor] / "model").exists():
             begun = time.process_time()
             sora.world(
@@ -79,7 +83,7 @@ def main() -> None:
     if options.only:
         return
     found = [
-        measure(folders[factor], index, factor, max(round(factor * options.base), 1)) for factor in FACTORS
+        measure(folders[factor], index, factor, max(round(factor * options.base), 1)) for factor in factors
     ]
     numbers = {
         "size": SIZE, "frames": FRAMES, "seed": SEED, "world": WORLD, "reader": READER, "shape": SHAPE, "train": TRAIN,
@@ -87,7 +91,7 @@ def main() -> None:
     }  # fmt: skip
     disk.write(options.out / "scaling.json", json.dumps(numbers, indent=1) + "\n")
     figure(numbers, options.out / "scaling.png")
-    sheet([folders[factor] for factor in SHOWN], options.out / "samples.png")
+    sheet({factor: folders[factor] for factor in factors if factor in SHOWN}, options.out / "samples.png")
     print(table(numbers))
 
 
@@ -99,13 +103,13 @@ def measure(folder: Path, index: Index, factor: float, steps: int) -> dict[str, 
     kept = folder / "measured.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    model = reverie.load(folder / "model")
+    model = reverie.load(folder / "model").to(home())
     numbers: dict[str, Any] = {
         "budget": factor,
         "steps": steps,
         "flops": steps * flops(model),
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
-        "loss": losses(model, index, folder),
+        "loss": losses(model, index),
         "right": {},
     }
     if factor in SHOWN:
@@ -144,7 +148,7 @@ def flops(model: Sora) -> int:
     return sum(tally(shaped, part, part.batch, how, peers=1).flops for part in parts)
 
 
-def losses(model: Sora, index: Index, folder: Path) -> dict[str, float]:
+def losses(model: Sora, index: Index) -> dict[str, float]:
     """The loss on held-out pictures and clips, the mean over TIMES; `all`: both count equally, as in training."""
     config = sora.SoraRun(
         model=model.config,
@@ -217,7 +221,7 @@ def law(found: list[dict[str, Any]]) -> dict[str, float]:
 
 def kinds_of(name: str) -> list[str]:
     """The scenes that ask for an attribute: what is seen in pictures is read from pictures, the rest from clips."""
-    return ["image"] if name in SAID[:4] else ["occlusion"] if name == "permanence" else ["motion"]
+    return ["image"] if name in SAID[:5] else ["occlusion"] if name == "permanence" else ["motion"]
 
 
 def table(numbers: dict[str, Any]) -> str:
@@ -240,6 +244,7 @@ def table(numbers: dict[str, Any]) -> str:
 
 def figure(numbers: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     found, fit = numbers["budgets"], numbers["law"]
     drawing = Figure(figsize=(10, 3.8), layout="constrained")
@@ -261,27 +266,28 @@ def figure(numbers: dict[str, Any], path: Path) -> None:
         right.plot([one["flops"] for one in shown], ys, "o-", ms=4, label=name)
     right.set(xscale="log", ylim=(-0.02, 1.02), xlabel="training FLOPs", ylabel="right, by the exact judge")
     right.legend(fontsize=7, ncols=2)
+    right.xaxis.set_minor_formatter(NullFormatter())
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both", lw=0.4)
     save_figure(drawing, path)
 
 
-def sheet(folders: list[Path], path: Path) -> None:
+def sheet(folders: dict[float, Path], path: Path) -> None:
     """Rows: prompts. Columns: the budgets, then a render. Pictures, then clips as three of their frames."""
-    models = [reverie.load(folder / "model") for folder in folders]
+    models = [reverie.load(folder / "model").to(home()) for folder in folders.values()]
     cells, titles = [], []
-    for kind, count, places in (("image", 8, (0,)), ("motion", 3, (0, 4, 7)), ("occlusion", 3, (0, 4, 7))):
+    for kind, count, places in (("image", 6, (0,)), ("motion", 2, (0, 4, 7)), ("occlusion", 2, (0, 4, 7))):
         prompts, world = asked(kind, count)
         samples = [drawn(model, kind, count) for model in models]
         real = torch.stack([rearrange(world[i].pixels[:, :3], "f c h w -> c f h w") for i in range(count)])
         columns = [*samples, (real[:, :, 0] if kind == "image" else real) / 127.5 - 1]
         for i, prompt in enumerate(prompts):
             for place in places:
-                for column, name in zip(columns, [*(f"{f:g}x" for f in SHOWN), "render"], strict=True):
+                for column, name in zip(columns, [*(f"{f:g}x" for f in folders), "render"], strict=True):
                     cells.append(column[i] if kind == "image" else column[i][:, place])
                     first = prompt if place == 0 else f"frame {place + 1}"
                     titles.append(f"{name}: {first}")
-    save_png(grid(to_bytes(torch.stack(cells)), titles, columns=len(SHOWN) + 1), path)
+    save_png(grid(to_bytes(torch.stack(cells)), titles, columns=len(folders) + 1), path)
 
 
 if __name__ == "__main__":
