@@ -4,8 +4,8 @@
 
 A small MDT of version 2 (24 pixels in patches of 4, 96 x 6, two blocks of them the decoder) learns single things of
 the procedural world that are not small, 8 classes: four colours of two shapes. `plain` takes every step on whole
-pictures alone; `masked` takes as well a masked pass that leaves out 30 to 50 % of the patches, so it gets half as many steps, which
-take about as long. Everything else, the batches of a seed included, is the same.
+pictures alone; `masked` takes as well a masked pass that leaves out 30 to 50 % of the patches, so it gets half as many
+steps, which take about as long. Everything else, the batches of a seed included, is the same.
 
 Measured on the way, of the averaged weights: the loss of whole passes on validation pictures (`val_loss`, every 80
 steps), and the shares of 64 drawn pictures that the world's exact judge reads as asked (every 400). The time is steps x

@@ -82,7 +82,9 @@ def test_base_dependencies_are_few_and_above_their_cves():
 
 def test_a_system_is_there_without_the_compiler():
     """sympy comes with torch's compiler, whose import takes many times as long as drawing a picture."""
-    assert "sympy" not in modules_after("import reverie.systems.sora, reverie.systems.clip, reverie.systems.wan")
+    assert "sympy" not in modules_after(
+        "import reverie.systems.sora, reverie.systems.clip, reverie.systems.wan"
+    )
 
 
 def test_every_import_is_declared():

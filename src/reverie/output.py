@@ -162,7 +162,9 @@ def check_format(format: str, frames: int, fps: float) -> None:
     if format == "jpg" and frames > 1:
         raise InputError("jpg holds pictures and no clips: choose webp, mp4, webm, gif or png.")
     if frames > 1 and not SLOWEST <= fps <= FASTEST[format]:
-        raise InputError(f"fps is {fps:g}: a {format} shows {SLOWEST:g} to {FASTEST[format]:g} frames a second.")
+        raise InputError(
+            f"fps is {fps:g}: a {format} shows {SLOWEST:g} to {FASTEST[format]:g} frames a second."
+        )
     if format in MOVIES:
         try:
             import av  # noqa: F401

@@ -392,7 +392,9 @@ def test_every_part_of_a_masked_pass_learns(inputs):
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("wrong", [{"masked": (0.5, 0.3)}, {"masked": (0.3, 1.0)}, {"decoder": 3}, {"decoder": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"masked": (0.5, 0.3)}, {"masked": (0.3, 1.0)}, {"decoder": 3}, {"decoder": 0}]
+)
 def test_masks_that_cannot_be(wrong):
     with pytest.raises(InputError):
         dataclasses.replace(MASKED, **wrong)

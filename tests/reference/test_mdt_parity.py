@@ -116,7 +116,9 @@ def test_losses_and_gradients_are_equal(pair, code):
     drawn, patch = keeping(theirs)
     with patch:
         whole = process.training_losses(theirs, x0, t, {"y": y}, noise=noise)["loss"].mean()
-        masked = process.training_losses(theirs, x0, t, {"y": y, "enable_mask": True}, noise=other)["loss"].mean()
+        masked = process.training_losses(theirs, x0, t, {"y": y, "enable_mask": True}, noise=other)[
+            "loss"
+        ].mean()
     found = ours.loss({
         "latents": x0, "noise": noise, "masked_noise": other, "t": t, "classes": y, "keep": drawn[0][3],
         "drop": torch.zeros(3, dtype=torch.bool),

@@ -34,9 +34,13 @@ class Region:
 
     def rim(self, height: int, width: int) -> int:
         """How many pixels of one edge of the picture it covers, at most."""
-        rows = [self.mask[at - self.top : at - self.top + 1].sum() for at in (0, height - 1) if at >= self.top]
+        rows = [
+            self.mask[at - self.top : at - self.top + 1].sum() for at in (0, height - 1) if at >= self.top
+        ]
         columns = [
-            self.mask[:, at - self.left : at - self.left + 1].sum() for at in (0, width - 1) if at >= self.left
+            self.mask[:, at - self.left : at - self.left + 1].sum()
+            for at in (0, width - 1)
+            if at >= self.left
         ]
         return int(max(*rows, *columns, 0, 0))
 

@@ -541,9 +541,10 @@ class Source:
     def largest(self, i: int) -> tuple[int, int, int, int]:
         """The latents of the largest view that item i may ever have."""
         assert isinstance(self.pixels, Pixels)
-        frames, *sides = self.pixels.shape(i)
+        frames, height, width = self.pixels.shape(i)
+        sides = (height, width)
         formats = FORMATS if self.config.vary else ()
-        sizes = [tuple(sides), *(self._sides(one, sides) for one in formats)]
+        sizes = [sides, *(self._sides(one, sides) for one in formats)]
         count = self._count(frames) if self.frames > 1 else 1
         return self.model.latent_shape(count, max(sizes, key=math.prod))
 
