@@ -12,13 +12,18 @@ from torch import Tensor
 from reverie.processes.gaussian import CLEAN, Ddpm, Point
 
 
-def velocity_loss(predicted: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of velocities `b c f h w`; `weight` (broadcast) leaves out what is given: known frames."""
-    error = (predicted - target).square()
+def mean_square(error: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    """Of an error `b c f h w`; `weight` (broadcast over it) leaves out what is given: known frames."""
+    square = error.square()
     if weight is None:
-        return error.mean()
-    weight = weight.expand_as(error)
-    return (error * weight).sum() / weight.sum().clamp(min=1)
+        return square.mean()
+    weight = weight.expand_as(square)
+    return (square * weight).sum() / weight.sum().clamp(min=1)
+
+
+def velocity_loss(predicted: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of velocities `b c f h w`; `weight` as for `mean_square`."""
+    return mean_square(predicted - target, weight=weight)
 
 
 def min_snr(point: Point, *, gamma: float = 5.0) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from reverie.objectives.denoising import mean_square
 from reverie.processes.gaussian import Point
 
 
@@ -27,8 +28,4 @@ def step_loss(
 
     `weight` (broadcast over `b c f h w`) leaves out what is given.
     """
-    error = ((predicted - one_step(x, x_after, now, after)) / now.sigma).square()
-    if weight is None:
-        return error.mean()
-    weight = weight.expand_as(error)
-    return (error * weight).sum() / weight.sum().clamp(min=1)
+    return mean_square((predicted - one_step(x, x_after, now, after)) / now.sigma, weight=weight)

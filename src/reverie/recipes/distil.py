@@ -9,7 +9,6 @@ The student begins as the teacher. One of its steps learns to arrive where sever
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from reverie.errors import InputError
 from reverie.objectives.distillation import step_loss
 from reverie.pictures import grid, to_bytes
 from reverie.processes import gaussian
-from reverie.processes.gaussian import Flow, Point
+from reverie.processes.gaussian import Flow
 from reverie.recipes.parts import averaged, captioned, keep, name_bad, open_index, plain_stickers
 from reverie.recipes.sora import SoraRun, Source
 from reverie.samplers.diffusion import euler
@@ -167,39 +166,20 @@ def loss(student: Sora, master: Sora, config: DistilRun, batch: dict[str, Any]) 
     flow = Flow(shift=student.config.shift)
     coarse, fine = flow.points(student.config.steps), flow.points(student.config.steps * inside)
     wide = master.within(known)
-    given = {"latents": latents, "known": known, "pace": batch.get("pace", 1.0)}
+    given = {"given": latents, "whole": known, "pace": batch.get("pace", 1.0)}
     with torch.no_grad():
         text = master.read(batch["tokens"])
         none = master.backbone.without_text(*text, torch.ones_like(batch["drop"]))
         both = tuple(torch.cat(pair) for pair in zip(text, none, strict=True))
-        told = predictor(student, text, **given)
+        told = student.predictor(text, **given)
         if batch["own"]:
             x = euler(told, torch.where(wide, latents, noise), coarse[: which + 1])
         else:
             x = gaussian.corrupt(latents, noise, coarse[which])
         x = torch.where(wide, latents, x)
-        led = guided(predictor(master, both, **given), config.guidance)
+        led = guided(master.predictor(both, **given), config.guidance)
         x_after = euler(led, x, fine[which * inside : (which + 1) * inside + 1])
     weight = (~wide).float()
     return {
         "loss": step_loss(told(x, coarse[which]), x, x_after, coarse[which], coarse[which + 1], weight=weight)
     }
-
-
-def predictor(
-    model: Sora, text: tuple[Tensor, ...], *, latents: Tensor, known: Tensor, pace: float
-) -> Callable[[Tensor, Point], Tensor]:
-    """x0 by a model of `x`, once or twice the batch; what is `known` (as in `Sora.loss`) is that of `latents`."""
-
-    def predict(x: Tensor, point: Point) -> Tensor:
-        copies = len(x) // len(latents)
-        given, mask = torch.cat([latents] * copies), torch.cat([known] * copies)
-        wide = model.within(mask)
-        x = torch.where(wide, given, x)
-        t = point.t * (~mask).float()
-        out = model.backbone(x, t, *(part[: len(x)] for part in text), pace=pace)
-        if model.config.prediction == "x0":
-            out = gaussian.velocity_from(out, x, model.within(t))
-        return torch.where(wide, given, x - point.t * out)
-
-    return predict

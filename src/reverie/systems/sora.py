@@ -352,23 +352,9 @@ class Sora(nn.Module):
         else:
             both = self.read(torch.cat(list(map(self._tokens, (prompts, [negative] * len(prompts))))))
 
-        kept = Cache(cache) if cache else None
-
-        def predict(x: Tensor, point: Point) -> Tensor:
-            """x0 of `x`: the prompts with their text, and where they come twice, the second time without.
-
-            A patch of which only a part is known is corrupted as all others are, its known part with the rest.
-            """
-            copies = len(x) // len(prompts)
-            given2, wide2, clean2, whole2 = (
-                torch.cat([part] * copies) for part in (given, wide, clean, whole)
-            )
-            x = torch.where(clean2, given2, x)
-            t = point.t * (~whole2).float()
-            out = self.backbone(x, t, *(part[: len(x)] for part in both), pace=pace, cache=kept)
-            velocity = self._velocity(out, x, point.t * (~clean2).float())
-            return torch.where(wide2, given2, x - point.t * velocity)
-
+        predict = self.predictor(
+            both, given=given, whole=whole, known=wide, pace=pace, cache=Cache(cache) if cache else None
+        )
         x = gaussian.corrupt(given, noise, points[0]) if points[0].t < 1 else noise
         partly = wide & ~clean
         x = torch.where(partly, gaussian.corrupt(given, noise, points[0]), torch.where(clean, given, x))
@@ -384,6 +370,36 @@ class Sora(nn.Module):
             raise InputError(f"guidance {guidance:g} is more than numbers can hold: ask for less, such as 4.")
         drawn = self.decode(torch.where(wide, given, x))[:, :, :frames]
         return drawn if asked is None else torch.where(_wide(pixels), asked.to(drawn).clamp(-1, 1), drawn)
+
+    def predictor(
+        self,
+        text: tuple[Tensor, ...],
+        *,
+        given: Tensor,
+        whole: Tensor,
+        known: Tensor | None = None,
+        pace: Any = 1.0,
+        cache: Cache | None = None,
+    ) -> Callable[[Tensor, Point], Tensor]:
+        """`predict(x, point)`, x0 of `x`: the items of `given b c f h w`, once, or as often as `text` has them.
+
+        `whole`, `b f` or `b f h w` on the grid of patches, says what of `given` enters clean, with time 0; `known`,
+        broadcast over the latents, what comes back as it is given: what is whole, if not said. A patch of which only a
+        part is known is corrupted as all others are, its known part with the rest.
+        """
+
+        def predict(x: Tensor, point: Point) -> Tensor:
+            copies = len(x) // len(given)
+            given2, whole2 = (torch.cat([part] * copies) for part in (given, whole))
+            clean2 = self.within(whole2)
+            wide2 = clean2 if known is None else torch.cat([known] * copies)
+            x = torch.where(clean2, given2, x)
+            t = point.t * (~whole2).float()
+            out = self.backbone(x, t, *(part[: len(x)] for part in text), pace=pace, cache=cache)
+            velocity = self._velocity(out, x, point.t * (~clean2).float())
+            return torch.where(wide2, given2, x - point.t * velocity)
+
+        return predict
 
     def _whole(self, mask: Tensor) -> Tensor:
         """Known places `b f` or `b f h w` of the latents -> the patches of which all is known, on their grid."""
