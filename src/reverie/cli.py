@@ -736,7 +736,7 @@ def sample(
     from reverie.output import check_format, next_number, store
     from reverie.pictures import to_signal
     from reverie.progress import counting
-    from reverie.recipes.given import long_clip, smaller
+    from reverie.recipes.own_files import long_clip, smaller
     from reverie.recipes.parts import capable, what_made
 
     if not prompts:
@@ -901,9 +901,9 @@ def animate(
         prompt: What happens, in quotes; the words that made the file if not given, or none.
         frames: How many frames the clip has; as many as the model was trained at if not given.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.animate(picture, prompt, frames=frames, ask=ask))
+    print(own_files.animate(picture, prompt, frames=frames, ask=ask))
 
 
 def extend(
@@ -923,9 +923,9 @@ def extend(
         forward: How many frames to draw after it.
         backward: How many frames to draw before it.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.extend(clip, prompt, forward=forward, backward=backward, ask=ask))
+    print(own_files.extend(clip, prompt, forward=forward, backward=backward, ask=ask))
 
 
 def loop(
@@ -943,9 +943,9 @@ def loop(
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
         between: How many frames to draw; as many as see both ends well if not given.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.loop(clip, prompt, between=between, ask=ask))
+    print(own_files.loop(clip, prompt, between=between, ask=ask))
 
 
 def connect(
@@ -967,9 +967,9 @@ def connect(
         between: How many frames to draw; as many as see both ends well if not given.
         start: They begin from a cross-fade of both ends with so much noise; 1 is noise alone.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.connect(first, second, prompt, between=between, start=start, ask=ask))
+    print(own_files.connect(first, second, prompt, between=between, start=start, ask=ask))
 
 
 def edit(
@@ -987,9 +987,9 @@ def edit(
         prompt: What it shall show, in quotes; the words that made the file if not given.
         strength: How much is drawn anew, above 0 and at most 1, which leaves nothing of it.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.edit(file, prompt, strength=strength, ask=ask))
+    print(own_files.edit(file, prompt, strength=strength, ask=ask))
 
 
 def inpaint(
@@ -1013,9 +1013,9 @@ def inpaint(
         frames: The first and the last frame to draw anew, counted from 0 as they are read.
         strength: Below 1, what stands there now shows through.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.inpaint(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
+    print(own_files.inpaint(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
 
 
 def search(

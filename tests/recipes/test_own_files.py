@@ -13,7 +13,7 @@ from reverie.backbones.video_dit import VideoDitConfig
 from reverie.codecs.bpe import Bpe
 from reverie.encoders.text import TextConfig
 from reverie.media import decode_array, flatten, probe
-from reverie.recipes.given import fitted, smaller
+from reverie.recipes.own_files import fitted, smaller
 from reverie.systems.sora import Sora, SoraConfig
 
 
