@@ -10,8 +10,8 @@
 Clips and pictures are `b 3 f h w` in [-1, 1], a picture one frame; `3 f h w` is taken for every prompt, and so are open
 pictures and the paths of pictures and clips, which are cropped to `size`, or to the size that the model learnt. What
 is longer than the model was trained at is drawn in windows of so many frames (`window`), each of which knows what was
-drawn before it in `overlap` frames or more. Window i of an item of seed s has the seed (s, "window", i), the first one s
-itself; backward (s, "backward", i). Other options are those of `generate`.
+drawn before it in `overlap` frames or more. Window i of an item of seed s has the seed (s, "window", i), the first one
+s itself; backward (s, "backward", i). Other options are those of `generate`.
 """
 
 from __future__ import annotations
