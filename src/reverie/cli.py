@@ -715,36 +715,35 @@ def sample(
         size: Height and width in pixels; what the model was trained at if not given.
         draft: Draw three quarters as high and wide, in half the time; `reverie edit` makes a draft large.
         seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the prompt; the model's own if not given.
+        steps: Sampling steps, 1 or more; the model's own number if not given.
+        guidance: How strictly to follow the prompt: 1 as learnt, more is stricter; the model's own if not given.
         sampler: Such as euler, heun, dpmpp_2m or unipc; the model's own if not given.
         negative: What not to draw: guidance leads away from these words.
         interval: The times that guidance acts at, from 0 (data) to 1 (noise).
         rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
         cache: Spare deep blocks until features have changed by so much, such as 0.15; quicker, and nearly the same.
         first_frame: A picture that the clip begins with.
-        best_of: Draw so many of each and keep the one that the judge likes best.
+        best_of: Draw so many of each, 1 or more, and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
-        fps: Frames per second of the clips; the model's own if not given.
+        fps: Frames per second of the clips, 1 to 1000; the model's own if not given.
         format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         precision: What weights are kept in, fp32 or bf16, which takes half the memory.
         quantise: int8 keeps the weights of the blocks in eight bits, a quarter of the memory.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    import torch
-
-    from reverie.output import check_format, next_number, store
-    from reverie.pictures import to_signal
+    from reverie.media import probe
+    from reverie.output import check_folder, check_format, check_words, next_number, store
     from reverie.progress import counting
-    from reverie.recipes.own_files import long_clip, smaller
-    from reverie.recipes.parts import capable, what_made
 
     if not prompts:
         raise InputError('Say what to draw, such as: reverie sample "a red rocket".')
     if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         raise InputError(f"Prompt {empty[0]} of {len(prompts)} is empty: say what to draw, or leave it out.")
-    if best_of < 1 or frames < 1:
-        raise InputError(f"best_of and frames must be at least 1, not {best_of} and {frames}.")
+    for name, value in (("best_of", best_of), ("frames", frames), ("steps", steps)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: give 1 or more.")
+    if size is not None and min(size) < 1:
+        raise InputError(f"size is {size[0]} {size[1]}: give height and width in pixels, such as 64 64.")
     if fps is not None and not 1 <= fps <= 1000:
         raise InputError(f"fps is {fps:g}: a clip shows from 1 to 1000 frames a second.")
     if format is not None:
@@ -753,9 +752,24 @@ def sample(
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
         )
+    if first_frame is not None:
+        probe(first_frame)
+    for prompt in prompts:
+        check_words(prompt, negative)
+    check_folder(out)
     unread = [prompt for prompt in prompts if prompt.strip().isdecimal()]
     if best_of > 1 and unread:
         raise InputError(f"The judge cannot read {unread[0]!r}: name the class, or leave out --best-of.")
+    import torch
+
+    from reverie.nn.cache import check_threshold
+    from reverie.pictures import to_signal
+    from reverie.recipes.own_files import check_negative, long_clip, smaller
+    from reverie.recipes.parts import capable, what_made
+    from reverie.samplers.guidance import check_options
+
+    check_options(interval or (0.0, 1.0), rescale or 0.0)
+    check_threshold(cache or 0.0)
     system = capable(model, "generate_image", device=device, precision=precision, quantise=quantise)
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     asked: dict[str, Any] = {
@@ -780,9 +794,13 @@ def sample(
     if first_frame is not None:
         picture = to_signal(first_frame, size=size or system.size_of(frames))
         asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
+    own = getattr(system.config, "guidance", None) if guidance is None else guidance
+    check_negative(negative, 0.0 if own is None else own)
     extra = {"precision": None if precision == "fp32" else precision, "quantise": quantise}
     made = what_made(system, model, **asked | extra | {"first_frame": first_frame})
     pace = fps or float(getattr(system.config, "fps", 1.0))
+    if format is not None:
+        check_format(format, frames, pace)
     for prompt in prompts:
         stem, best = out / f"{next_number(out):03d}-{_slug(prompt)}", 0
         with counting(prompt) as progress:
@@ -899,7 +917,7 @@ def animate(
     Args:
         picture: The picture; of a clip, its first frame.
         prompt: What happens, in quotes; the words that made the file if not given, or none.
-        frames: How many frames the clip has; as many as the model was trained at if not given.
+        frames: How many frames the clip has, 2 or more; as many as the model was trained at if not given.
     """
     from reverie.recipes import own_files
 
@@ -941,7 +959,7 @@ def loop(
     Args:
         clip: The clip, of two frames or more.
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
-        between: How many frames to draw; as many as see both ends well if not given.
+        between: How many frames to draw, 1 or more; as many as see both ends well if not given.
     """
     from reverie.recipes import own_files
 
@@ -962,10 +980,10 @@ def connect(
 
     Args:
         first: What it begins with.
-        second: What it ends with, at the size of the first.
+        second: What it ends with, cut to the size of the first.
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
-        between: How many frames to draw; as many as see both ends well if not given.
-        start: They begin from a cross-fade of both ends with so much noise; 1 is noise alone.
+        between: How many frames to draw, 1 or more; as many as see both ends well if not given.
+        start: They begin from a cross-fade of both ends with so much noise, above 0; 1 is noise alone.
     """
     from reverie.recipes import own_files
 
@@ -1003,15 +1021,17 @@ def inpaint(
     strength: float = 1.0,
     ask: Ask = ASK,
 ) -> None:
-    """Draw a part of a picture or clip anew: a box, what a mask shows white, some frames, or both.
+    """Draw a part of a picture or clip anew: a box or what a mask shows, some frames, or that place in some frames.
 
     Args:
         file: The picture or clip.
         prompt: What the whole shows, in quotes; the words that made the file if not given, or none.
-        box: LEFT TOP RIGHT BOTTOM in the file's pixels.
-        mask: A picture of the file's size, white or transparent where to draw.
-        frames: The first and the last frame to draw anew, counted from 0 as they are read.
-        strength: Below 1, what stands there now shows through.
+        box: LEFT TOP RIGHT BOTTOM in the file's pixels; a box or a mask, not both.
+        mask: A picture of the file's size, nearer to white than to black where to draw; one that is transparent
+            somewhere is read by that alone, transparent where to draw.
+        frames: The first and the last frame to draw anew, counted from 0 as they are read; with a box or a mask, there
+            alone.
+        strength: Above 0; below 1, what stands there now shows through.
     """
     from reverie.recipes import own_files
 
