@@ -188,6 +188,7 @@ def test_a_folder_that_cannot_be_is_refused_and_none_is_made(tmp_path, monkeypat
     with pytest.raises(InputError, match="may not be written into"):
         output.check_folder(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert "\\x1b[31mred" in str(replace(MADE, prompt="\x1b[31mred"))
     assert str(replace(MADE, prompt="")).splitlines()[0].split() == ["prompt", "(none)"]
 
 

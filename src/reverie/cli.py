@@ -862,6 +862,7 @@ def expand(
     endpoint: str | None = None,
     model: str = "",
     key: str = "REVERIE_CHAT_KEY",
+    timeout: float = 60.0,
     cache: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -877,6 +878,7 @@ def expand(
         endpoint: The address of a chat up to /v1, such as http://localhost:8000/v1; without it nothing is sent.
         model: The model that answers, as the endpoint calls it.
         key: The environment variable that holds the endpoint's key, if it needs one.
+        timeout: Seconds that an answer may take, above 0; it is asked for four times.
         cache: A file that keeps the answers, so that the same is not asked twice.
         json: Print prompts, captions and what was done to them as one JSON list.
     """
@@ -891,14 +893,19 @@ def expand(
         raise InputError("model and cache are of an endpoint: name one with --endpoint, or leave them out.")
     if endpoint is not None and not model:
         raise InputError(f"say which model of {endpoint} shall answer, with --model.")
-    asked = None if endpoint is None else Endpoint(base=endpoint, model=model, key=key, cache=cache)
+    asked = (
+        None
+        if endpoint is None
+        else Endpoint(base=endpoint, model=model, key=key, timeout=timeout, cache=cache)
+    )
     found = work(prompts, kind=like, seed=seed, endpoint=asked)
     if json:
         _print_json([asdict(one) for one in found])
         return
     for one in found:
         print(one.text)
-        say(f"{one.prompt}: {one.how}.")
+        short = one.prompt if len(one.prompt) <= 60 else f"{one.prompt[:57]}..."
+        say(f"{short}: {one.how}.")
 
 
 # ---------------------------------------------------------------- pictures and clips of one's own

@@ -221,7 +221,9 @@ def _pixels(frame: np.ndarray | Image.Image) -> np.ndarray:
 
 
 def _plain(value: Any) -> str:
+    """Words that steer no terminal: they may be a stranger's."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
     return text.encode("utf-8", "backslashreplace").decode()
 
 
