@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reverie.command import Command, asks_for_help, did_you_mean, restored
+from reverie.command import Command, asks_for_help, did_you_mean, nearest, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
 from reverie.recipes.asked import Ask
@@ -1688,7 +1688,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        _complain(f"{error.filename}: {error.strerror}; name another place or mend this one.")
+        within = isinstance(error, FileExistsError | NotADirectoryError)  # of mkdir
+        what = f"it is, or lies in, a file and no folder ({error.strerror})" if within else error.strerror
+        _complain(f"{error.filename}: {what}; name another place or mend this one.")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -1813,11 +1815,9 @@ def _headline(function: Callable[..., Any]) -> str:
 
 
 def _unknown(group: str, word: str) -> str:
-    from difflib import get_close_matches
-
     prefix = f"{group} " if group else ""
-    close = get_close_matches(f"{prefix}{word}", COMMANDS, n=1)
-    hint = f"did you mean `reverie {close[0]}`?" if close else "`reverie --help` lists the commands."
+    close = nearest(f"{prefix}{word}", COMMANDS)
+    hint = f"did you mean `reverie {close}`?" if close else "`reverie --help` lists the commands."
     return f"There is no command {prefix}{word!r}; {hint}"
 
 
