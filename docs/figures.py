@@ -150,7 +150,7 @@ class Figures:
 
     def draft(self) -> list[np.ndarray]:
         """Drafts of three quarters the size, and large ones that began from them."""
-        from reverie.recipes.given import smaller
+        from reverie.recipes.own_files import smaller
 
         size, shown = self.config.size, []
         for prompt in ("red apple", "dog face", "rocket", "octopus"):

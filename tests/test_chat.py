@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from reverie import cli
-from reverie.chat import Endpoint, ask, message
+from reverie.chat import Endpoint, ask, message, unread
 from reverie.errors import InputError
 
 
@@ -99,11 +99,13 @@ def test_pictures_go_along_as_data_urls(server, tmp_path, kind):
 
 
 def test_it_tries_again_with_growing_pauses_and_as_long_as_it_is_told_to(server):
-    waited = []
+    waited, told = [], []
     endpoint = Endpoint(base=server.base, model="m", pause=0.5)
     server.replies = [failed(503), failed(429, **{"Retry-After": "7"}), failed(500), said("at last")]
-    assert ask(endpoint, [message("x")], wait=waited.append) == "at last"
+    assert ask(endpoint, [message("x")], wait=waited.append, tell=told.append) == "at last"
     assert waited == [0.5, 7.0, 2.0]
+    assert told[0] == f"{server.base} answers 503: trying again in 0.5 s, for the 2. time of 4."
+    assert len(told) == 3
     waited.clear()
     server.replies = [
         failed(429, **{"Retry-After": "9999"}),
@@ -133,6 +135,42 @@ def test_answers_are_kept_and_torn_lines_forgiven(server, tmp_path):
     assert len(server.seen) == 4
 
 
+def test_lines_that_are_damaged_are_counted_and_other_files_left_alone(server, tmp_path):
+    cache = tmp_path / "answers.jsonl"
+    endpoint = Endpoint(base=server.base, model="m", cache=cache)
+    assert unread(cache) == 0
+    ask(endpoint, [message("a")])
+    with cache.open("ab") as file:
+        file.write(b'\xff\xfe\n[1]\n{"key": ["x"], "answer": "y"}\n\n')
+    assert unread(cache) == 3
+    assert ask(endpoint, [message("a")]) == "hello"
+    assert len(server.seen) == 1
+    cache.write_text('{"key": "12')  # torn while the very first answer was written
+    assert unread(cache) == 1
+    for other in (b"my notes\n", b'{"name": 1}\n{"name": 2}\n', b"\x89PNG\r\n"):
+        cache.write_bytes(other)
+        for call in (lambda: unread(cache), lambda: ask(endpoint, [message("b")])):
+            with pytest.raises(InputError, match=r"answers\.jsonl holds no answer of an endpoint"):
+                call()
+        assert cache.read_bytes() == other
+    for place in (tmp_path, cache / "below"):
+        with pytest.raises(InputError, match="cannot keep answers"):
+            unread(place)
+    assert len(server.seen) == 1
+
+
+def test_what_would_steer_a_terminal_is_taken_out(server, tmp_path):
+    wild = "\x1b[31ma \x1b]0;title\x07red\x1b(B\x08 \u202erocket\r\x9b2J\n\t\u706b\x1b"
+    endpoint = Endpoint(base=server.base, model="m", cache=tmp_path / "kept")
+    server.replies = [said(wild), said("\x1b[2J")]
+    assert ask(endpoint, [message("x")]) == "a red rocket\n\t\u706b"
+    lines = (tmp_path / "kept").read_text().replace("a red", "a \\u001b[1mred")
+    (tmp_path / "kept").write_text(lines)
+    assert ask(endpoint, [message("x")]) == "a red rocket\n\t\u706b"
+    with pytest.raises(InputError, match="an empty answer"):
+        ask(endpoint, [message("y")])
+
+
 def test_every_failure_is_one_sentence(server, monkeypatch):
     endpoint = Endpoint(base=server.base, model="m", tries=2)
 
@@ -147,6 +185,11 @@ def test_every_failure_is_one_sentence(server, monkeypatch):
         ([(302, b"", {"Location": "http://127.0.0.1:1/"})], "leads elsewhere (302)"),
         ([failed(429)] * 2, "takes no more requests (429), tried 2 times"),
         ([failed(500), failed(503, "busy")], "fails (503), tried 2 times, saying 'busy'"),
+        (
+            [(200, b"{", {"Content-Length": "999", "Connection": "close"})] * 2,
+            "breaks off before its answer is",
+        ),
+        ([(200, b"9\r\n{", {"Transfer-Encoding": "chunked"})] * 2, "breaks off before its answer is whole"),
         ([(200, b"<html>", {})], "not as a chat endpoint does"),
         ([(200, b'{"choices": []}', {})], "not as a chat endpoint does"),
         ([said("  ")], "an empty answer"),
@@ -181,6 +224,7 @@ def test_what_cannot_be_asked_is_said_before_anything_is_sent(server, tmp_path):
         ({"base": "http://me:secret@host/v1"}, "password or a query"),
         ({"model": " "}, "which model"),
         ({"tries": 0}, "0 tries"),
+        ({"timeout": float("nan")}, "of nan s"),
     ):
         with pytest.raises(InputError, match=words) as caught:
             Endpoint(**{"base": server.base, "model": "m"} | wrong)
@@ -213,4 +257,10 @@ def test_the_command_expands_by_the_endpoint_that_is_named(server, tmp_path, cap
     assert "sticker" in system["content"]
     assert cli.main(["expand", "rocket", "--endpoint", server.base]) == 2
     assert cli.main(["expand", "rocket", "--model", "m"]) == 2
+    capsys.readouterr()
+    (tmp_path / "kept.jsonl").open("a").write("torn")
+    assert cli.main([*words, "--timeout", "9"]) == 0
+    assert "1 line of" in capsys.readouterr().err
+    assert cli.main([*words, "--timeout", "0"]) == 2
+    assert "4 tries of 0 s" in capsys.readouterr().err
     assert len(server.seen) == 1

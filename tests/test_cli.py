@@ -56,6 +56,7 @@ def test_every_command_has_help_for_every_flag(name, capsys):
         (["frobnicate"], "reverie --help"),
         (["sampel"], "`reverie sample`"),
         (["data", "imprt"], "`reverie data import`"),
+        (["video"], "`reverie --help`"),
     ],
 )
 def test_an_unknown_command_is_one_sentence(words, hint, capsys):
@@ -76,6 +77,9 @@ def test_an_unknown_command_is_one_sentence(words, hint, capsys):
             "`reverie data check` has no flag --deep: its flags are --contents, --no-contents.",
         ),
         ("data import x --no-need-captons", "no flag --no-need-captons: did you mean --no-need-captions?"),
+        ("sample a --boxes 3", "`reverie sample` has no flag --boxes: its flags are --model, --out"),
+        ("inpaint a --boxes 3", "`reverie inpaint` has no flag --boxes: did you mean --box?"),
+        ("sample a --count 3", "`reverie sample` has no flag --count: its flags are --model, --out"),
         ("sample a --frames many", "--frames is 'many': give a whole number."),
         ("sample a --frames=1.5", "--frames is '1.5': give a whole number."),
         ("sample a --guidance much --seed 3", "--guidance is 'much': give a number."),
@@ -167,6 +171,7 @@ def test_settings_that_no_file_can_have_are_one_sentence(tmp_path, capsys):
     [
         (InputError("no"), 2),
         (FileExistsError(17, "File exists", "samples"), 2),
+        (NotADirectoryError(20, "Not a directory", "file/samples"), 2),
         (MemoryError(), 2),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
         (KeyboardInterrupt(), 130),

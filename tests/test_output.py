@@ -3,6 +3,7 @@
 import json
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,10 +161,35 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=words):
             output.write(tmp_path / name, moving(frames), fps=fps)
+    for quality in (0, 101, 80.5):
+        with pytest.raises(InputError, match=f"quality is {quality}: give a whole number from 1 to 100"):
+            output.write(tmp_path / "a.webp", moving(2), quality=quality)
+    with pytest.raises(InputError, match="the words take 70,002 characters"):
+        output.write(tmp_path / "a.jpg", moving(1), made=replace(MADE, prompt="a" * 70_000, asked={}))
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match="reverie\\[video\\]"):
         output.write(tmp_path / "a.mp4", moving(2))
     assert not list(tmp_path.iterdir())
+
+
+def test_as_many_words_as_are_let_in_are_read_back(tmp_path):
+    made = replace(MADE, prompt="\u706b" * 9_900, asked={"negative": "a"})
+    for kind in (*CLIPS, "jpg"):
+        assert output.read(output.write(tmp_path / f"long.{kind}", moving(1, 32, 48), made=made)) == made
+
+
+def test_a_folder_that_cannot_be_is_refused_and_none_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below/it"):
+        with pytest.raises(InputError, match="file is a file, not a folder"):
+            output.check_folder(tmp_path / folder)
+    output.check_folder(tmp_path / "new" / "deep")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match="may not be written into"):
+        output.check_folder(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert "\\x1b[31mred" in str(replace(MADE, prompt="\x1b[31mred"))
+    assert str(replace(MADE, prompt="")).splitlines()[0].split() == ["prompt", "(none)"]
 
 
 def test_half_precision_is_written_and_what_no_format_can_say_is_refused(tmp_path):

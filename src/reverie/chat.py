@@ -2,16 +2,18 @@
 
 Nothing is sent anywhere unless an `Endpoint` is named, and then to that address alone: redirections are refused. A
 message may carry pictures, which go along as data URLs. Answers are kept in a file, if one is named, and not asked for
-again.
+again. They are a stranger's words: what would steer a terminal is taken out of them.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import json
 import math
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -26,7 +28,13 @@ from reverie.errors import InputError
 LARGEST = 8 * 2**20  # bytes of an answer
 LONGEST = 60.0  # seconds that a server may have us wait before the next try
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # answers that may be others next time
+HEAD = '{"key": "'  # of a line that is kept
 KINDS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+
+STEERS = re.compile(  # escape sequences whole; other control characters, and those that turn the direction of writing
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])?|\x9b[0-?]*[ -/]*[@-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
 
 Message = dict[str, Any]
 
@@ -58,7 +66,7 @@ class Endpoint:
             raise InputError("the endpoint's address holds a password or a query: give it up to /v1 alone.")
         if not self.model.strip():
             raise InputError("say which model of the endpoint shall answer.")
-        if self.timeout <= 0 or self.tries < 1:
+        if not 0 < self.timeout < math.inf or self.tries < 1:
             raise InputError(
                 f"{self.tries} tries of {self.timeout:g} s ask nothing: give 1 or more above 0 s."
             )
@@ -79,19 +87,20 @@ def ask(
     temperature: float = 0.0,
     most: int = 512,
     wait: Callable[[float], None] = time.sleep,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """The endpoint's answer, stripped. `most` tokens at most; `wait` pauses between tries.
+    """The endpoint's answer, stripped. `most` tokens at most; `wait` pauses between tries, of which `tell` is told.
 
-    InputError: it cannot be reached, refuses, or does not answer with text.
+    InputError: it cannot be reached, refuses, or does not answer with text; or the cache is another kind of file.
     """
     asked = {
         "model": endpoint.model, "messages": list(messages), "temperature": temperature, "max_tokens": most
     }  # fmt: skip
     text = json.dumps(asked, sort_keys=True)
     key = hashlib.sha256(f"{endpoint.base.rstrip('/')}\n{text}".encode()).hexdigest()
-    if endpoint.cache is not None and (found := _kept(endpoint.cache).get(key)) is not None:
-        return found
-    answer = _text(endpoint, _sent(endpoint, text.encode(), wait))
+    if endpoint.cache is not None and (found := _kept(endpoint.cache)[0].get(key)) is not None:
+        return _clean(found)
+    answer = _text(endpoint, _sent(endpoint, text.encode(), wait, tell))
     if endpoint.cache is not None:
         _keep(endpoint.cache, key, answer)
     return answer
@@ -107,7 +116,9 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _sent(endpoint: Endpoint, body: bytes, wait: Callable[[float], None]) -> bytes:
+def _sent(
+    endpoint: Endpoint, body: bytes, wait: Callable[[float], None], tell: Callable[[str], None]
+) -> bytes:
     """What came back, after as many tries as it needs."""
     address = f"{endpoint.base.rstrip('/')}/chat/completions"
     headers = {"Content-Type": "application/json"}
@@ -126,27 +137,33 @@ def _sent(endpoint: Endpoint, body: bytes, wait: Callable[[float], None]) -> byt
             with error:
                 if error.code not in AGAIN or last:
                     raise InputError(_refusal(endpoint, error, number + 1)) from None
-                wait(_pause(error.headers.get("Retry-After"), pause))
-            continue
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # URLError, timeouts, broken connections, lines that are no HTTP
-            reason = getattr(error, "reason", error)
+                why, pause = f"answers {error.code}", _pause(error.headers.get("Retry-After"), pause)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            why = _broken(endpoint, error)
             if last:
-                slow = isinstance(reason, TimeoutError)
-                why = f"did not answer within {endpoint.timeout:g} s" if slow else "cannot be reached"
                 raise InputError(
                     f"{endpoint.base} {why}, tried {_times(number + 1)}: see whether the server runs."
                 ) from None
-            wait(pause)
-            continue
-        if len(found) > LARGEST:
-            raise InputError(
-                f"{endpoint.base} answers with more than {LARGEST:,} bytes: name another endpoint."
-            )
-        return found
-    raise AssertionError("the last try returns or raises")
+        else:
+            break
+        tell(
+            f"{endpoint.base} {why}: trying again in {pause:g} s, for the {number + 2}. time of {endpoint.tries}."
+        )
+        wait(pause)
+    if len(found) > LARGEST:
+        raise InputError(f"{endpoint.base} answers with more than {LARGEST:,} bytes: name another endpoint.")
+    return found
+
+
+def _broken(endpoint: Endpoint, error: Exception) -> str:
+    """What befell a request that no status answered."""
+    if isinstance(getattr(error, "reason", error), TimeoutError):
+        return f"did not answer within {endpoint.timeout:g} s"
+    if isinstance(error, urllib.error.URLError):  # before anything was answered
+        return "cannot be reached"
+    if isinstance(error, ConnectionError | http.client.IncompleteRead):
+        return "breaks off before its answer is whole"
+    return "does not answer as a web server does"
 
 
 def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError, tries: int) -> str:
@@ -198,13 +215,17 @@ def _text(endpoint: Endpoint, body: bytes) -> str:
         said = choice["message"]["content"]
         if isinstance(said, list):
             said = "".join(part.get("text", "") for part in said)
-        if isinstance(said, str) and said.strip():
-            return said.strip()
+        if isinstance(said, str) and (text := _clean(said)):
+            return text
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{endpoint.base} answers, but not as a chat endpoint does: name one that speaks OpenAI's protocol."
         ) from None
     raise InputError(f"{endpoint.base} gives an empty answer: ask otherwise, or take another model.")
+
+
+def _clean(said: str) -> str:
+    return STEERS.sub("", said).strip()
 
 
 def _data_url(picture: Path | bytes) -> str:
@@ -224,21 +245,34 @@ def _data_url(picture: Path | bytes) -> str:
 # Answers that are kept: a JSON object a line, {"key", "answer"} ------------------------------------------------------
 
 
-def _kept(cache: Path) -> dict[str, str]:
-    """Key -> answer; lines that are torn are left out."""
+def unread(cache: Path) -> int:
+    """How many lines of a cache hold no answer; they are skipped. InputError: it is no cache at all."""
+    return _kept(cache)[1]
+
+
+def _kept(cache: Path) -> tuple[dict[str, str], int]:
+    """Key -> answer; and how many lines are torn or damaged, which are left out."""
     found: dict[str, str] = {}
     try:
-        lines = cache.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = cache.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        return found
-    for line in lines:
+        return found, 0
+    except (IsADirectoryError, NotADirectoryError, PermissionError):
+        raise InputError(f"{cache} cannot keep answers: name a file for them.") from None
+    bad = 0
+    for line in filter(str.strip, text.splitlines()):
         try:
             entry = json.loads(line)
-            if isinstance(entry["answer"], str):
-                found[entry["key"]] = entry["answer"]
+            key, answer = entry["key"], entry["answer"]
+            if isinstance(key, str) and isinstance(answer, str):
+                found[key] = answer
+                continue
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return found
+            pass
+        bad += 1
+    if bad and not found and not (bad == 1 and text.startswith(HEAD[: len(text)])):
+        raise InputError(f"{cache} holds no answer of an endpoint: name another file to keep them in.")
+    return found, bad
 
 
 def _keep(cache: Path, key: str, answer: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reverie.command import Command, asks_for_help, did_you_mean, restored
+from reverie.command import Command, asks_for_help, did_you_mean, nearest, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
 from reverie.recipes.asked import Ask
@@ -715,36 +715,35 @@ def sample(
         size: Height and width in pixels; what the model was trained at if not given.
         draft: Draw three quarters as high and wide, in half the time; `reverie edit` makes a draft large.
         seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the prompt; the model's own if not given.
+        steps: Sampling steps, 1 or more; the model's own number if not given.
+        guidance: How strictly to follow the prompt: 1 as learnt, more is stricter; the model's own if not given.
         sampler: Such as euler, heun, dpmpp_2m or unipc; the model's own if not given.
         negative: What not to draw: guidance leads away from these words.
         interval: The times that guidance acts at, from 0 (data) to 1 (noise).
         rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
         cache: Spare deep blocks until features have changed by so much, such as 0.15; quicker, and nearly the same.
         first_frame: A picture that the clip begins with.
-        best_of: Draw so many of each and keep the one that the judge likes best.
+        best_of: Draw so many of each, 1 or more, and keep the one that the judge likes best.
         judge: The CLIP that chooses: a shipped name or a folder.
-        fps: Frames per second of the clips; the model's own if not given.
+        fps: Frames per second of the clips, 1 to 1000; the model's own if not given.
         format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         precision: What weights are kept in, fp32 or bf16, which takes half the memory.
         quantise: int8 keeps the weights of the blocks in eight bits, a quarter of the memory.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    import torch
-
-    from reverie.output import check_format, next_number, store
-    from reverie.pictures import to_signal
+    from reverie.media import probe
+    from reverie.output import check_folder, check_format, check_words, next_number, store
     from reverie.progress import counting
-    from reverie.recipes.given import long_clip, smaller
-    from reverie.recipes.parts import capable, what_made
 
     if not prompts:
         raise InputError('Say what to draw, such as: reverie sample "a red rocket".')
     if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         raise InputError(f"Prompt {empty[0]} of {len(prompts)} is empty: say what to draw, or leave it out.")
-    if best_of < 1 or frames < 1:
-        raise InputError(f"best_of and frames must be at least 1, not {best_of} and {frames}.")
+    for name, value in (("best_of", best_of), ("frames", frames), ("steps", steps)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: give 1 or more.")
+    if size is not None and min(size) < 1:
+        raise InputError(f"size is {size[0]} {size[1]}: give height and width in pixels, such as 64 64.")
     if fps is not None and not 1 <= fps <= 1000:
         raise InputError(f"fps is {fps:g}: a clip shows from 1 to 1000 frames a second.")
     if format is not None:
@@ -753,9 +752,24 @@ def sample(
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
         )
+    if first_frame is not None:
+        probe(first_frame)
+    for prompt in prompts:
+        check_words(prompt, negative)
+    check_folder(out)
     unread = [prompt for prompt in prompts if prompt.strip().isdecimal()]
     if best_of > 1 and unread:
         raise InputError(f"The judge cannot read {unread[0]!r}: name the class, or leave out --best-of.")
+    import torch
+
+    from reverie.nn.cache import check_threshold
+    from reverie.pictures import to_signal
+    from reverie.recipes.own_files import check_negative, long_clip, smaller
+    from reverie.recipes.parts import capable, what_made
+    from reverie.samplers.guidance import check_options
+
+    check_options(interval or (0.0, 1.0), rescale or 0.0)
+    check_threshold(cache or 0.0)
     system = capable(model, "generate_image", device=device, precision=precision, quantise=quantise)
     clip = capable(judge, "embed_text", device=device) if best_of > 1 else None
     asked: dict[str, Any] = {
@@ -780,9 +794,13 @@ def sample(
     if first_frame is not None:
         picture = to_signal(first_frame, size=size or system.size_of(frames))
         asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
+    own = getattr(system.config, "guidance", None) if guidance is None else guidance
+    check_negative(negative, 0.0 if own is None else own)
     extra = {"precision": None if precision == "fp32" else precision, "quantise": quantise}
     made = what_made(system, model, **asked | extra | {"first_frame": first_frame})
     pace = fps or float(getattr(system.config, "fps", 1.0))
+    if format is not None:
+        check_format(format, frames, pace)
     for prompt in prompts:
         stem, best = out / f"{next_number(out):03d}-{_slug(prompt)}", 0
         with counting(prompt) as progress:
@@ -844,6 +862,7 @@ def expand(
     endpoint: str | None = None,
     model: str = "",
     key: str = "REVERIE_CHAT_KEY",
+    timeout: float = 60.0,
     cache: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -859,6 +878,7 @@ def expand(
         endpoint: The address of a chat up to /v1, such as http://localhost:8000/v1; without it nothing is sent.
         model: The model that answers, as the endpoint calls it.
         key: The environment variable that holds the endpoint's key, if it needs one.
+        timeout: Seconds that an answer may take, above 0; it is asked for four times.
         cache: A file that keeps the answers, so that the same is not asked twice.
         json: Print prompts, captions and what was done to them as one JSON list.
     """
@@ -873,14 +893,19 @@ def expand(
         raise InputError("model and cache are of an endpoint: name one with --endpoint, or leave them out.")
     if endpoint is not None and not model:
         raise InputError(f"say which model of {endpoint} shall answer, with --model.")
-    asked = None if endpoint is None else Endpoint(base=endpoint, model=model, key=key, cache=cache)
+    asked = (
+        None
+        if endpoint is None
+        else Endpoint(base=endpoint, model=model, key=key, timeout=timeout, cache=cache)
+    )
     found = work(prompts, kind=like, seed=seed, endpoint=asked)
     if json:
         _print_json([asdict(one) for one in found])
         return
     for one in found:
         print(one.text)
-        say(f"{one.prompt}: {one.how}.")
+        short = one.prompt if len(one.prompt) <= 60 else f"{one.prompt[:57]}..."
+        say(f"{short}: {one.how}.")
 
 
 # ---------------------------------------------------------------- pictures and clips of one's own
@@ -899,11 +924,11 @@ def animate(
     Args:
         picture: The picture; of a clip, its first frame.
         prompt: What happens, in quotes; the words that made the file if not given, or none.
-        frames: How many frames the clip has; as many as the model was trained at if not given.
+        frames: How many frames the clip has, 2 or more; as many as the model was trained at if not given.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.animate(picture, prompt, frames=frames, ask=ask))
+    print(own_files.animate(picture, prompt, frames=frames, ask=ask))
 
 
 def extend(
@@ -923,9 +948,9 @@ def extend(
         forward: How many frames to draw after it.
         backward: How many frames to draw before it.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.extend(clip, prompt, forward=forward, backward=backward, ask=ask))
+    print(own_files.extend(clip, prompt, forward=forward, backward=backward, ask=ask))
 
 
 def loop(
@@ -941,11 +966,11 @@ def loop(
     Args:
         clip: The clip, of two frames or more.
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
-        between: How many frames to draw; as many as see both ends well if not given.
+        between: How many frames to draw, 1 or more; as many as see both ends well if not given.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.loop(clip, prompt, between=between, ask=ask))
+    print(own_files.loop(clip, prompt, between=between, ask=ask))
 
 
 def connect(
@@ -962,14 +987,14 @@ def connect(
 
     Args:
         first: What it begins with.
-        second: What it ends with, at the size of the first.
+        second: What it ends with, cut to the size of the first.
         prompt: What it shows, in quotes; the words that made the file if not given, or none.
-        between: How many frames to draw; as many as see both ends well if not given.
-        start: They begin from a cross-fade of both ends with so much noise; 1 is noise alone.
+        between: How many frames to draw, 1 or more; as many as see both ends well if not given.
+        start: They begin from a cross-fade of both ends with so much noise, above 0; 1 is noise alone.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.connect(first, second, prompt, between=between, start=start, ask=ask))
+    print(own_files.connect(first, second, prompt, between=between, start=start, ask=ask))
 
 
 def edit(
@@ -987,9 +1012,9 @@ def edit(
         prompt: What it shall show, in quotes; the words that made the file if not given.
         strength: How much is drawn anew, above 0 and at most 1, which leaves nothing of it.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.edit(file, prompt, strength=strength, ask=ask))
+    print(own_files.edit(file, prompt, strength=strength, ask=ask))
 
 
 def inpaint(
@@ -1003,19 +1028,21 @@ def inpaint(
     strength: float = 1.0,
     ask: Ask = ASK,
 ) -> None:
-    """Draw a part of a picture or clip anew: a box, what a mask shows white, some frames, or both.
+    """Draw a part of a picture or clip anew: a box or what a mask shows, some frames, or that place in some frames.
 
     Args:
         file: The picture or clip.
         prompt: What the whole shows, in quotes; the words that made the file if not given, or none.
-        box: LEFT TOP RIGHT BOTTOM in the file's pixels.
-        mask: A picture of the file's size, white or transparent where to draw.
-        frames: The first and the last frame to draw anew, counted from 0 as they are read.
-        strength: Below 1, what stands there now shows through.
+        box: LEFT TOP RIGHT BOTTOM in the file's pixels; a box or a mask, not both.
+        mask: A picture of the file's size, nearer to white than to black where to draw; one that is transparent
+            somewhere is read by that alone, transparent where to draw.
+        frames: The first and the last frame to draw anew, counted from 0 as they are read; with a box or a mask, there
+            alone.
+        strength: Above 0; below 1, what stands there now shows through.
     """
-    from reverie.recipes import given
+    from reverie.recipes import own_files
 
-    print(given.inpaint(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
+    print(own_files.inpaint(file, prompt, box=box, mask=mask, frames=frames, strength=strength, ask=ask))
 
 
 def search(
@@ -1661,7 +1688,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        _complain(f"{error.filename}: {error.strerror}; name another place or mend this one.")
+        within = isinstance(error, FileExistsError | NotADirectoryError)  # of mkdir
+        what = f"it is, or lies in, a file and no folder ({error.strerror})" if within else error.strerror
+        _complain(f"{error.filename}: {what}; name another place or mend this one.")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -1786,11 +1815,9 @@ def _headline(function: Callable[..., Any]) -> str:
 
 
 def _unknown(group: str, word: str) -> str:
-    from difflib import get_close_matches
-
     prefix = f"{group} " if group else ""
-    close = get_close_matches(f"{prefix}{word}", COMMANDS, n=1)
-    hint = f"did you mean `reverie {close[0]}`?" if close else "`reverie --help` lists the commands."
+    close = nearest(f"{prefix}{word}", COMMANDS)
+    hint = f"did you mean `reverie {close}`?" if close else "`reverie --help` lists the commands."
     return f"There is no command {prefix}{word!r}; {hint}"
 
 

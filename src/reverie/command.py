@@ -322,7 +322,16 @@ def asks_for_help(args: Sequence[str]) -> bool:
 
 def did_you_mean(word: str, names: Iterable[str], otherwise: str) -> str:
     """The name that was probably meant, or all that there are."""
+    close = nearest(word, names)
+    return f"did you mean {close}?" if close else f"{otherwise} {', '.join(names)}."
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that a word is a slip of, if any: not one of another sense that shares some letters (count, out)."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, names, n=1)
-    return f"did you mean {close[0]}?" if close else f"{otherwise} {', '.join(names)}."
+    word, bare = word.lstrip("-"), {name.lstrip("-"): name for name in names}
+    alike = [name for name in bare if name[:1] == word[:1]]
+    close = get_close_matches(word, bare, n=1, cutoff=0.85) or get_close_matches(word, alike, n=1, cutoff=0.7)
+    begun = [name for name in alike if len(name) > 2 and word.startswith(name)]  # output, for out
+    return bare[[*close, *begun][0]] if close or begun else None

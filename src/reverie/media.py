@@ -56,6 +56,7 @@ SUFFIXES = (
 )
 FITS = ("crop", "crop_even", "squash", "pad")
 RESAMPLES = ("bilinear", "bicubic")
+NO_PICTURES = "it holds no pictures, only sound or data"
 WIDEST = 40_000_000  # pixels of a picture that is resized whole before it is cropped
 STEPS = 4_000_000  # blocks or boxes that a header walk may take: some seconds at most
 
@@ -130,8 +131,8 @@ class Probe:
 class MediaError(InputError):
     """A file that cannot be used; `reason` is a short phrase in our own words, without the path."""
 
-    def __init__(self, path: Path | Part, reason: str) -> None:
-        super().__init__(f"{path.name}: {reason}.")
+    def __init__(self, path: Path | Part, reason: str, advice: str = "") -> None:
+        super().__init__(f"{path.name}: {reason}{advice}.")
         self.reason = reason
 
 
@@ -144,7 +145,7 @@ class Unreached(MediaError):
 
 
 class _Refusal(Exception):
-    """Carries a reason up to where the path is known."""
+    """Carries a reason, and what to do, up to where the path is known."""
 
 
 def probe(path: str | Path | Part, limits: Limits = LIMITS) -> Probe:
@@ -316,7 +317,7 @@ def _our_words(path: Path | Part) -> Iterator[None]:
     except InputError:
         raise
     except _Refusal as refusal:
-        raise MediaError(path, str(refusal)) from None
+        raise MediaError(path, *refusal.args) from None
     except FileNotFoundError:
         raise MediaError(path, "there is no such file") from None
     except PermissionError:
@@ -386,6 +387,8 @@ def _stranger(head: bytes) -> str:
             return name
     if head[4:8] == b"ftyp":
         return "a HEIC picture"
+    if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"WAVE"):
+        return "an AVI clip" if head[8:12] == b"AVI " else "a WAVE sound"
     if b"<svg" in text or b"<!doctype svg" in text:
         return "an SVG drawing"
     if text.startswith((b"<!doctype html", b"<html")):
@@ -403,7 +406,8 @@ def _header(file: BinaryIO, limits: Limits) -> tuple[Probe, int]:
     head = file.read(256)
     kind = sniff(head)
     if kind is None:
-        raise _Refusal(f"not a picture or clip that can be read: it is {_stranger(head)}")
+        advice = f"; give one of {', '.join(KINDS)}"
+        raise _Refusal(f"not a picture or clip that can be read: it is {_stranger(head)}", advice)
     reader = {
         "png": _png,
         "jpeg": _jpeg,
@@ -613,6 +617,7 @@ def _leaves(data: _Data, start: int, end: int) -> Iterator[tuple[bytes, int, int
 def _mp4(data: _Data, limits: Limits) -> _Claim:
     """mp4, mov and avif: the largest size that any picture track or item claims."""
     sizes, frames, seconds, time, picture, index = [(0, 0)], 1, 0.0, 0.0, False, False
+    seen, heard = False, False
     for name, body, end in _leaves(data, 0, len(data)):
         if name in (b"tkhd", b"mdhd", b"stsd", b"iloc"):
             index = True
@@ -629,6 +634,7 @@ def _mp4(data: _Data, limits: Limits) -> _Claim:
             time = length / scale if scale else 0.0
         elif name == b"hdlr":
             picture = data[body + 8 : body + 12] in (b"vide", b"pict")
+            seen, heard = seen or picture, heard or data[body + 8 : body + 12] == b"soun"
         elif name == b"stsd" and picture:
             sizes += [
                 struct.unpack(">HH", data[at + 24 : at + 28]) for _, at, _ in _boxes(data, body + 8, end)
@@ -637,6 +643,8 @@ def _mp4(data: _Data, limits: Limits) -> _Claim:
             frames, seconds = max(1, struct.unpack(">I", data[body + 8 : body + 12])[0]), time
     if not index:
         raise _Refusal("damaged or cut short: it has no index of its frames")
+    if heard and not seen:
+        raise _Refusal(NO_PICTURES)
     width, height = max(sizes, key=math.prod)
     return width, height, frames, seconds, 0
 
@@ -656,6 +664,7 @@ def _number(data: _Data, at: int, *, marked: bool) -> tuple[int, int]:
 def _webm(data: _Data, limits: Limits) -> _Claim:
     """The size that the track headers claim; frames and time are counted when the file is opened."""
     width = height = at = 0
+    heard = False
     for _ in range(STEPS):
         if at >= len(data):
             break
@@ -668,11 +677,15 @@ def _webm(data: _Data, limits: Limits) -> _Claim:
             width = max(width, int.from_bytes(data[body : body + length], "big"))
         elif name == 0xBA:
             height = max(height, int.from_bytes(data[body : body + length], "big"))
-        elif name == 0x1F43B675 and width:  # the first Cluster: what follows are frames
+        elif name == 0xE1:  # Audio
+            heard = True
+        elif name == 0x1F43B675 and (width or heard):  # the first Cluster: what follows are frames
             break
         if length < 0 and not inside:
             raise _Refusal("damaged: a part of unknown length")
         at = body if inside else body + length
+    if heard and not width:
+        raise _Refusal(NO_PICTURES)
     return width, height, 1, 0.0, 0
 
 
@@ -832,7 +845,7 @@ def _container(file: BinaryIO, found: Probe, limits: Limits) -> Iterator[tuple[A
     options = {"max_pixels": str(limits.pixels + 64 * 65_536)}  # decoders count rows rounded up to 64
     with av.open(file, format={"mp4": "mov", "webm": "matroska"}[found.kind], options=options) as container:
         if not container.streams.video:
-            raise _Refusal("it holds no pictures, only sound or data")
+            raise _Refusal(NO_PICTURES)
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise _Refusal("its codec is not known to PyAV")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import struct
 import zlib
@@ -40,6 +41,7 @@ FORMATS = ("png", "webp", "gif", "mp4", "webm", "jpg")
 MOVIES = {"mp4": "libx264", "webm": "libvpx-vp9"}
 FASTEST = {"gif": 50.0, "mp4": 1000.0, "webm": 1000.0, "webp": 1000.0, "png": 1000.0}  # frames a second
 SLOWEST = 0.02  # fifty seconds a frame, which every format can say
+LONGEST = 60_000  # characters that say what made a file, in ASCII: JPEG has room for 64 kB
 _DESCRIPTION = 0x010E  # of Exif
 
 
@@ -63,7 +65,7 @@ class Made:
     reverie: str = field(default_factory=lambda: metadata.version("reverie"))
 
     def __str__(self) -> str:
-        told = {**self.values(), **self.asked}
+        told = {**self.values(), "prompt": self.prompt or "(none)", **self.asked}
         width = max(map(len, told))
         return "\n".join(f"{key:{width}}  {_plain(value)}" for key, value in told.items() if key != "asked")
 
@@ -117,6 +119,7 @@ def store(
         format = "png" if len(first) == 1 else "webp"
     check_format(format, len(first), fps)
     path = Path(f"{stem}.{format}")
+    check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write(path, chain(first, frames), fps=fps, made=made, quality=quality)
 
@@ -133,8 +136,8 @@ def write(
     """Frames (uint8 `h w 3` or `h w 4`, or pictures, all of one size) into the format that the name's end says.
 
     One frame is a still, more go round and round, at `fps`. quality: 1 to 100 for webp and jpg; without it, webp is
-    lossless. durable: as `disk.whole` has it. InputError: a format that there is not, or that cannot hold this; mp4
-    and webm without PyAV.
+    lossless. durable: as `disk.whole` has it. InputError: a format that there is not, or that cannot hold this, or more
+    words than a file holds; mp4 and webm without PyAV.
     """
     path = Path(path)
     kind = {"jpeg": "jpg", "apng": "png"}.get(path.suffix[1:].lower(), path.suffix[1:].lower())
@@ -142,6 +145,10 @@ def write(
     first = list(islice(pixels, 2))
     assert first, "a file has at least one frame"
     check_format(kind, len(first), fps)
+    if quality is not None and not (isinstance(quality, int) and 1 <= quality <= 100):
+        raise InputError(f"quality is {quality!r:.40}: give a whole number from 1 to 100.")
+    if made is not None:
+        check_words(made.prompt, *map(str, made.asked.values()))
     text = None if made is None else made.json()
     every = chain(first, pixels)
     with disk.whole(path, durable=durable) as draft:
@@ -174,6 +181,25 @@ def check_format(format: str, frames: int, fps: float) -> None:
             ) from None
 
 
+def check_words(*words: str | None) -> None:
+    """InputError: a prompt and what else was asked for in words are longer than what a file can say of itself."""
+    length = sum(len(json.dumps(text)) for text in words if text)
+    if length > LONGEST:
+        raise InputError(
+            f"the words take {length:,} characters in the file that they make, which holds {LONGEST:,}: say less."
+        )
+
+
+def check_folder(folder: str | Path) -> None:
+    """InputError: nothing can be written into it, now or once it is made. Makes nothing."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, not a folder: give a folder for what is drawn.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there} may not be written into: give another folder.")
+
+
 def next_number(folder: str | Path) -> int:
     """One more than the highest number that a file's name in `folder` begins with, as in 007-a-red-rocket.png; or 0."""
     folder = Path(folder)
@@ -195,7 +221,9 @@ def _pixels(frame: np.ndarray | Image.Image) -> np.ndarray:
 
 
 def _plain(value: Any) -> str:
+    """Words that steer no terminal: they may be a stranger's."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -234,6 +234,7 @@ def zipped() -> bytes:
         (b"SIMPLE  =                    T", "a FITS picture"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "a HEIC picture"),
         (b"just words", "it is text"),
+        (b"RIFF\0\0\0\0AVI LIST", "it is an AVI clip"),
         (bytes(range(200)), "of an unknown kind"),
         (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "it is text"),  # a playlist must not reach the demuxer
         (b"\x89PNG\r\n\x1a\n", "cut short|damaged"),
@@ -249,6 +250,19 @@ def test_strangers_are_named(make, content, reason):
         with pytest.raises(MediaError, match=reason) as caught:
             read(path)
         assert str(path.parent) not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "aac"), ("a.webm", "libopus")])
+def test_a_file_of_sound_alone_is_called_that(tmp_path, name, codec):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=48_000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 48_000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(MediaError, match="it holds no pictures, only sound or data"):
+        probe(tmp_path / name)
 
 
 def test_no_file_and_a_folder(tmp_path):

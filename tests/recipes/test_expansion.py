@@ -32,8 +32,31 @@ def test_a_sticker_gets_its_own_tags_behind_it():
     assert len({texts("dog face", seed=seed)[0] for seed in range(8)}) > 1
 
 
-def test_the_longest_name_counts_and_only_whole_words():
-    assert "'cat face'" in expand(["a cat face"])[0].how
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [
+        ("a cat face", "cat face"),
+        ("a cat on a train", "cat face"),  # and no tram
+        ("a sleepy dog", "dog face"),
+        ("a slice of pizza", "pizza"),
+        ("a birthday cake", "birthday cake"),
+        ("a new car", "automobile"),  # and no NEW button
+        ("new", "NEW button"),
+        ("\u4e00\u5339\u9ed1\u8272\u7684\u9a6c", "\u9a6c"),
+    ],
+)
+def test_what_a_prompt_is_about_counts(prompt, label):
+    assert expand([prompt])[0].how == f"tags of the sticker {label!r} were put behind it"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cool idea", "\u9a6c\u4e0a\u4e0b\u96e8"]
+)  # at once, which begins with a horse
+def test_what_is_only_spelt_alike_does_not_count(prompt):
+    assert expand([prompt])[0].how.startswith("no label")
+
+
+def test_only_whole_words_count():
     (one,) = expand(["a category"])  # there is a cat in it, but not as a word
     assert one.how.startswith("no label")
     assert "a category" in one.text != "a category"
@@ -84,4 +107,6 @@ def test_mistakes_and_the_command(capsys):
     assert cli.main(["expand", "rocket", "火箭"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == texts("rocket", "火箭")
+    assert cli.main(["expand", "rocket " * 50]) == 0
+    assert len(capsys.readouterr().err) < 150
     assert "tags of the sticker" in err

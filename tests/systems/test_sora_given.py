@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import nn
 
+from reverie import output
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.world import world
 from reverie.data.world_render import render
 from reverie.errors import InputError
+from reverie.media import decode_array, flatten
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.systems.sora_given import windows
 
@@ -115,6 +119,29 @@ def test_a_picture_is_extended_as_a_first_frame(sora):
     picture = torch.rand(1, 3, 1, *SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     clip = sora.extend(picture, WORDS, forward=WINDOW - 1, seed=5)
     assert clip.equal(sora.generate_video(WORDS, first_frame=picture[:, :, 0], frames=WINDOW, seed=5))
+
+
+def test_both_ways_have_noise_of_their_own(sora, films, monkeypatch):
+    asked = watched(sora, monkeypatch)
+    clip = films[:1, :, :6]
+    both = sora.extend(clip, WORDS, forward=2, backward=9, seed=3)
+    seeds = [turn["seed"][0] for turn in asked]
+    assert len(seeds) == len(set(seeds)) == 3
+    assert seeds[0] == 3
+    assert both[:, :, 9:].equal(sora.extend(clip, WORDS, forward=2, seed=3))
+
+
+def test_a_path_or_an_open_picture_is_taken_like_a_clip(sora, tmp_path):
+    pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (3, 40, 48, 3), dtype=np.uint8)
+    path = output.write(tmp_path / "clip.webp", pixels)
+    small = torch.from_numpy(flatten(decode_array(path, size=SIZE)))
+    clip = rearrange(small.float() / 127.5 - 1, "f h w c -> 1 c f h w")
+    assert sora.extend(str(path), WORDS, forward=1).equal(sora.extend(clip, WORDS, forward=1))
+    assert sora.connect(clip, path, WORDS, between=1)[:, :, 4:].equal(clip)
+    edited = sora.edit(Image.fromarray(pixels[0]), WORDS, size=(24, 16))
+    assert edited.shape == (1, 3, 1, 24, 16)
+    first = sora.extend(clip[:, :, 0][0], WORDS, forward=1)  # `3 h w`
+    assert first.equal(sora.extend(clip[:, :, :1], WORDS, forward=1, size=SIZE))
 
 
 @pytest.mark.parametrize("between", [1, 4, 11])
@@ -288,17 +315,27 @@ def test_mistakes_are_told_in_a_sentence(sora, films):
         "0 frames between": lambda: sora.loop(clip, WORDS, between=0),
         "one size": lambda: sora.connect(clip, clip[..., :16], WORDS),
         "start 2": lambda: sora.connect(clip, clip, WORDS, start=2),
-        "start 0": lambda: sora.edit(clip, WORDS, strength=0),
+        "strength is 0": lambda: sora.edit(clip, WORDS, strength=0),
+        "strength is 2": lambda: sora.inpaint(clip, WORDS, region=~region, strength=2),
         "False everywhere": lambda: sora.inpaint(clip, WORDS, region=region),
-        "4 frames": lambda: sora.inpaint(clip, WORDS, region=~region[:3]),
+        r"bool tensor `4` \(frames\)": lambda: sora.inpaint(clip, WORDS, region=~region[:3]),
+        "torch.from_numpy": lambda: sora.inpaint(clip, WORDS, region=~region.numpy()),
         "region is 3": lambda: sora.inpaint(clip, WORDS, region=3),
         "torch.int64": lambda: sora.inpaint(clip, WORDS, region=region.long()),
         "'cat'": lambda: sora.extend(clip, "cat", forward=1),
         r"\[\]": lambda: sora.extend(clip, [], forward=1),
         "does not fit 3": lambda: sora.extend(films[:2, :, :4], WORDS * 3, forward=1),
         "torch.uint8": lambda: sora.extend(clip.byte(), WORDS, forward=1),
-        "is str": lambda: sora.extend("clip.webp", WORDS, forward=1),
-        "a window of 1": lambda: sora.extend(clip, WORDS, forward=1, window=1),
+        "no-such.webp: there is no such file": lambda: sora.extend("no-such.webp", WORDS, forward=1),
+        r"shape \(1, 3, 32, 32\) looks like pictures": lambda: sora.edit(one[:, :, 0], WORDS),
+        r"shape \(2, 4, 32, 32\) does not fit 1 prompt:": lambda: sora.edit(clip[0, :2], WORDS),
+        "size is 16 32, but the clip is 32 x 32": lambda: sora.extend(clip, WORDS, forward=1, size=(16, 32)),
+        "size is 16 16, but": lambda: next(sora.stream(WORDS, frames=1, given=clip, size=(16, 16))),
+        "size must be": lambda: sora.edit(clip, WORDS, size=32),
+        "frames follows from the clip": lambda: sora.edit(clip, WORDS, frames=4),
+        "the clip reaches 255": lambda: sora.edit(clip * 0 + 255, WORDS),
+        "the clip reaches nan": lambda: sora.edit(clip * math.nan, WORDS),
+        "a window of 1 frames cannot be drawn: give 2 or more": lambda: sora.extend(clip, WORDS, forward=1, window=1),
         "cannot share 8": lambda: sora.extend(clip, WORDS, forward=1, overlap=8),
         "0 frames cannot": lambda: next(sora.stream(WORDS, frames=0)),
         "multiples of 8": lambda: sora.extend(clip[..., :12], WORDS, forward=1),

@@ -101,6 +101,14 @@ def rewrite(folder, change):
 # ---------------------------------------------------------------- there and back
 
 
+def test_one_hash_however_half_precision_is_loaded(tmp_path):
+    clip = Clip(CONFIG, TOKENIZER)
+    reverie.save(clip, tmp_path / "half", dtype=torch.bfloat16)
+    half, whole = reverie.load(tmp_path / "half", dtype=torch.bfloat16), reverie.load(tmp_path / "half")
+    assert {value.dtype for value in half.state_dict().values()} != {torch.float32}
+    assert store.hash_of(half) == store.hash_of(whole) != store.hash_of(clip)
+
+
 def test_clip_comes_back_bit_for_bit_in_eval_mode_with_its_tokenizer(tmp_path):
     clip = Clip(CONFIG, TOKENIZER).train()
     assert reverie.save(clip, tmp_path / "new" / "clip") == tmp_path / "new" / "clip"

@@ -13,14 +13,14 @@ class Ask:
     Args:
         model: A shipped name, or a folder that a run of Sora wrote.
         out: The folder that the file goes to.
-        size: Height and width in pixels; the file's shape at the model's number of pixels if not given.
-        every: Take one of so many frames of a clip.
+        size: Height and width in pixels, cut to; the file's shape at the model's number of pixels if not given.
+        every: Take one of so many frames of a clip; 1 takes all.
         seed: The same seed draws the same.
-        steps: Sampling steps; the model's own number if not given.
-        guidance: How strictly to follow the words; the model's own if not given.
+        steps: Sampling steps, 1 or more; the model's own number if not given.
+        guidance: How strictly to follow the words: 1 as learnt, more is stricter; the model's own if not given.
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
-        negative: What not to draw: guidance leads away from these words.
-        fps: Frames per second of what comes out; as the clip has them, or the model's own, if not given.
+        negative: What not to draw: guidance, unless it is 1, leads away from these words.
+        fps: Frames per second of what comes out, 1 to 1000; as the clip has them, or the model's own, if not given.
         format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """

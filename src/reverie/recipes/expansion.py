@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from reverie import rng
-from reverie.chat import Endpoint, ask, message
+from reverie import progress, rng
+from reverie.chat import Endpoint, ask, message, unread
 from reverie.data.index import Index
 from reverie.data.stickers import sample_folder
 from reverie.data.wording import JOIN, PHRASES
@@ -36,6 +36,16 @@ from reverie.scene import (
 
 KINDS = ("stickers", "world")
 TAGS = 4  # at most
+SIGNS = (
+    "button",
+    "arrow",
+    "sign",
+    "symbol",
+)  # the words on them, such as NEW, say what other things are like
+BESIDE = re.compile(  # before what belongs to the thing, or where it is
+    r"\b(?:on|in|into|inside|at|with|without|of|to|by|under|over|above|below|near|behind|before|after|beside|next|from"
+    r"|for|and|or|who|that|which|while)\b"
+)
 SHOWN = 6  # captions that an endpoint is shown
 
 TASK = {
@@ -67,6 +77,8 @@ def expand(
             raise InputError(
                 f"prompt {number} of {len(prompts)} is empty: say what to expand, or leave it out."
             )
+    if endpoint is not None and endpoint.cache is not None and (bad := unread(endpoint.cache)):
+        progress.say(f"{bad} line{'s' * (bad > 1)} of {endpoint.cache} hold no answer and are skipped.")
     if endpoint is not None:
         return [_by_chat(prompt, kind, endpoint) for prompt in prompts]
     rules = {"stickers": _sticker, "world": _world}
@@ -80,7 +92,7 @@ def _by_chat(prompt: str, kind: str, endpoint: Endpoint) -> Expanded:
     shown = "\n".join(_examples(kind, _language(prompt)))
     answer = "Answer with the caption alone, in the language of the wish."
     task = f"{TASK[kind]} Captions look like these:\n{shown}\n{answer}"
-    said = ask(endpoint, [message(task, role="system"), message(prompt)], most=120)
+    said = ask(endpoint, [message(task, role="system"), message(prompt)], most=120, tell=progress.say)
     text = " ".join(said.strip().strip('"“”').split())
     return Expanded(prompt=prompt, text=text, how=f"written by {endpoint.model}")
 
@@ -122,22 +134,40 @@ def _vocabulary() -> dict[str, dict[str, tuple[str, tuple[str, ...]]]]:
 def _sticker(prompt: str, seed: int) -> Expanded:
     """The tags of the label that the prompt names; around words that none names, a phrase of the captions."""
     language, draw = _language(prompt), Draw(rng.integer(seed, "expand"), prompt)
-    known, words = _vocabulary()[language], prompt.casefold()
-    inside = [
-        name for name in known
-        if (name in words if language == "zh" else re.search(rf"\b{re.escape(name)}\b", words))
-    ]  # fmt: skip
-    if not inside:
+    named, words = _named(prompt, language), prompt.casefold()
+    if named is None:
         phrase = draw.choice(sorted(set(PHRASES[language]) - {"{}"}))
         how = "no label of the stickers is in it, so a phrase of their captions was put around it"
         return Expanded(prompt=prompt, text=phrase.format(prompt), how=how)
-    label, tags = known[max(inside, key=lambda name: (len(name), name))]
+    label, tags = named
     fresh = [tag for tag in tags if tag.casefold() not in words]
     chosen = sorted(fresh, key=lambda tag: rng.integer(seed, "expand", prompt, tag))[:TAGS]
     if not chosen:
         return Expanded(prompt=prompt, text=prompt, how=f"the sticker {label!r} has no words beside these")
     how = f"tags of the sticker {label!r} were put behind it"
     return Expanded(prompt=prompt, text=JOIN[language].join([prompt, *chosen]), how=how)
+
+
+def _named(prompt: str, language: str) -> tuple[str, tuple[str, ...]] | None:
+    """The label, and its tags, of what a prompt is about: of the names that are in it, the one that ends last.
+
+    In English what is named before the first word such as "on" goes first: a cat on a train is a cat. In Chinese a name
+    of one character counts where a word can end.
+    """
+    known, words = _vocabulary()[language], prompt.casefold()
+    if words in known:
+        return known[words]
+    found = []
+    thing = BESIDE.search(words) if language == "en" else None
+    for name, (label, _) in known.items():
+        if name != label.casefold() and label.casefold().endswith(SIGNS):
+            continue
+        pattern = rf"\b{re.escape(name)}\b" if language == "en" else re.escape(name)
+        pattern += r"(?=$|[\s，。、！的在和与])" if language == "zh" and len(name) == 1 else ""
+        for match in re.finditer(pattern, words):
+            first = thing is None or match.end() <= thing.start()
+            found.append((first, match.end(), len(name), name))
+    return known[max(found)[-1]] if found else None
 
 
 def _world(prompt: str, seed: int) -> Expanded:

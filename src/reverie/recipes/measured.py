@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie import disk
-from reverie.errors import InputError
+from reverie.output import check_folder
 
 Row = tuple[str, ...]
 
@@ -58,7 +58,6 @@ def share(value: float, interval: tuple[float, float] | None = None) -> str:
 
 
 def fits(out: Path) -> Path:
-    """`out`, before anything is computed for it. InputError: it is a file."""
-    if Path(out).exists() and not Path(out).is_dir():
-        raise InputError(f"out is {out}, which is a file: give a folder, several files go there.")
+    """`out`, before anything is computed for it. InputError: it is a file, or cannot be written into."""
+    check_folder(out)
     return Path(out)

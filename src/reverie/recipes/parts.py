@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def capable(
 def what_made(
     system: Any, model: str | Path, *, task: str = "sample", **asked: Any
 ) -> Callable[[str, int], Made]:
-    """`made(prompt, seed)` for `reverie.output`, of what a system draws when it is asked so; hashed once.
+    """`made(prompt, seed)` for `reverie.output`, of what a system draws when it is asked so; hashed once, at the first.
 
     asked: what the caller was asked for, by the names that `generate` has; None is the model's own. A path becomes the
     name of its file.
@@ -198,10 +199,11 @@ def what_made(
         "sampler": asked.pop("sampler", own),
         "asked": {key: list(value) if isinstance(value, tuple) else value for key, value in asked.items()},
     }
-    name, weights = Path(model).resolve().name if Path(model).exists() else str(model), hash_of(system)
+    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    weights = cache(lambda: hash_of(system))
 
     def made(prompt: str, seed: int) -> Made:
-        return Made(prompt=prompt, seed=seed, model=name, weights=weights, task=task, **settings)
+        return Made(prompt=prompt, seed=seed, model=name, weights=weights(), task=task, **settings)
 
     return made
 

@@ -51,9 +51,6 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-FAR = 2.0  # what a signal in [-1, 1] may reach by rounding and resizing, and no scale of 0 to 255
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoraConfig:
     backbone: VideoDitConfig
@@ -431,7 +428,8 @@ class Sora(nn.Module):
             raise InputError(f"prompts must be a list of one string or more, but is {prompts!r:.60}.")
         together = self.config.backbone.patch[0] if self.codec is None else 1
         if not _whole(frames) or frames < 1 or frames % together:
-            raise InputError(f"{frames!r:.60} frames cannot be drawn: give a multiple of {together}.")
+            least = "1 or more" if together == 1 else f"a multiple of {together}"
+            raise InputError(f"{frames!r:.60} frames cannot be drawn: give {least}.")
         return int(frames)
 
     @staticmethod
@@ -486,7 +484,7 @@ class Sora(nn.Module):
             raise InputError(f"known must be float in [-1, 1], but is {known.dtype}.")
         if known is not None and not known.isfinite().all():
             raise InputError("known holds NaN or infinity: give frames in [-1, 1].")
-        if known is not None and (furthest := known.abs().max().item()) > FAR:
+        if known is not None and (furthest := known.abs().max().item()) > sora_given.FAR:
             raise InputError(f"known reaches {furthest:.4g}: give frames in [-1, 1], such as x / 127.5 - 1.")
         if known_mask.dtype != torch.bool:
             raise InputError(

@@ -7,36 +7,45 @@
     inpaint    all known but a region of space or a stretch of time
     stream     clips of any length, of which no more than a window is held
 
-Clips and pictures are `b 3 f h w` in [-1, 1], a picture one frame; `3 f h w` is taken for every prompt. What is longer
-than the model was trained at is drawn in windows of so many frames (`window`), each of which knows what was drawn
-before it in `overlap` frames or more. Window i of an item of seed s has the seed (s, "window", i), the first one s
-itself. Other options are those of `generate`.
+Clips and pictures are `b 3 f h w` in [-1, 1], a picture one frame; `3 f h w` is taken for every prompt, and so are open
+pictures and the paths of pictures and clips, which are cropped to `size`, or to the size that the model learnt. What
+is longer than the model was trained at is drawn in windows of so many frames (`window`), each of which knows what was
+drawn before it in `overlap` frames or more. Window i of an item of seed s has the seed (s, "window", i), the first one
+s itself; backward (s, "backward", i). Other options are those of `generate`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
+from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
+from PIL import Image
 from torch import Tensor
 
 from reverie import rng
 from reverie.errors import InputError
+from reverie.media import decode_array, flatten, probe
+from reverie.pictures import to_signal
 
 if TYPE_CHECKING:
     from reverie.systems.sora import Sora
 
 Progress = Callable[[int, int], None]
+Clip = Tensor | str | Path | Image.Image
+
+FAR = 2.0  # what a signal in [-1, 1] may reach by rounding and resizing, and no scale of 0 to 255
 
 
 def extend(
-    sora: Sora, clip: Tensor, prompts: Sequence[str], *, forward: int = 0, backward: int = 0, **options: Any
+    sora: Sora, clip: Clip, prompts: Sequence[str], *, forward: int = 0, backward: int = 0, **options: Any
 ) -> Tensor:
     """The clip with `forward` frames after it and `backward` frames before it; a picture is a clip of one frame."""
-    clip = _clip(clip, prompts)
+    clip = _clip(sora, clip, prompts, options, moving=True)
     if min(_count(forward, "forward"), _count(backward, "backward")) < 0 or forward + backward < 1:
         raise InputError(
             f"{forward} frames forward and {backward} backward extend nothing: give a number above 0 for one of them."
@@ -59,13 +68,13 @@ def extend(
 
 
 def loop(
-    sora: Sora, clip: Tensor, prompts: Sequence[str], *, between: int | None = None, **options: Any
+    sora: Sora, clip: Clip, prompts: Sequence[str], *, between: int | None = None, **options: Any
 ) -> Tensor:
     """The clip, and after it `between` frames that lead from its end to its beginning, so that it can go round.
 
     As many as leave `overlap` frames of either end in one window if `between` is not given.
     """
-    clip = _clip(clip, prompts)
+    clip = _clip(sora, clip, prompts, options, moving=True)
     if clip.shape[2] < 2:
         raise InputError(
             "a clip of 1 frame has no two ends that a loop could join: extend it first, or give a clip."
@@ -75,8 +84,8 @@ def loop(
 
 def connect(
     sora: Sora,
-    first: Tensor,
-    second: Tensor,
+    first: Clip,
+    second: Clip,
     prompts: Sequence[str],
     *,
     between: int | None = None,
@@ -88,29 +97,31 @@ def connect(
     What lies between begins from a cross-fade of the last frame and the first one, corrupted to the time `start`; 1 is
     noise alone.
     """
-    first, second = _clip(first, prompts), _clip(second, prompts)
+    size = options.get("size")
+    first = _clip(sora, first, prompts, options, moving=True)
+    like = tuple(first.shape[3:]) if size is None and not isinstance(second, Tensor) else size
+    second = _clip(sora, second, prompts, {"size": like}, moving=True)
     if first.shape[3:] != second.shape[3:]:
-        sizes = f"{tuple(first.shape[3:])} and {tuple(second.shape[3:])}"
+        sizes = " and ".join(f"{clip.shape[3]} x {clip.shape[4]}" for clip in (first, second))
         raise InputError(f"clips of {sizes} pixels cannot be connected: give both at one size.")
     drawn = _between(sora, first, second, prompts, between, start, options)
     return torch.cat([first, drawn, second], dim=2)
 
 
-def edit(
-    sora: Sora, clip: Tensor, prompts: Sequence[str], *, strength: float = 0.6, **options: Any
-) -> Tensor:
+def edit(sora: Sora, clip: Clip, prompts: Sequence[str], *, strength: float = 0.6, **options: Any) -> Tensor:
     """The clip drawn again by the prompt: the larger `strength`, from 0 to 1, the less of the clip is left.
 
     A small draft, enlarged to the size that is wanted, becomes a large picture so.
     """
-    clip = _clip(clip, prompts)
+    _check_strength(strength)
+    clip = _clip(sora, clip, prompts, options)
     known = torch.zeros(len(prompts), clip.shape[2], dtype=torch.bool)
     return _fill(sora, prompts, clip, known, start=strength, told=options.pop("progress", None), **options)
 
 
 def inpaint(
     sora: Sora,
-    clip: Tensor,
+    clip: Clip,
     prompts: Sequence[str],
     *,
     region: Tensor,
@@ -121,13 +132,14 @@ def inpaint(
 
     Below 1, `strength` lets the region begin from what it shows now, corrupted to that time.
     """
-    clip = _clip(clip, prompts)
+    _check_strength(strength)
+    clip = _clip(sora, clip, prompts, options)
     b, _, f, h, w = clip.shape
     shapes = [(), (f,), (h, w), (f, h, w), (b, f, h, w)]
     if not isinstance(region, Tensor) or region.dtype != torch.bool or tuple(region.shape) not in shapes[1:]:
-        what = f"{region.dtype} {tuple(region.shape)}" if isinstance(region, Tensor) else f"{region!r:.60}"
         raise InputError(
-            f"region is {what}: give a bool tensor of {f} frames, of {h} x {w} pixels or of both, True where to draw."
+            f"region is {_what(region)}: give a bool tensor `{f}` (frames), `{h} {w}` (pixels) or `{f} {h} {w}`, True"
+            " where to draw."
         )
     if not region.any():
         raise InputError(
@@ -144,7 +156,7 @@ def stream(
     prompts: Sequence[str],
     *,
     frames: int,
-    given: Tensor | None = None,
+    given: Clip | None = None,
     window: int | None = None,
     overlap: int | None = None,
     seed: int | Sequence[int] = 0,
@@ -160,7 +172,9 @@ def stream(
         raise InputError(f"{frames} frames cannot be drawn: give 1 or more.")
     window, overlap = _window(sora, window, overlap)
     seeds = _seeds(seed, len(prompts))
-    held = None if given is None else _clip(given, prompts)[:, :, -window:]
+    if given is not None:
+        given = _clip(sora, given, prompts, {"size": size}, moving=True)
+    held = None if given is None else given[:, :, -window:]
     pieces = _pieces(frames, window, overlap, first=held is None)
     for number, count in enumerate(pieces):
         told = _share(progress, number, len(pieces))
@@ -231,7 +245,7 @@ def _fill(
         part = slice(begin, end)
         video[:, :, part] = sora.generate(
             prompts, frames=end - begin, known=video[:, :, part], known_mask=known[:, part], start=start,
-            seed=_of_window(seeds, number), size=(video.shape[3], video.shape[4]),
+            seed=_of_window(seeds, number, backward), size=(video.shape[3], video.shape[4]),
             progress=_share(told, number, len(plan)), **options,
         ).to(video)  # fmt: skip
         known[:, part] = True
@@ -271,7 +285,10 @@ def _window(sora: Sora, window: int | None, overlap: int | None) -> tuple[int, i
     """As asked, or as many frames as the model was trained at and a quarter of them."""
     size = _multiple(sora, sora.config.frames) if window is None else _count(window, "window")
     if size < 2 or size != _multiple(sora, size):
-        raise InputError(f"a window of {size} frames cannot be drawn: give {_multiple(sora, max(size, 2))}.")
+        least = _multiple(sora, max(size, 2))
+        raise InputError(
+            f"a window of {size} frames cannot be drawn: give {f'{least} or more' if size < 2 else least}."
+        )
     shared = max(size // 4, 1) if overlap is None else _count(overlap, "overlap")
     if not 1 <= shared < size:
         raise InputError(
@@ -286,23 +303,83 @@ def _multiple(sora: Sora, frames: int) -> int:
     return -(-frames // together) * together
 
 
-def _clip(clip: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`b 3 f h w` for so many prompts. InputError: it is none."""
+def _clip(
+    sora: Sora, clip: Any, prompts: Sequence[str], options: dict[str, Any], *, moving: bool = False
+) -> Tensor:
+    """`b 3 f h w` for so many prompts; `size` is taken out of the options. InputError: it is none, or not of that size.
+
+    moving: it becomes a part of a clip.
+    """
     count = len(prompts) if hasattr(prompts, "__len__") and not isinstance(prompts, str) else 0
     if not count:
         raise InputError(f"prompts must be a list of one string or more, but is {prompts!r:.60}.")
-    if not isinstance(clip, Tensor) or clip.ndim not in (4, 5) or not clip.is_floating_point():
-        what = (
-            f"{clip.dtype} of shape {tuple(clip.shape)}" if isinstance(clip, Tensor) else type(clip).__name__
+    if taken := [name for name in ("frames", "known", "known_mask") if options.get(name) is not None]:
+        raise InputError(f"{taken[0]} follows from the clip here: leave {taken[0]} out.")
+    size = _size(options.pop("size", None))
+    if isinstance(clip, str | Path | Image.Image):
+        clip = _opened(sora, clip, size, moving=moving)
+    if not isinstance(clip, Tensor) or clip.ndim not in (3, 4, 5) or not clip.is_floating_point():
+        raise InputError(
+            f"a clip must be float `b 3 f h w` or `3 f h w` in [-1, 1], a path or a picture, but is {_what(clip)}."
         )
-        raise InputError(f"a clip must be float `b 3 f h w` or `3 f h w` in [-1, 1], but is {what}.")
+    given = _what(clip)
+    if clip.ndim == 3:
+        clip = rearrange(clip, "c h w -> c 1 h w")
+    elif clip.ndim == 4 and clip.shape[0] != 3 and clip.shape[1] == 3:
+        raise InputError(
+            f"a clip of {given} looks like pictures `b 3 h w`: give clips of one frame, pictures[:, :, None]."
+        )
     clip = clip if clip.ndim == 5 else repeat(clip, "c f h w -> b c f h w", b=count)
     clip = repeat(clip, "1 c f h w -> b c f h w", b=count) if len(clip) == 1 else clip
-    if len(clip) != count or clip.shape[1] != 3 or not clip.shape[2]:
+    if len(clip) != count or clip.shape[1] != 3 or not clip.numel():
+        many = f"{count} prompt{'s' * (count != 1)}"
+        raise InputError(f"a clip of {given} does not fit {many}: give `b 3 f h w` or `3 f h w`.")
+    if size is not None and size != (own := tuple(clip.shape[3:])):
         raise InputError(
-            f"a clip of shape {tuple(clip.shape)} does not fit {count} prompts: give `b 3 f h w`."
+            f"size is {size[0]} {size[1]}, but the clip is {own[0]} x {own[1]}: leave size out, or resize the clip."
         )
+    if not (reach := clip.abs().max().item()) <= FAR:  # NaN neither
+        raise InputError(f"the clip reaches {reach:.4g}: give frames in [-1, 1], such as x / 127.5 - 1.")
     return clip
+
+
+def _opened(
+    sora: Sora, clip: str | Path | Image.Image, size: tuple[int, int] | None, *, moving: bool
+) -> Tensor:
+    """A file, or a picture that is open, as `3 f h w`."""
+    if isinstance(clip, Image.Image):
+        signal = to_signal(clip, size=size or sora.size_of(2 if moving else 1))
+        return rearrange(torch.from_numpy(signal), "c h w -> c 1 h w")
+    if size is None:
+        size = sora.size_of(2 if moving or probe(clip).frames > 1 else 1)
+    pixels = torch.from_numpy(flatten(decode_array(clip, size=size)))
+    return rearrange(pixels.float() / 127.5 - 1, "f h w c -> c f h w")
+
+
+def _size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if (
+        not isinstance(size, Sequence)
+        or len(size) != 2
+        or not all(isinstance(s, Integral) and s > 0 for s in size)
+    ):
+        raise InputError(f"size must be (height, width) in whole pixels, but is {size!r:.60}.")
+    return int(size[0]), int(size[1])
+
+
+def _what(value: Any) -> str:
+    """What was given, in a few words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if hasattr(value, "__array__") and hasattr(value, "shape"):
+        return f"an array of shape {tuple(value.shape)} and no tensor (torch.from_numpy makes one)"
+    return f"{value!r:.60}"
+
+
+def _check_strength(strength: Any) -> None:
+    if not isinstance(strength, Real) or not math.isfinite(strength) or not 0 < strength <= 1:
+        raise InputError(f"strength is {strength!r:.60}: give a number above 0 and at most 1.")
 
 
 def _blank(like: Tensor, count: int) -> Tensor:
@@ -319,7 +396,9 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return [int(seed) + i for i in range(count)]
 
 
-def _of_window(seeds: Sequence[int], number: int) -> list[int]:
+def _of_window(seeds: Sequence[int], number: int, backward: bool = False) -> list[int]:
+    if backward:
+        return [rng.integer(seed, "backward", number) for seed in seeds]
     return [rng.integer(seed, "window", number) if number else seed for seed in seeds]
 
 

@@ -168,10 +168,14 @@ def _layout(
 
 
 def hash_of(system: nn.Module) -> str:
-    """16 hexadecimal digits of every weight (name, type, shape, bytes), wherever and however it was stored."""
+    """16 hexadecimal digits of every weight (name, type, shape, bytes), wherever and however it was stored.
+
+    Half precision counts as the same numbers in single: weights stored so and loaded in either have one hash.
+    """
     whole = hashlib.sha256()
     for name, value in sorted(system.state_dict().items()):
         value = value.detach().cpu().contiguous()
+        value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
         whole.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
         whole.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()[:16]

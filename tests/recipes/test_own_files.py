@@ -13,7 +13,8 @@ from reverie.backbones.video_dit import VideoDitConfig
 from reverie.codecs.bpe import Bpe
 from reverie.encoders.text import TextConfig
 from reverie.media import decode_array, flatten, probe
-from reverie.recipes.given import fitted, smaller
+from reverie.recipes import own_files, parts
+from reverie.recipes.own_files import fitted, smaller
 from reverie.systems.sora import Sora, SoraConfig
 
 
@@ -71,7 +72,7 @@ def test_a_picture_begins_a_clip(run, files):
     path, pixels, err = run("animate", "wide.png", "a red square", "--frames", 9)
     assert path.endswith("out/000-wide-animate.webp")
     assert pixels.shape == (9, 8, 24, 3)
-    assert "wide.png is 80 x 40: drawn at 24 x 8, in whole patches of 8." in err
+    assert "wide.png is 80 x 40: drawn at 24 x 8, in whole patches of 8, 33% of it cut off." in err
     assert np.array_equal(pixels[0], source(files, "wide.png", size=(8, 24))[0])
     made = output.read(path)
     assert (made.prompt, made.task, made.asked["frames"]) == ("a red square", "animate", 9)
@@ -97,7 +98,7 @@ def test_a_clip_goes_on_and_back_and_round(run, files):
 
 def test_two_files_are_connected(run, files):
     path, pixels, said = run("connect", "clip.webp", "wide.png", "--between", 2, "--start", 0.5)
-    assert "wide.png is 80 x 40: drawn at 16 x 16, cut to fit." in said
+    assert "wide.png is 80 x 40: drawn at 16 x 16 like clip.webp, 50% of it cut off." in said
     assert path.endswith("-clip-connect.webp")
     assert pixels.shape == (10, 16, 16, 3)
     assert np.array_equal(pixels[:7], source(files, "clip.webp"))
@@ -140,6 +141,23 @@ def test_a_box_or_a_mask_is_drawn_anew_and_nothing_else(run, files):
     assert not changed.any()
 
 
+def test_a_mask_with_transparency_is_read_by_that_alone(run, files):
+    mask = np.full((40, 80, 4), 255, np.uint8)  # white all over
+    mask[10:30, 20:40, 3] = 0
+    Image.fromarray(mask).save(files / "clear.png")
+    flags = ("wide.png", "a red square", "--size", 40, 80)
+    _, clear, said = run("inpaint", *flags, "--mask", "clear.png")
+    assert "clear.png is transparent in places" in said
+    assert np.array_equal(clear, run("inpaint", *flags, "--mask", "mask.png")[1])
+
+
+def test_what_is_not_taken_as_it_is_is_said(run):
+    assert "clip.webp is a clip: its first frame begins" in run("animate", "clip.webp", "--frames", 2)[2]
+    said = run("extend", "clip.webp", "--forward", 1, "--every", 9)[2]
+    assert "clip.webp has 7 frames, of which --every 9 takes the first alone." in said
+    assert "80 x 40: drawn at 16 x 16, 50% of it cut off" in run("edit", "wide.png", "x", "--size", 16, 16)[2]
+
+
 def test_frames_are_drawn_anew(run, files):
     pixels, given = run("inpaint", "clip.webp", "--frames", 2, 4)[1], source(files, "clip.webp")
     same = (pixels == given).all((1, 2, 3))
@@ -179,7 +197,8 @@ def test_long_clips_are_written_window_by_window(files, model, monkeypatch, caps
 def test_shapes_are_fitted_to_patches():
     assert fitted(100, 100, (96, 96), 32) == (96, 96)
     assert fitted(480, 640, (96, 96), 16) == (80, 112)
-    assert fitted(1, 1000, (96, 96), 32) == (32, 3040)
+    assert fitted(1, 1000, (96, 96), 32) == (32, 288)
+    assert fitted(1000, 1, (96, 96), 32) == (288, 32)
     assert smaller((128, 128), 32) == (96, 96)
     assert smaller((32, 96), 32) == (32, 64)
 
@@ -187,6 +206,10 @@ def test_shapes_are_fitted_to_patches():
 def test_mistakes_are_one_sentence(files, model, capsys):
     clip, wide, mask = (str(files / name) for name in ("clip.webp", "wide.png", "mask.png"))
     (files / "notes.txt").write_text("no picture")
+    Image.new("L", (80, 40)).save(files / "black.png")
+    Image.new("L", (80, 40), 140).save(files / "grey.png")
+    Image.new("RGBA", (80, 40), (255, 255, 255, 250)).save(files / "opaque.png")
+    output.write(files / "shape.webp", np.zeros((2, 40, 80, 3), np.uint8))
     cases = {
         "There is no file": ["extend", str(files / "none.gif"), "--forward", "2"],
         "not a picture": ["extend", str(files / "notes.txt"), "--forward", "2"],
@@ -199,7 +222,22 @@ def test_mistakes_are_one_sentence(files, model, capsys):
         "strength is 1.5": ["edit", clip, "x", "--strength", "1.5"],
         "start is 0": ["connect", clip, clip, "--start", "0"],
         "0 frames between": ["loop", clip, "--between", "0"],
-        "its own words are not in it": ["edit", clip],
+        "no prompt is written in the file": ["edit", clip],
+        "box 3 3 4 9 is smaller than a pixel": ["inpaint", wide, "--box", "3", "3", "4", "9"],
+        "shape.webp is a clip of 2 frames": ["inpaint", wide, "--mask", str(files / "shape.webp")],
+        "black.png is white nowhere": ["inpaint", wide, "--mask", str(files / "black.png")],
+        "grey.png is grey in 100%": ["inpaint", wide, "--mask", str(files / "grey.png")],
+        "opaque.png is transparent nowhere": ["inpaint", wide, "--mask", str(files / "opaque.png")],
+        "has the frame 0 alone": ["inpaint", wide, "--frames", "0", "1"],
+        "guidance is 1, which leads away from nothing": [
+            "animate", wide, "x", "--guidance", "1", "--negative", "a cat"
+        ],
+        "steps is 0: give 1 or more": ["loop", clip, "--steps", "0"],
+        "guidance is nan": ["loop", clip, "x", "--guidance", "nan"],
+        "there is no sampler 'best'": ["loop", clip, "--sampler", "best"],
+        "notes.txt: not a picture or clip that can be read: it is text; give one of png, jpeg, webp": [
+            "connect", clip, str(files / "notes.txt")
+        ],
         "say what to draw anew": ["inpaint", clip],
         "without words nothing is guided": ["loop", clip, "--negative", "a cat"],
         "give one of them": ["inpaint", wide, "--box", "0", "0", "9", "9", "--mask", mask],
@@ -220,3 +258,38 @@ def test_mistakes_are_one_sentence(files, model, capsys):
         assert words in err.splitlines()[-1], err
         assert len([line for line in err.splitlines() if line.startswith("reverie: ")]) == 1
     assert not (files / "out").exists()
+    words = ["loop", clip, "--out", str(files / "notes.txt"), "--model", model]
+    assert cli.main(words) == 2
+    assert "notes.txt is a file, not a folder" in capsys.readouterr().err
+
+
+def test_what_is_cheap_is_refused_before_a_model_is_loaded(files, monkeypatch, capsys):
+    def loaded(*words, **how):
+        raise AssertionError("a model was asked for")
+
+    monkeypatch.setattr(own_files, "capable", loaded)
+    monkeypatch.setattr(parts, "capable", loaded)
+    clip, wide, file = (str(files / name) for name in ("clip.webp", "wide.png", "mask.png"))
+    for call in (
+        ["animate", wide, "--frames", "1"],
+        ["loop", clip, "--between", "0"],
+        ["loop", wide],
+        ["loop", clip, "--out", file],
+        ["connect", clip, str(files / "none.png")],
+        ["edit", clip],
+        ["edit", clip, "x", "--sampler", "best"],
+        ["inpaint", clip, "--frames", "3", "7"],
+        ["inpaint", wide, "--box", "0", "0", "9", "41"],
+        ["inpaint", clip, "--mask", file],
+        ["extend", clip, "x", "--forward", "1", "--negative", "a" * 70_000],
+        ["sample", "x", "--steps", "0"],
+        ["sample", "x", "--frames", "0"],
+        ["sample", "x", "--frames", "4", "--format", "jpg"],
+        ["sample", "x", "--out", file],
+        ["sample", "a" * 70_000],
+        ["sample", "x", "--frames", "4", "--first-frame", str(files / "none.png")],
+        ["sample", "x", "--rescale", "2"],
+        ["sample", "x", "--cache=-1"],
+    ):
+        assert cli.main(call) == 2, call
+        assert capsys.readouterr().err.count("\n") == 1
