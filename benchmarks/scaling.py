@@ -56,6 +56,7 @@ KINDS = {
 SAID = ("background", "colour", "shape", "count", "relation", "motion", "speed", "permanence")
 DRAW = {"steps": 16, "guidance": 3.0}
 TIMES = (0.2, 0.4, 0.6, 0.8)
+AMONG_NOISE = 0.8
 
 
 def main() -> None:
@@ -110,6 +111,7 @@ def measure(folder: Path, index: Index, factor: float, steps: int) -> dict[str, 
         "flops": steps * flops(model),
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "loss": losses(model, index),
+        "words": words(model, index),
         "right": {},
     }
     if factor in SHOWN:
@@ -127,7 +129,7 @@ def measure(folder: Path, index: Index, factor: float, steps: int) -> dict[str, 
 def flops(model: Sora) -> int:
     """Of one step of training, pictures and clips, with texts of 20 words."""
 
-    def loss(frames: int, shaped: Any, items: int, how: How) -> torch.Tensor:
+    def step(frames: int, shaped: Any, items: int, how: How) -> torch.Tensor:
         latents = torch.empty(items, 3, frames, SIZE, SIZE, device="meta")
         return shaped.loss({
             "latents": latents, "noise": torch.empty_like(latents), "normal": torch.empty(items, device="meta"),
@@ -139,7 +141,7 @@ def flops(model: Sora) -> int:
     how = How(words=20)
     parts = [
         Part(what=what, batch=batch, pixels=SIZE * SIZE * frames,
-             loss=lambda shaped, items, how, peers, frames=frames: loss(frames, shaped, items, how))
+             loss=lambda shaped, items, how, peers, frames=frames: step(frames, shaped, items, how))
         for what, batch, frames in (("pictures", TRAIN["batch"], 1), ("clips", TRAIN["clips"], FRAMES))
     ]  # fmt: skip
     config = model.config
@@ -150,6 +152,23 @@ def flops(model: Sora) -> int:
 
 def losses(model: Sora, index: Index) -> dict[str, float]:
     """The loss on held-out pictures and clips, the mean over TIMES; `all`: both count equally, as in training."""
+    out = {
+        "pictures": loss(model, held(model, index, video=False), TIMES),
+        "clips": loss(model, held(model, index, video=True), TIMES),
+    }
+    return out | {"all": (out["pictures"] + out["clips"]) / 2}
+
+
+def words(model: Sora, index: Index) -> float:
+    """The share of the loss on pictures that the right caption takes away from another picture's, among much noise."""
+    batch = held(model, index, video=False)
+    right, other = (loss(model, batch | {"tokens": tokens}, (AMONG_NOISE,))
+                    for tokens in (batch["tokens"], batch["tokens"].roll(1, dims=0)))  # fmt: skip
+    return 1 - right / other
+
+
+def held(model: Sora, index: Index, *, video: bool) -> dict[str, Any]:
+    """Held-out items and their noise, the same for every model."""
     config = sora.SoraRun(
         model=model.config,
         steps=1,
@@ -158,14 +177,15 @@ def losses(model: Sora, index: Index) -> dict[str, float]:
         languages={"en": 1.0, "zh": 0.0},
         seed=SEED,
     )
-    out = {}
-    for name, video, frames, count in (("pictures", False, 1, 256), ("clips", True, FRAMES, 96)):
-        held = captioned(index.select(split="val", video=video))
-        batch = sora.Source(held, config, model, frames=frames).fixed(count)
-        with torch.no_grad():
-            each = [model.loss(batch | {"t": torch.full_like(batch["normal"], t)})["loss"] for t in TIMES]
-        out[name] = float(sum(each) / len(each))
-    return out | {"all": (out["pictures"] + out["clips"]) / 2}
+    source = captioned(index.select(split="val", video=video))
+    frames, count = (FRAMES, 96) if video else (1, 256)
+    return sora.Source(source, config, model, frames=frames).fixed(count)
+
+
+def loss(model: Sora, batch: dict[str, Any], times: tuple[float, ...]) -> float:
+    with torch.no_grad():
+        each = [model.loss(batch | {"t": torch.full_like(batch["normal"], t)})["loss"] for t in times]
+    return float(sum(each) / len(each))
 
 
 def asked(kind: str, count: int) -> tuple[list[str], World]:
@@ -230,6 +250,9 @@ def table(numbers: dict[str, Any]) -> str:
     lines.append("|---|" + "---:|" * (len(shown) + 2))
     lines.append("| training FLOPs | " + " | ".join(f"{one['flops']:.2e}" for one in shown) + " | | |")
     lines.append("| validation loss | " + " | ".join(f"{one['loss']['all']:.4f}" for one in shown) + " | | |")
+    lines.append(
+        "| what the words take off it | " + " | ".join(f"{one['words']:.1%}" for one in shown) + " | | |"
+    )
     for name in SAID:
         (kind,) = kinds_of(name)
         cells = []
