@@ -185,7 +185,7 @@ def test_patches_of_twice_the_side_begin_with_the_same_drawing(tmp_path):
         torch.nn.init.normal_(parameter, std=0.1)
     reverie.save(small, tmp_path / "small")
     large = Sora(sora.shape(reader, size=32, sizes=(1, 64, 1), patch=16, zoom=2), tokenizer)
-    sora.take_over(large, tmp_path / "small")
+    sora.take_over(large, reverie.load(tmp_path / "small"), "small")
     words = small.read(["a", "b"])
     x0, noise, t = torch.randn(2, 3, 1, 16, 16), torch.randn(2, 3, 1, 32, 32), torch.tensor([[0.3], [0.9]])
     seen = F.avg_pool2d(noise[:, :, 0], 2)[:, :, None] * 2  # the mean of four has half the deviation
@@ -217,14 +217,14 @@ def test_masked_training_goes_on_from_plain_weights_and_back(tmp_path):
     for parameter in plain.backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     reverie.save(plain, tmp_path / "plain")
-    sora.take_over(masked, tmp_path / "plain")
+    sora.take_over(masked, reverie.load(tmp_path / "plain"), "plain")
     x, t, words = torch.randn(2, 3, 1, 16, 16), torch.rand(2, 1), plain.read(["a", "b"])
     assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
     reverie.save(masked, tmp_path / "masked")
     assert reverie.load(tmp_path / "masked").config == masked.config
     with torch.no_grad():
         plain.backbone.out.bias.add_(1)
-    sora.take_over(plain, tmp_path / "masked")
+    sora.take_over(plain, reverie.load(tmp_path / "masked"), "masked")
     assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ from reverie.train.batches import moved
 from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
-from reverie.train.loop import Player, train
+from reverie.train.loop import Player, Step, train
 from reverie.train.optimizers import adamw
 from reverie.train.parallel import team
 from reverie.train.schedule import cosine
@@ -332,41 +332,22 @@ def fit(
     if model.codec is not None:
         model.codec.load_state_dict(reverie.load(config.codec).state_dict())
     if config.start:
-        take_over(model, config.start)
+        take_over(model, reverie.load(config.start), config.start)
     model = engine.place(model)
-    player = Player(
-        model,
-        optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
-        schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.05),
-        ema=Ema(model, decay=config.ema),
-        clip=1.0,
-    )
-    pictures = Source(index.select(split="train", video=False), config, model, frames=1)
-    moving = index.select(split="train", video=True)
-    clips = (
-        Source(moving, config, model, frames=config.model.frames) if config.clips and len(moving) else None
-    )
+    player = learner(model, config)
+    sources = sources_of(index, config, model)
     val = captioned(index.select(split="val", video=False))
     fixed = Source(val, config, model, frames=1).fixed(64) if len(val) else None
-    sources = [source for source in (pictures, clips) if source is not None]
     packs = Packs(sources, config) if config.native else None
 
     def batches(step: int, micro: int) -> dict[str, Any]:
-        if packs is not None:
-            return packs.batch(step, micro)
-        return pictures.pictures(step) if clips is None or not micro else clips.clips(step)
+        return batch_of(sources, step, micro) if packs is None else packs.batch(step, micro)
 
-    run = Run(out, dataclasses.replace(config, data=tuple(source.digest for source in sources)))
+    run = Run(out, learnt_from(config, sources))
     if packs is not None:
         run.say(packs.told())
-    for step in train([player], batches, run=run, steps=config.steps,
-                      accumulate=len(sources) if packs is None else packs.share,
-                      seed=config.seed, save_every=max(config.steps // 24, 1), keep=2, prefetch=2,
-                      **engine.loop):  # fmt: skip
-        if step.number == 1:
-            name_bad(run, *(source.pixels for source in sources))
-        if step.every(20):
-            run.log(step.number, step.metrics)
+    share = len(sources) if packs is None else packs.share
+    for step in learn(player, batches, config, sources, run=run, accumulate=share, engine=engine):
         if step.every(max(config.steps // 12, 1)):
             with averaged(player) as whole:
                 if fixed is not None:
@@ -378,18 +359,74 @@ def fit(
                 images = whole.generate_image(list(prompts), seed=0, together=True)
                 grid(to_bytes(images), list(prompts)).save(run.sample_path(step.number))
             run.curves()
+    return kept(player, out)
+
+
+def learner(model: Sora, config: SoraRun, **how: Any) -> Player:
+    """A model with its optimizer, schedule and average."""
+    return Player(
+        model,
+        optimizer=adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95)),
+        schedule=partial(cosine, steps=config.steps, warmup=config.warmup, floor=0.05),
+        ema=Ema(model, decay=config.ema),
+        clip=1.0,
+        **how,
+    )
+
+
+def sources_of(index: Index, config: SoraRun, model: Sora) -> list[Source]:
+    """Of the pictures to learn from and, where clips are wanted and there are any, of these."""
+    sources = [Source(index.select(split="train", video=False), config, model, frames=1)]
+    moving = index.select(split="train", video=True)
+    if config.clips and len(moving):
+        sources.append(Source(moving, config, model, frames=config.model.frames))
+    return sources
+
+
+def batch_of(sources: Sequence[Source], step: int, micro: int) -> dict[str, Any]:
+    """Pictures, then clips where there are any."""
+    pictures, *clips = sources
+    return clips[0].clips(step) if clips and micro else pictures.pictures(step)
+
+
+def learnt_from(config: SoraRun, sources: Sequence[Source]) -> SoraRun:
+    """The configuration with what the data is."""
+    return dataclasses.replace(config, data=tuple(source.digest for source in sources))
+
+
+def learn(
+    player: Player,
+    batches: Callable[[int, int], dict[str, Any]],
+    config: SoraRun,
+    sources: Sequence[Source],
+    *,
+    run: Run,
+    accumulate: int,
+    engine: Engine,
+) -> Iterator[Step]:
+    """The steps of a run, which log their loss and keep checkpoints; to measure and to draw is the caller's."""
+    for step in train([player], batches, run=run, steps=config.steps, accumulate=accumulate, seed=config.seed,
+                      save_every=max(config.steps // 24, 1), keep=2, prefetch=2, **engine.loop):  # fmt: skip
+        if step.number == 1:
+            name_bad(run, *(source.pixels for source in sources))
+        if step.every(20):
+            run.log(step.number, step.metrics)
+        yield step
+
+
+def kept(player: Player, out: Path) -> Sora:
+    """The averaged model, written to `out/model`."""
     with averaged(player) as whole:
         keep(whole, out / "model")
     return reverie.load(out / "model")
 
 
-def take_over(model: Sora, folder: str) -> None:
-    """Take over the weights of a saved Sora; parts that it lacks (such as a new head) stay as they are.
+def take_over(model: Sora, start: Sora, name: str) -> None:
+    """Take over the weights of another Sora, by its `name`; parts that it lacks (such as a new head) stay as they are.
 
     Of one that saw its pictures `zoom` times smaller, each pixel's weights serve zoom x zoom: it draws the same.
     """
-    own, start = model.state_dict(), reverie.load(folder)
-    theirs, config = start.state_dict(), model.config.backbone
+    own, theirs, config = model.state_dict(), start.state_dict(), model.config.backbone
     zoom = config.zoom
     if (
         zoom > 1
@@ -399,18 +436,18 @@ def take_over(model: Sora, folder: str) -> None:
         side = start.config.backbone.patch[1]
         embed = "backbone.embed.0.weight" if config.bottleneck else "backbone.embed.weight"
         theirs[embed] = _spread(theirs[embed].T, zoom, side, side).T / zoom**2
-        for name in ("backbone.out.weight", "backbone.out.bias"):
-            theirs[name] = _spread(theirs[name], zoom, side, side)
+        for out in ("backbone.out.weight", "backbone.out.bias"):
+            theirs[out] = _spread(theirs[out], zoom, side, side)
         if config.head and start.config.backbone.head:
             first, *last = "backbone.head.0.weight", "backbone.head.4.weight", "backbone.head.4.bias"
             theirs[first] = _spread(theirs[first].transpose(0, 1), zoom).transpose(0, 1) / zoom**2
-            theirs |= {name: _spread(theirs[name], zoom) for name in last}
+            theirs |= {one: _spread(theirs[one], zoom) for one in last}
     if config.masked is None:
-        theirs = {name: value for name, value in theirs.items() if not name.startswith(OF_MASKED)}
-    strange = [name for name, value in theirs.items() if name not in own or own[name].shape != value.shape]
+        theirs = {key: value for key, value in theirs.items() if not key.startswith(OF_MASKED)}
+    strange = [key for key, value in theirs.items() if key not in own or own[key].shape != value.shape]
     if strange:
         raise InputError(
-            f"{folder} cannot be begun from: {strange[0]} (of {len(strange)}) does not fit this model."
+            f"{name} cannot be begun from: {strange[0]} (of {len(strange)}) does not fit this model."
         )
     model.load_state_dict(own | theirs)
 
