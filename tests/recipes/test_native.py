@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,13 @@ def test_tensors_of_any_size_are_brought_to_whole_patches(folder, trained):
 def test_mistakes_are_named(folder, tmp_path, changes, said):
     with pytest.raises(InputError, match=said):
         native(folder, tmp_path / "out", steps=1, **SMALL | changes)
+
+
+def test_several_processes_are_refused_before_any_work(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_native, "team", lambda: SimpleNamespace(rank=0, count=2))
+    monkeypatch.setattr(clip_native, "open_index", lambda _: pytest.fail("it had begun"))
+    with pytest.raises(InputError, match="across the 2 processes that were started"):
+        native(folder, tmp_path / "out", **SMALL)
 
 
 def test_it_goes_on_from_a_model_of_its_kind(folder, trained, tmp_path):

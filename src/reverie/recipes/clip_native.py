@@ -140,6 +140,7 @@ def native(
         start: The CLIP of this kind to go on from (its name or folder), with its own shape and words.
         seed: Another seed, another start and another order.
     """
+    _alone()
     index = open_index(data)
     train_set = index.select(split="train")
     shaped = partial(shape, size=size, patch=patch, width=width, depth=depth, positions=positions, loss=loss)
@@ -153,6 +154,15 @@ def native(
         smallest=smallest, drop=drop, lr=lr, warmup=min(100, steps // 5), strength=strength, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, measures=clip.val_of(index), engine=engine)
+
+
+def _alone() -> None:
+    """InputError: several processes, before any work is done."""
+    if (count := team().count) > 1:
+        raise InputError(
+            f"clip-native cannot yet compare packs across the {count} processes that were started, of"
+            " unequal numbers of pictures: start one."
+        )
 
 
 class Source:
@@ -267,12 +277,9 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Clip:
     """Train the model, measure eight times on the way, write the averaged weights to `out/model`."""
+    _alone()
     source = Source(index, config, model.tokenizer)
     config = dataclasses.replace(config, data=digest(index, source.good))
-    if team().count > 1:
-        raise InputError(
-            "packs have unequal numbers of pictures, which several processes cannot compare yet: use one."
-        )
     model = engine.place(model)
     player = Player(
         model,
