@@ -1,6 +1,7 @@
 """What the training recipes do besides training: name what they leave out, and refuse what has no shape."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_a_world_of_short_clips_is_seen_whole(tmp_path):
     assert (
         len(open_world(tmp_path / "world", 4, 4, 0, seed=0)) == 8
     )  # what is there stays, what is not asked for
+    world = partial(sora.world, tmp_path / "world", tmp_path / "run", clip="clip-stickers", count=4)
+    for asked, said in (
+        (
+            {"size": 32},
+            "pictures holds pictures of 16 x 16 pixels, but pictures of 32 x 32 pixels were asked",
+        ),
+        ({"size": 16, "frames": 9}, "clips holds clips of 8 frames of 16 x 16 pixels, but clips of 9 frames"),
+    ):
+        with pytest.raises(InputError, match=said):
+            world(**asked)
+    assert not (tmp_path / "run").exists()
     tokenizer = Bpe.train([item.captions[0].text for item in index], vocab=600)
     text = TextConfig(vocab=tokenizer.vocab, length=8, width=32, depth=1, heads=1, end=tokenizer.end)
     reader = Clip(

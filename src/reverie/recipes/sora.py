@@ -265,7 +265,7 @@ def world(
     """
     if not 8 <= frames <= 64:
         raise InputError(f"frames is {frames}: a clip of the world has 8 to 64 of them.")
-    index = open_world(data, count, moving, hidden, seed=seed, frames=frames, size=size)
+    index = open_world(data, count, moving, hidden, seed=seed, frames=frames, size=size, exact=True)
     reader = load_clip(clip)
     model = shape(
         reader, size=size, patch=patch, frames=frames, sizes=(depth, width, heads_of(width)), masked=masked
