@@ -165,7 +165,8 @@ def test_tensors_of_any_size_are_brought_to_whole_patches(folder, trained):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"budget": 4}, "more than the 4 of a pack"),
+        ({"budget": 4}, r"budget is 4 tokens a pack, but .*/\d.png may take 1\d: give 1\d or more"),
+        ({"budget": 0}, r"budget is 0 tokens a pack, but .* give 1\d or more"),
         ({"drop": 1.0}, "drop is 0.0 to 1.0"),
         ({"smallest": 64}, "smallest is 64: give a side from the patch, 8, to the largest, 32"),
         ({"positions": "round"}, "positions is 'round'"),

@@ -196,13 +196,49 @@ def left_out(packs, step):
 def test_what_cannot_be_packed_is_said(folder, reader):
     with pytest.raises(InputError, match="native is 'both': choose packs or buckets"):
         packs_of(folder, reader, native="both")
-    with pytest.raises(InputError, match=r"may take \d+ tokens, more than the 4 of a pack: give a budget of"):
+    with pytest.raises(
+        InputError, match=r"budget is 4 tokens a pack, but clip3.webp may take 30: give 30 or"
+    ):
         packs_of(folder, reader, budget=4)
     with pytest.raises(InputError, match="leave --latents out, or --native"):
         packs_of(folder, reader, latents=True)
     clip = reverie.load(reader)
     with pytest.raises(InputError, match="leave --compile out, or --native"):
         sora.fit(config_of(clip), clip, Index.read(folder), folder, prompts=(), engine=Engine(compile=True))
+    with pytest.raises(InputError, match="nothing is cropped: leave crop out"):
+        sora.fit(config_of(clip, crop=True), clip, Index.read(folder), folder, prompts=())
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"budget": 512},
+            "budget is 512, but batches of one shape have none: leave --budget out, or give --native",
+        ),
+        ({"packs": 2}, "packs is 2, but batches of one shape have none"),
+        ({"native": "packs", "batch": 8}, "batch is 8, but with --native .* give --budget instead"),
+        ({"native": "packs", "clips": 4}, "clips is 4, but with --native .* give 0 for none"),
+        ({"native": "packs", "budget": 0}, "budget is 0: give 1 or more, such as 65536"),
+        ({"native": "buckets", "packs": 0}, "packs is 0: give 1 or more, such as 1"),
+    ],
+)
+def test_no_flag_is_ignored(folder, reader, tmp_path, asked, said):
+    with pytest.raises(InputError, match=said):
+        sora.dit(folder, tmp_path, clip=str(reader), **asked)
+
+
+def test_what_is_not_said_is_usual(folder, reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(sora, "fit", lambda config, *_, **__: config)
+
+    def step(recipe, **asked):
+        run = recipe(folder, tmp_path, clip=str(reader), **asked)
+        return run.batch, run.clips, run.budget, run.packs
+
+    assert step(sora.tiny) == (32, 2, 0, 1)
+    assert step(sora.tiny, batch=8, clips=1) == (8, 1, 0, 1)
+    assert step(sora.tiny, native="packs")[1:] == (2, 1024, 1)
+    assert step(sora.dit, scale="S", native="packs", clips=0, packs=2)[1:] == (0, 65_536, 2)
 
 
 def test_no_epoch_has_what_the_budget_cannot_hold(folder, reader):
@@ -211,5 +247,5 @@ def test_no_epoch_has_what_the_budget_cannot_hold(folder, reader):
     largest = max(packs._tokens(source.largest(i)) for source, i in packs.items)
     seen = [max(packs._lengths(epoch)) for epoch in range(12)]
     assert max(seen) <= largest
-    with pytest.raises(InputError, match=f"may take {largest} tokens"):
+    with pytest.raises(InputError, match=f"may take {largest}: give {largest}"):
         packs_of(folder, reader, vary=0.5, budget=largest - 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -322,6 +322,8 @@ def subject(
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names())}."
         raise InputError(f"There is no recipe {name!r} to plan: {hint}")
     own = _defaults(_RECIPES[kind if scale else name])
+    if usual := sora.AMOUNTS.get(kind):
+        own |= asdict(usual)
     if kind == "clip-native":  # of the largest pictures
         native = clip_native.shape(VOCAB, VOCAB - 1, size=size or own["size"])
         assert isinstance(native.image, NavitConfig)

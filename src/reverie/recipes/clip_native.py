@@ -190,6 +190,13 @@ class Source:
                 f"smallest is {config.smallest}: give a side from the patch, {image.patch}, to the largest,"
                 f" {image.size}."
             )
+        sizes = [(self.pixels.sizes[i], index[i].file_name) for i in self.good]
+        most, name = max((h * w // image.patch**2, name) for (h, w), name in sizes)
+        if most > config.budget:  # no epoch may come to what cannot be packed
+            raise InputError(
+                f"budget is {config.budget:,} tokens a pack, but {name} may take {most:,}: give"
+                f" {most:,} or more, or smaller pictures."
+            )
         self._sizes = lru_cache(maxsize=4)(self._drawn_sizes)
         self.plan = Plan(self._packs, together=config.packs)
 

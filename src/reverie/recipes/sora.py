@@ -118,9 +118,48 @@ class SoraRun:
     data: tuple[str, ...] = ()  # digests of the pictures and the clips that it learns from
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """What a step holds where it is not said: pictures and clips or, with native, packs of a budget of tokens."""
+
+    batch: int
+    clips: int
+    budget: int = 1024
+    packs: int = 1
+
+    def asked(self, native: str, **given: int | None) -> dict[str, Any]:
+        """The amounts of a SoraRun. InputError: one is given that would count for nothing, or a pack of nothing."""
+        said = {name: value for name, value in given.items() if value is not None}
+        if native and "batch" in said:
+            raise InputError(
+                f"batch is {said['batch']}, but with --native packs hold what their budget does: give --budget instead."
+            )
+        if native and said.get("clips"):
+            raise InputError(
+                f"clips is {said['clips']}, but with --native packs take clips as they come: leave --clips out, or give"
+                " 0 for none."
+            )
+        for name in ("budget", "packs"):
+            if name in said and not native:
+                raise InputError(
+                    f"{name} is {said[name]}, but batches of one shape have none: leave --{name} out, or give --native."
+                )
+            if name in said and said[name] < 1:
+                raise InputError(f"{name} is {said[name]}: give 1 or more, such as {getattr(self, name)}.")
+        return dataclasses.asdict(self) | ({} if native else {"budget": 0}) | said
+
+
+AMOUNTS = {
+    "sora-tiny": Amounts(batch=32, clips=2),
+    "sora-stickers": Amounts(batch=64, clips=3),
+    "sora-dit": Amounts(batch=256, clips=16, budget=65_536),
+}
+
+
 def tiny(
-    data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int = 32, clips: int = 2,
-    size: int = 64, native: str = "", budget: int = 1024, lr: float = 1e-3, masked: bool = False, seed: int = 0,
+    data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int | None = None,
+    clips: int | None = None, size: int = 64, native: str = "", budget: int | None = None, lr: float = 1e-3,
+    masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A small model from random weights on any captioned folder; its text tower is that of a CLIP.
@@ -130,30 +169,33 @@ def tiny(
         out: The run's folder; the model is written to its `model`.
         clip: The CLIP that reads the captions: a shipped name or a folder.
         steps: How many batches to learn from.
-        batch: Pictures of a step; more take longer and need more memory.
-        clips: Clips of a step, beside the pictures, where the folder has clips.
+        batch: Pictures of a step, 32 if not given; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures, 2 if not given; 0 for none, with native too.
         size: Pixels a side that it learns to draw, a multiple of 16.
         native: packs or buckets: every item at its own aspect and length, with no more pixels than a square of that
             size; packs mix all shapes, a bucket has one. Without it, squares.
-        budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
+        budget: Tokens of a pack or bucket, with native, 1,024 if not given: these take the place of batch and clips.
         lr: The highest learning rate.
         masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
+    amounts = AMOUNTS["sora-tiny"].asked(native, batch=batch, clips=clips, budget=budget)
     reader = load_clip(clip)
     index = open_index(data)
+    if not index.select(video=True):
+        amounts["clips"] = 0
     config = SoraRun(
-        model=shape(reader, size=size, masked=masked), clip=clip, steps=steps, batch=batch,
-        clips=clips if index.select(video=True) else 0, native=native, budget=budget if native else 0, lr=lr, seed=seed,
+        model=shape(reader, size=size, masked=masked), clip=clip, steps=steps, native=native, lr=lr, seed=seed,
+        **amounts,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
 
 def stickers(
-    data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int = 64, clips: int = 3,
-    lr: float = 1e-3, size: int = 128, clip_size: int = 96, frames: int = 24, codec: str = "", latents: bool = False,
-    native: str = "", budget: int = 1024, start: str = "", width: int = TINY[1], depth: int = TINY[0],
-    masked: bool = False, seed: int = 0,
+    data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int | None = None,
+    clips: int | None = None, lr: float = 1e-3, size: int = 128, clip_size: int = 96, frames: int = 24, codec: str = "",
+    latents: bool = False, native: str = "", budget: int | None = None, start: str = "",
+    width: int = TINY[1], depth: int = TINY[0], masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
@@ -163,8 +205,8 @@ def stickers(
         out: The run's folder; the model is written to its `model`.
         clip: The CLIP that reads the captions: a shipped name or a folder.
         steps: How many batches to learn from.
-        batch: Pictures of a step; more take longer and need more memory.
-        clips: Clips of a step, beside the pictures.
+        batch: Pictures of a step, 64 if not given; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures, 3 if not given; 0 for none, with native too.
         lr: The highest learning rate.
         size: Pixels a side of pictures, a multiple of 32.
         clip_size: Pixels a side of clips, a multiple of 32.
@@ -173,13 +215,14 @@ def stickers(
         latents: Take the latents of pictures from where reverie data encode kept them.
         native: packs or buckets: every item at its own aspect and length, with no more pixels than a square of that
             size; packs mix all shapes, a bucket has one. Without it, squares.
-        budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
+        budget: Tokens of a pack or bucket, with native, 1,024 if not given: these take the place of batch and clips.
         start: The folder of a Sora whose weights to begin from; random weights if not given.
         width: Channels, a multiple of 64.
         depth: Blocks.
         masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
+    amounts = AMOUNTS["sora-stickers"].asked(native, batch=batch, clips=clips, budget=budget)
     reader = load_clip(clip)
     index = plain_stickers(open_index(data)).select(sources=("fluent-3d", "fluent-anim"))
     model = stickers_shape(
@@ -187,17 +230,17 @@ def stickers(
         masked=masked,
     )  # fmt: skip
     config = SoraRun(
-        model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, batch=batch, clips=clips, lr=lr,
-        clip_frames=9 if codec else frames, vary=0 if latents else 0.4, native=native, budget=budget if native else 0,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, lr=lr,
+        clip_frames=9 if codec else frames, vary=0 if latents else 0.4, native=native,
+        languages={"en": 0.8, "zh": 0.2}, seed=seed, **amounts,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, engine=engine)
 
 
 def dit(
     data: Path, out: Path, *, clip: str, codec: str = "", latents: bool = False, scale: str = "XL", size: int = 256,
-    steps: int = 400_000, batch: int = 256, clips: int = 16, native: str = "", budget: int = 65_536, packs: int = 1,
-    lr: float = 1e-4, masked: bool = False, seed: int = 0,
+    steps: int = 400_000, batch: int | None = None, clips: int | None = None, native: str = "",
+    budget: int | None = None, packs: int | None = None, lr: float = 1e-4, masked: bool = False, seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """Any captioned folder at DiT's sizes and learning rate (2212.09748, table 1 and section 4). Not yet run by us.
@@ -211,25 +254,27 @@ def dit(
         scale: S, B, L or XL: 12, 12, 24 or 28 blocks of width 384, 768, 1024 or 1152.
         size: Pixels a side, a multiple of 16.
         steps: How many batches to learn from.
-        batch: Pictures of a step; more take longer and need more memory.
-        clips: Clips of a step, beside the pictures; 0 for none.
+        batch: Pictures of a step, 256 if not given; more take longer and need more memory.
+        clips: Clips of a step, beside the pictures, 16 if not given; 0 for none, with native too.
         native: packs or buckets: every item at its own aspect and length, with no more pixels than a square of that
             size; packs mix all shapes, a bucket has one. Without it, squares.
-        budget: Tokens of a pack or bucket, with native: these take the place of batch and clips.
-        packs: Packs of a step, with native: a multiple of the processes.
+        budget: Tokens of a pack or bucket, with native, 65,536 if not given: these take the place of batch and clips.
+        packs: Packs of a step, with native, 1 if not given: a multiple of the processes.
         lr: The highest learning rate.
         masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
         seed: Another seed, another start and another order.
     """
     if scale not in DIT:
         raise InputError(f"DiT has no size {scale!r}: choose one of {', '.join(DIT)}.")
+    amounts = AMOUNTS["sora-dit"].asked(native, batch=batch, clips=clips, budget=budget, packs=packs)
     reader = load_clip(clip)
     index = open_index(data)
+    if not index.select(video=True):
+        amounts["clips"] = 0
     config = SoraRun(
         model=shape(reader, size=size, codec=codec, sizes=DIT[scale], masked=masked), clip=clip, codec=codec,
-        latents=latents, steps=steps, batch=batch, clips=clips if index.select(video=True) else 0,
-        clip_frames=9 if codec else 8, native=native, budget=budget if native else 0, packs=packs, lr=lr, ema=0.9999,
-        seed=seed,
+        latents=latents, steps=steps, clip_frames=9 if codec else 8, native=native, lr=lr, ema=0.9999, seed=seed,
+        **amounts,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
@@ -326,6 +371,10 @@ def fit(
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
     if config.native and engine.compile:
         raise InputError("Every pack would be compiled anew: leave --compile out, or --native.")
+    if config.native and config.crop:
+        raise InputError(
+            "With native every item keeps its own aspect, so nothing is cropped: leave crop out."
+        )
     torch.manual_seed(rng.integer(config.seed, "weights"))
     model = Sora(config.model, reader.tokenizer)
     model.text.load_state_dict(reader.text.state_dict())
@@ -712,8 +761,8 @@ class Packs:
         )
         if most > config.budget:
             raise InputError(
-                f"{name} may take {most:,} tokens, more than the {config.budget:,} of a pack: give a budget of {most:,}"
-                " or more, or smaller pictures."
+                f"budget is {config.budget:,} tokens a pack, but {name} may take {most:,}: give {most:,} or more, or"
+                " smaller pictures."
             )
         self.plan = Plan(self._epoch, together=config.packs)
 
