@@ -20,7 +20,7 @@ from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.processes import gaussian
 from reverie.recipes import clip, sora
-from reverie.recipes.parts import heads_of, home, name_bad, open_world
+from reverie.recipes.parts import heads_of, home, name_bad, open_world, seldom
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.log import Run
@@ -120,6 +120,14 @@ def test_a_world_of_short_clips_is_seen_whole(tmp_path):
                 for batch in batches
                 for one in batch["latents"].cpu()
             )
+
+
+def test_short_runs_measure_seldom_and_long_ones_as_before():
+    for steps in (24, 25, 600, 6001):
+        assert seldom(steps, 12) == max(steps // 12, 1)
+    for steps in range(1, 24):
+        every = seldom(steps, 12)
+        assert sum(step % every == 0 or step == steps for step in range(1, steps + 1)) <= 4
 
 
 def test_clips_too_short_to_be_judged_are_refused(tmp_path):

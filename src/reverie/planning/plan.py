@@ -348,7 +348,11 @@ def subject(
             config = sora.stickers_shape(reader, size=size, clip_size=own["clip_size"], frames=own["frames"])
         else:
             config = sora.shape(reader, size=size, sizes=sizes)
-        clip_frames = own.get("frames", 8)
+        whole = name in (
+            "sora-stickers",
+            "sora-distil",
+        )  # clips are seen whole, else as many frames as is usual
+        clip_frames = config.frames if whole else sora.SoraRun.clip_frames
         loss_of = partial(_distil_loss, own=own) if name == "sora-distil" else _sora_loss
         return _sora(
             name, config, batch=batch, clips=clips, clip_frames=clip_frames, steps=steps, loss_of=loss_of

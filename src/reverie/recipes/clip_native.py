@@ -39,7 +39,7 @@ from reverie.encoders.navit import NavitConfig
 from reverie.errors import InputError
 from reverie.media import whole_patches
 from reverie.recipes import clip
-from reverie.recipes.parts import averaged, decoded, digest, heads_of, keep, name_bad, open_index
+from reverie.recipes.parts import averaged, decoded, digest, heads_of, keep, name_bad, open_index, seldom
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
@@ -321,7 +321,7 @@ def fit(
         f"{fill.samples:,} pictures of {fill.tokens / fill.samples:.0f} tokens on average in {fill.packs:,} packs an"
         f" epoch; {fill.waste:.1%} of their room is left over"
     )
-    measure_every = max(config.steps // 8, 1)
+    measure_every = seldom(config.steps, 8)
     for step in train([player], lambda step, _: source(step), run=run, steps=config.steps, seed=config.seed,
                       save_every=max(config.steps // 12, 1), keep=2, prefetch=2, **engine.loop):  # fmt: skip
         if step.number == 1:

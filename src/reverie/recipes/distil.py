@@ -25,7 +25,7 @@ from reverie.objectives.distillation import step_loss
 from reverie.pictures import grid, to_bytes
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Flow
-from reverie.recipes.parts import averaged, captioned, open_index, plain_stickers
+from reverie.recipes.parts import averaged, captioned, open_index, plain_stickers, seldom
 from reverie.recipes.sora import SoraRun, batch_of, kept, learn, learner, learnt_from, sources_of, take_over
 from reverie.samplers.diffusion import euler
 from reverie.samplers.guidance import guided
@@ -145,7 +145,7 @@ def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Eng
     items = learnt_from(items, sources)
     run = Run(out, dataclasses.replace(config, items=items))
     for step in learn(player, batches, items, sources, run=run, accumulate=len(sources), engine=engine):
-        if step.every(max(items.steps // 12, 1)):
+        if step.every(seldom(items.steps, 12)):
             with averaged(player) as whole:
                 drawn = whole.generate_image(prompts, seed=0, together=True)
             run.log(step.number, {"val_rmse": float((drawn - goal).square().mean().sqrt())})

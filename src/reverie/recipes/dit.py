@@ -31,7 +31,7 @@ from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.evals.generation import scenes
 from reverie.pictures import grid, to_bytes
-from reverie.recipes.parts import averaged, digest, heads_of, keep, my_share, name_bad, open_index
+from reverie.recipes.parts import averaged, digest, heads_of, keep, my_share, name_bad, open_index, seldom
 from reverie.scene import Description, Mention
 from reverie.systems.dit import DiffusionTransformer, DiffusionTransformerConfig
 from reverie.systems.mdt import MaskedDiffusionTransformer, MaskedDiffusionTransformerConfig
@@ -241,7 +241,7 @@ def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
             name_bad(run, source.pixels)
         if step.every(20):
             run.log(step.number, step.metrics)
-        if step.every(max(config.steps // 12, 1)):
+        if step.every(seldom(config.steps, 12)):
             with averaged(player) as whole:
                 if fixed is not None:
                     some = [

@@ -259,6 +259,11 @@ def keep(system: nn.Module, folder: Path, *, dtype: torch.dtype | None = None) -
             reverie.save(system, folder, dtype=dtype)
 
 
+def seldom(steps: int, times: int) -> int:
+    """After how many steps to measure, for about so many `times` in a run; where that were every step, four at most."""
+    return steps // times if steps >= 2 * times else max(-(-steps // 4), 1)
+
+
 def heads_of(width: int) -> int:
     """Heads of 64 channels. InputError: a width that they do not fill."""
     if width < 64 or width % 64:

@@ -49,6 +49,7 @@ from reverie.recipes.parts import (
     open_index,
     open_world,
     plain_stickers,
+    seldom,
 )
 from reverie.recipes.search import key_of
 from reverie.systems.clip import Clip
@@ -397,7 +398,7 @@ def fit(
         run.say(packs.told())
     share = len(sources) if packs is None else packs.share
     for step in learn(player, batches, config, sources, run=run, accumulate=share, engine=engine):
-        if step.every(max(config.steps // 12, 1)):
+        if step.every(seldom(config.steps, 12)):
             with averaged(player) as whole:
                 if fixed is not None:
                     losses = [
