@@ -244,7 +244,7 @@ def test_what_is_not_said_is_usual(folder, reader, tmp_path, monkeypatch):
 def test_no_epoch_has_what_the_budget_cannot_hold(folder, reader):
     """Formats and paces differ from epoch to epoch; what may come is asked before the first step."""
     packs = packs_of(folder, reader, vary=0.5, budget=4096)
-    largest = max(packs._tokens(source.largest(i)) for source, i in packs.items)
+    largest = max(sora.patches_of(source.largest(i), packs.model) for source, i in packs.items)
     seen = [max(packs._lengths(epoch)) for epoch in range(12)]
     assert max(seen) <= largest
     with pytest.raises(InputError, match=f"may take {largest}: give {largest}"):

@@ -22,6 +22,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reverie.backbones.mdt import check_masked
 from reverie.errors import InputError
 from reverie.nn.attention import Runs, Words
 from reverie.nn.block import ModulatedBlock, modulate, spread
@@ -48,10 +49,7 @@ class VideoDitConfig:
     def __post_init__(self) -> None:
         if self.masked is None:
             return
-        if not 0 <= self.masked[0] <= self.masked[1] < 1:
-            raise InputError(
-                f"masked {tuple(self.masked)} are no shares: give the least and the most, such as (0.3, 0.5)."
-            )
+        check_masked(self.masked)
         if not 1 <= self.decoder < self.depth:
             raise InputError(
                 f"a decoder of {self.decoder} of {self.depth} blocks is none: give 1 to {self.depth - 1}."

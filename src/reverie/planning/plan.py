@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reverie.backbones.dit import SCALES, DitConfig
 from reverie.codecs.video_vae import VideoVae
-from reverie.data.dropping import check_share
+from reverie.data.dropping import check_share, kept_count
 from reverie.encoders.clip_resnet import ClipResnetConfig
 from reverie.encoders.navit import NavitConfig
 from reverie.encoders.text import Text
@@ -96,10 +96,6 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _kept(count_of: int, share: float) -> int:
-    return max(round(count_of * (1 - share)), 1)
-
-
 def _clip_batch(model: Clip, items: int, how: How) -> dict[str, Tensor]:
     image, text = model.config.image, model.config.text
     words = how.words or text.length
@@ -107,12 +103,14 @@ def _clip_batch(model: Clip, items: int, how: How) -> dict[str, Tensor]:
         raise InputError(f"words is {words}, but this text tower reads {text.length} at most: give no more.")
     batch = {
         "image": _empty(items, 3, image.size, image.size),
-        "tokens": _empty(items, _kept(words, how.drop_text), dtype=torch.long),
+        "tokens": _empty(items, kept_count(words, how.drop_text), dtype=torch.long),
     }
     if how.drop:
         if isinstance(image, ClipResnetConfig):
             raise InputError(f"drop is {how.drop}, but a ResNet has no patches to drop: give 0.")
-        batch["keep"] = _empty(items, _kept((image.size // image.patch) ** 2, how.drop), dtype=torch.long)
+        batch["keep"] = _empty(
+            items, kept_count((image.size // image.patch) ** 2, how.drop), dtype=torch.long
+        )
     return batch
 
 

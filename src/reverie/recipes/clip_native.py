@@ -23,16 +23,9 @@ from torch.nn import functional as F
 import reverie
 from reverie import rng
 from reverie.data.augment import draws, view
+from reverie.data.dropping import drawn_share, kept_count, kept_tokens
 from reverie.data.index import Index
-from reverie.data.packing import (
-    Plan,
-    bucketed,
-    drawn_area,
-    drawn_share,
-    kept_count,
-    kept_tokens,
-    packed,
-)
+from reverie.data.packing import Plan, bucketed, drawn_area, packed
 from reverie.data.pixels import Native, Pixels
 from reverie.data.wording import draw_caption
 from reverie.encoders.navit import NavitConfig

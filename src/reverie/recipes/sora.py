@@ -27,7 +27,7 @@ import reverie
 from reverie import rng
 from reverie.backbones.video_dit import VideoDitConfig
 from reverie.data.augment import framed, on_white
-from reverie.data.dropping import kept_patches
+from reverie.data.dropping import masked_pass, masked_share
 from reverie.data.given import draw_given
 from reverie.data.index import Index
 from reverie.data.latents import Latents
@@ -581,13 +581,8 @@ class Source:
 
     def masked(self, epoch: int, i: int, latents: Tensor, kind: str, *, share: float) -> dict[str, Tensor]:
         """Of an item's masked pass: the patches that stay when this share goes, and other noise."""
-        seed, (frames, side), (_, f, h, w) = self.config.seed, self.config.model.backbone.patch, latents.shape
-        patches = (f // frames) * (h // side) * (w // side)
-        draws = rng.generator(seed, "masked noise", kind, epoch, i)
-        return {
-            "keep": kept_patches(patches, share, seed=seed, keys=[(epoch, i)])[0],
-            "masked_noise": torch.randn(latents.shape, generator=draws),
-        }
+        patches, key = patches_of(latents.shape, self.model), (kind, epoch, i)
+        return masked_pass(latents.shape, patches, share, seed=self.config.seed, key=key)
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items, the same noise and words every time, text never dropped; on the model's device."""
@@ -716,12 +711,14 @@ class Source:
 
 
 def share_of(config: SoraRun, step: int) -> float | None:
-    """The share of patches that the step's masked pass leaves out, the same in every item; None: there is none."""
-    if config.model.backbone.masked is None:
-        return None
-    least, most = config.model.backbone.masked
-    u = torch.rand((), generator=rng.generator(config.seed, "masked", step)).item()
-    return least + (most - least) * u
+    """What the step's masked pass leaves out; None: there is none."""
+    return masked_share(config.model.backbone.masked, seed=config.seed, step=step)
+
+
+def patches_of(latents: Sequence[int], model: Sora) -> int:
+    """How many patches latents `c f h w` have."""
+    (frames, side), (_, f, h, w) = model.config.backbone.patch, latents
+    return (f // frames) * (h // side) * (w // side)
 
 
 def batched(items: Sequence[dict[str, Any]], model: Sora) -> dict[str, Any]:
@@ -758,7 +755,7 @@ class Packs:
         self.items = [(source, i) for source in sources for i in source.good]
         self.views = lru_cache(maxsize=2)(self._views)
         most, name = max(
-            (self._tokens(source.largest(i)), source.index[i].file_name) for source, i in self.items
+            (patches_of(source.largest(i), self.model), source.index[i].file_name) for source, i in self.items
         )
         if most > config.budget:
             raise InputError(
@@ -797,12 +794,8 @@ class Packs:
     def _views(self, epoch: int) -> list[View]:
         return [source.view(epoch, i) for source, i in self.items]
 
-    def _tokens(self, latents: tuple[int, int, int, int]) -> int:
-        (frames, side), (_, f, h, w) = self.model.config.backbone.patch, latents
-        return (f // frames) * (h // side) * (w // side)
-
     def _lengths(self, epoch: int) -> list[int]:
-        return [self._tokens(view.latents) for view in self.views(epoch)]
+        return [patches_of(view.latents, self.model) for view in self.views(epoch)]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         how = {"budget": self.config.budget, "seed": self.config.seed, "epoch": epoch}
