@@ -36,6 +36,7 @@ from reverie.recipes import clip, sora
 from reverie.recipes.measure_generators import UNSEEN
 from reverie.recipes.measured import save_figure
 from reverie.recipes.parts import captioned, home, open_world
+from reverie.recipes.sora_batches import SoraRun, Source
 from reverie.systems.sora import Sora
 
 SIZE, FRAMES, SEED = 40, 8, 0
@@ -150,7 +151,7 @@ def flops(model: Sora) -> int:
 
 def losses(model: Sora, index: Index) -> dict[str, float]:
     """The loss on held-out pictures and clips, the mean over TIMES; `all`: both count equally, as in training."""
-    config = sora.SoraRun(
+    config = SoraRun(
         model=model.config,
         steps=1,
         batch=1,
@@ -161,7 +162,7 @@ def losses(model: Sora, index: Index) -> dict[str, float]:
     out = {}
     for name, video, frames, count in (("pictures", False, 1, 256), ("clips", True, FRAMES, 96)):
         held = captioned(index.select(split="val", video=video))
-        batch = sora.Source(held, config, model, frames=frames).fixed(count)
+        batch = Source(held, config, model, frames=frames).fixed(count)
         with torch.no_grad():
             each = [model.loss(batch | {"t": torch.full_like(batch["normal"], t)})["loss"] for t in TIMES]
         out[name] = float(sum(each) / len(each))

@@ -15,7 +15,7 @@ from reverie.data.importers import import_folder
 from reverie.encoders.text import TextConfig
 from reverie.errors import InputError
 from reverie.recipes import distil
-from reverie.recipes.sora import SoraRun
+from reverie.recipes.sora_batches import SoraRun
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.log import Run
 

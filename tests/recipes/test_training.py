@@ -21,6 +21,7 @@ from reverie.errors import InputError
 from reverie.processes import gaussian
 from reverie.recipes import clip, sora
 from reverie.recipes.parts import heads_of, home, name_bad, open_world, seldom
+from reverie.recipes.sora_batches import SoraRun, Source
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.log import Run
@@ -70,9 +71,9 @@ def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
     for size in (0, 8, 50):
         with pytest.raises(InputError, match=f"size {size} .*16"):
             sora.shape(reader, size=size)
-    config = sora.SoraRun(model=sora.shape(reader, size=16, sizes=(1, 32, 1)), steps=1, batch=2, clips=0)
+    config = SoraRun(model=sora.shape(reader, size=16, sizes=(1, 32, 1)), steps=1, batch=2, clips=0)
     model = Sora(config.model, tokenizer).to(home())
-    fixed = sora.Source(Index.read(folder), config, model, frames=1).fixed(64)
+    fixed = Source(Index.read(folder), config, model, frames=1).fixed(64)
     assert len(fixed["latents"]) == 5
     assert torch.isfinite(model.loss(fixed)["loss"])
 
@@ -108,8 +109,8 @@ def test_a_world_of_short_clips_is_seen_whole(tmp_path):
     model = Sora(sora.shape(reader, size=16, patch=8, sizes=(1, 32, 1)), tokenizer).to(home())
     assert model.config.backbone.patch == (1, 8)
     for length, paces in ((8, {1.0}), (16, {1.0, 2.0})):
-        config = sora.SoraRun(model=model.config, steps=1, batch=2, clips=2)
-        source = sora.Source(index.select(video=True), config, model, frames=length)
+        config = SoraRun(model=model.config, steps=1, batch=2, clips=2)
+        source = Source(index.select(video=True), config, model, frames=length)
         batches = [source.clips(step) for step in range(12)]
         assert {batch["pace"] for batch in batches} == paces
         assert all(batch["latents"].shape == (2, 3, 8, 16, 16) for batch in batches)
@@ -251,8 +252,8 @@ def test_masked_training_goes_on_from_plain_weights_and_back(tmp_path):
 def test_a_masked_step_leaves_as_many_patches_out_of_every_item(folder):
     reader = some_clip()
     shape = sora.shape(reader, size=16, sizes=(3, 64, 1), patch=4, masked=True)
-    config = sora.SoraRun(model=shape, steps=1, batch=2, clips=0)
-    source = sora.Source(Index.read(folder), config, Sora(shape, reader.tokenizer), frames=1)
+    config = SoraRun(model=shape, steps=1, batch=2, clips=0)
+    source = Source(Index.read(folder), config, Sora(shape, reader.tokenizer), frames=1)
     batches = [source.pictures(step) for step in range(8)]
     kept = [batch["keep"].shape for batch in batches]
     assert all(items == 2 and 8 <= count <= 11 for items, count in kept)  # of 16 patches 50 to 70 %

@@ -32,6 +32,7 @@ from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
 from reverie.planning.roofline import Memory, Setup, Time, Weights
 from reverie.recipes import clip, clip_finetune, clip_native, distil, dit, judge, sora, video_vae
+from reverie.recipes.sora_batches import SoraRun
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
@@ -169,7 +170,7 @@ def _distil_loss(
     """The student's step and the teacher's without gradients, by one model: the teacher's weights are not counted."""
     count_of = own["student_steps"]
     run = distil.DistilRun(
-        items=distil.SoraRun(model=model.config, steps=1, batch=items, clips=0), teacher="", weights="",
+        items=SoraRun(model=model.config, steps=1, batch=items, clips=0), teacher="", weights="",
         inside=own["teacher_steps"] // count_of, guidance=4.0, own=own["own"],
     )  # fmt: skip
     model.config = replace(model.config, steps=count_of, guidance=1.0)
@@ -350,7 +351,7 @@ def subject(
             "sora-stickers",
             "sora-distil",
         )  # clips are seen whole, else as many frames as is usual
-        clip_frames = config.frames if whole else sora.SoraRun.clip_frames
+        clip_frames = config.frames if whole else SoraRun.clip_frames
         loss_of = partial(_distil_loss, own=own) if name == "sora-distil" else _sora_loss
         return _sora(
             name, config, batch=batch, clips=clips, clip_frames=clip_frames, steps=steps, loss_of=loss_of

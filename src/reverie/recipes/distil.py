@@ -26,7 +26,8 @@ from reverie.pictures import grid, to_bytes
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Flow
 from reverie.recipes.parts import averaged, captioned, open_index, plain_stickers, seldom
-from reverie.recipes.sora import SoraRun, batch_of, kept, learn, learner, learnt_from, sources_of, take_over
+from reverie.recipes.sora import kept, learn, learner, take_over
+from reverie.recipes.sora_batches import SoraRun, batch_of, learnt_from, sources_of
 from reverie.samplers.diffusion import euler
 from reverie.samplers.guidance import guided
 from reverie.systems.sora import Sora
