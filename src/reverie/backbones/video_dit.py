@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from reverie.backbones.mdt import check_masked
 from reverie.errors import InputError
-from reverie.nn.attention import Runs, Words
+from reverie.nn.attention import PackedContext, Runs
 from reverie.nn.block import ModulatedBlock, modulate, spread
 from reverie.nn.cache import Cache, through
 from reverie.nn.patches import patchify, unpatchify
@@ -272,9 +272,9 @@ class VideoDit(nn.Module):
         alike = itertools.groupby(zip(counts, grids, strict=True), lambda pair: math.prod(pair[1]))
         runs = tuple((sum(count for count, _ in same), length) for length, same in alike)
         if device.type == "cpu" or (device.type == "cuda" and len(runs) > 1):
-            words = Words.of(context, context_mask)
+            words = PackedContext.of(context, context_mask)
         else:  # to know how many there are would keep the GPU waiting
-            words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
+            words = PackedContext(rearrange(context, "b m c -> (b m) c"), None, context_mask)
         asked = {"vector": vector, "context": words, "rows": rows, "runs": runs, "rotary": turns}
         blocks = [partial(block, **asked) for block in self.blocks]
         if keep is not None:
