@@ -21,8 +21,15 @@ from reverie.recipes import sora, sora_batches
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.engine import Engine
+from reverie.train.log import Run
 
 SIZES = ((32, 32), (48, 16), (16, 48), (32, 48), (64, 16), (32, 16))  # width, height
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Curves take a second of each run; tests/train/test_log.py draws them."""
+    monkeypatch.setattr(Run, "curves", lambda self: None)
 
 
 @pytest.fixture(scope="module")
