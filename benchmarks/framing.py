@@ -6,7 +6,7 @@ One plain thing on a ground, never cut off, in pictures of 48 x 48, 32 x 64 and 
 `--count` single things of the world those that are not small and have one of four colours and three shapes. Two small
 video transformers learn from the same pictures for as many steps of as many tokens:
 
-native     each picture at its own aspect, in packs (`recipes/sora.py`, native="packs")
+native     each picture at its own aspect, in packs (`recipes/sora_batches.py`, native="packs")
 crops      its middle square of 48 pixels, as long as its short side, as systems before cropped
 
 Both then draw the captions of unseen pictures in these three sizes, from the same noise. The world's judge reads each:
@@ -39,6 +39,7 @@ from reverie.evals.interval import bootstrap
 from reverie.evals.world_judge import judge, score
 from reverie.recipes import sora
 from reverie.recipes.parts import decoded, load_clip
+from reverie.recipes.sora_batches import SoraRun
 from reverie.scene import Scene
 from reverie.systems.sora import Sora
 
@@ -82,7 +83,7 @@ def learn(arm: str, index: Index, out: Path, *, steps: int, seed: int) -> Sora:
     backbone = dataclasses.replace(
         model.backbone, head=0
     )  # it takes more time than the blocks of so small a network
-    config = sora.SoraRun(
+    config = SoraRun(
         model=dataclasses.replace(model, backbone=backbone, steps=16, guidance=2.0),
         clip="clip-stickers",
         steps=steps,

@@ -36,6 +36,7 @@ from reverie.recipes import clip, sora
 from reverie.recipes.measure_generators import UNSEEN
 from reverie.recipes.measured import save_figure
 from reverie.recipes.parts import captioned, home, open_world
+from reverie.recipes.sora_batches import SoraRun, Source
 from reverie.systems.sora import Sora
 
 SIZE, FRAMES, SEED = 40, 8, 0
@@ -169,7 +170,7 @@ def words(model: Sora, index: Index) -> float:
 
 def held(model: Sora, index: Index, *, video: bool) -> dict[str, Any]:
     """Held-out items and their noise, the same for every model."""
-    config = sora.SoraRun(
+    config = SoraRun(
         model=model.config,
         steps=1,
         batch=1,
@@ -179,7 +180,7 @@ def held(model: Sora, index: Index, *, video: bool) -> dict[str, Any]:
     )
     source = captioned(index.select(split="val", video=video))
     frames, count = (FRAMES, 96) if video else (1, 256)
-    return sora.Source(source, config, model, frames=frames).fixed(count)
+    return Source(source, config, model, frames=frames).fixed(count)
 
 
 def loss(model: Sora, batch: dict[str, Any], times: tuple[float, ...]) -> float:

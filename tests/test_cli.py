@@ -434,7 +434,7 @@ def test_eval_asks_what_it_was_asked(words, function, asked, monkeypatch, tmp_pa
 
     def stand_in(*given, **named):
         arguments = real.bind(*given, **named).arguments
-        ask = {} if clips else dataclasses.asdict(arguments.get("ask", generators.Ask()))
+        ask = {} if clips else dataclasses.asdict(arguments.get("ask", generators.Draws()))
         seen.update(arguments | ask)
         return "a table"
 

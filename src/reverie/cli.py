@@ -1311,9 +1311,11 @@ def eval_pictures(
         out: Where the numbers, the table and the pictures go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.measure_generators import Ask, pictures
+    from reverie.recipes.measure_generators import Draws, pictures
 
-    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
+    ask = Draws(
+        count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device
+    )
     print(pictures(data, out, model=model, judges=judges, source=source, split=split, ask=ask))
     print(f"\n{out}")
 
@@ -1354,9 +1356,11 @@ def eval_clips(
         out: Where the numbers, the table and the clips go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.measure_generators import Ask, clips
+    from reverie.recipes.measure_generators import Draws, clips
 
-    ask = Ask(count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
+    ask = Draws(
+        count=count, seeds=seeds, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device
+    )
     print(clips(data, out, model=model, judges=judges, source=source, split=split, frames=frames, ask=ask))
     print(f"\n{out}")
 
@@ -1391,9 +1395,9 @@ def eval_world(
         out: Where the numbers, the table and the pictures go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
-    from reverie.recipes.measure_generators import Ask, world
+    from reverie.recipes.measure_generators import Draws, world
 
-    ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
+    ask = Draws(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(world(out, model=model, frames=frames, kind=kind, language=language, ask=ask))
     print(f"\n{out}")
 
@@ -1423,9 +1427,9 @@ def eval_continuation(
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.measure_continuation import continuation
-    from reverie.recipes.measure_generators import Ask
+    from reverie.recipes.measure_generators import Draws
 
-    ask = Ask(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
+    ask = Draws(count=count, batch=batch, steps=steps, guidance=guidance, seed=seed, device=device)
     print(continuation(out, model=model, ask=ask))
     print(f"\n{out}")
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from reverie.data.dropping import drop_tokens, kept_patches
+from reverie.data.dropping import (
+    drawn_share,
+    drop_tokens,
+    kept_count,
+    kept_patches,
+    kept_tokens,
+    masked_pass,
+    masked_share,
+)
 from reverie.errors import InputError
 
 START, END, PAD = 8, 9, 0
@@ -55,3 +63,30 @@ def test_shares_that_are_none_are_refused(drop):
         kept_patches(16, drop, seed=0, keys=[(0, 0)])
     with pytest.raises(InputError, match=f"drop_text is {drop}"):
         short(torch.tensor([[START, END]]), drop)
+
+
+def test_a_share_of_its_own_for_each_sample():
+    shares = torch.tensor([drawn_share((0.2, 0.6), seed=0, epoch=0, sample=i) for i in range(400)])
+    assert 0.2 <= shares.min() < 0.22
+    assert 0.58 < shares.max() < 0.6
+    assert abs(shares.mean() - 0.4) < 0.02
+    keep = kept_tokens(40, kept_count(40, 0.75), seed=0, epoch=2, sample=5)
+    assert keep.tolist() == sorted(set(keep.tolist()))
+    assert len(keep) == 10
+    assert 0 <= keep[0] <= keep[-1] < 40
+    assert not keep.equal(kept_tokens(40, 10, seed=0, epoch=3, sample=5))
+    assert kept_count(3, 0.99) == 1
+    with pytest.raises(InputError, match=r"drop is 0\.5 to 1\.0"):
+        drawn_share((0.5, 1.0), seed=0, epoch=0, sample=0)
+
+
+def test_a_masked_pass_has_the_share_of_its_step_and_draws_of_its_own():
+    assert masked_share(None, seed=0, step=1) is None
+    shares = [masked_share((0.3, 0.5), seed=0, step=step) for step in range(50)]
+    assert 0.3 <= min(shares) < 0.32
+    assert 0.48 < max(shares) <= 0.5
+    one, other = (masked_pass((3, 8, 8), 16, 0.5, seed=0, key=(kind, 2, 7)) for kind in ("clip", "picture"))
+    assert one["masked_noise"].shape == (3, 8, 8)
+    assert not one["masked_noise"].equal(other["masked_noise"])
+    assert one["keep"].equal(other["keep"])
+    assert one["keep"].equal(kept_patches(16, 0.5, seed=0, keys=[(2, 7)])[0])

@@ -149,7 +149,7 @@ def test_large_parts_are_written_at_once_and_read_together(folder, codec, monkey
 
 
 def test_bad_files_are_listed_and_the_recipe_leaves_them_out(folder, codec):
-    from reverie.recipes.sora import SoraRun, Source
+    from reverie.recipes.sora_batches import SoraRun, Source
 
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
     import_folder(folder, need_captions=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reverie.nn import attention
-from reverie.nn.attention import CrossAttention, SelfAttention, Words, attend, attend_packed
+from reverie.nn.attention import CrossAttention, PackedContext, SelfAttention, attend, attend_packed
 from reverie.nn.positions import grid, rotary
 
 
@@ -167,7 +167,7 @@ def test_layers_give_the_same_run_after_run_and_by_kernel(monkeypatch):
     runs = ((2, 3), (1, 2))
     own, cross = SelfAttention(16, 2, qk_norm=True), CrossAttention(16, 2, context_width=6, qk_norm=True)
     x, context, turns = torch.randn(8, 16), torch.randn(3, 4, 6), rotary(torch.rand(8, 1), 8)
-    words = Words.of(
+    words = PackedContext.of(
         context, torch.tensor([[True, True, False, False], [True] * 4, [True, False, False, False]])
     )
     by_runs = own(x, rotary=turns, runs=runs), cross(x, words, runs=runs)
@@ -178,6 +178,6 @@ def test_layers_give_the_same_run_after_run_and_by_kernel(monkeypatch):
 
 def test_packed_words_are_those_of_the_mask():
     context, mask = torch.randn(2, 3, 4), torch.tensor([[False, True, True], [True, False, False]])
-    words = Words.of(context, mask)
+    words = PackedContext.of(context, mask)
     assert words.real.equal(torch.stack([context[0, 1], context[0, 2], context[1, 0]]))
     assert words.padded(words.real, 2)[mask].equal(context[mask])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reverie.nn.attention import Words
+from reverie.nn.attention import PackedContext
 from reverie.nn.block import Block, ModulatedBlock, modulate, pick
 from reverie.nn.mlp import ACTIVATIONS, Mlp, QuickGELU
 from reverie.nn.positions import rotary
@@ -34,13 +34,15 @@ def parts():
 def test_a_new_modulated_block_is_the_identity(parts):
     block, x, rows, context, mask = parts
     turns = rotary(torch.arange(8)[:, None], 6)
-    words = Words.of(context, mask)
+    words = PackedContext.of(context, mask)
     assert block(x, torch.randn(3, 12), words, rows=rows, runs=RUNS, rotary=turns).equal(x)
 
 
 def test_yet_it_learns_from_the_first_step(parts):
     block, x, rows, context, mask = parts
-    block(x, torch.randn(3, 12), Words.of(context, mask), rows=rows, runs=RUNS).square().sum().backward()
+    block(
+        x, torch.randn(3, 12), PackedContext.of(context, mask), rows=rows, runs=RUNS
+    ).square().sum().backward()
     assert block.modulation[1].weight.grad.abs().sum() > 0
     assert block.cross.out.weight.grad.abs().sum() > 0
 
@@ -48,13 +50,13 @@ def test_yet_it_learns_from_the_first_step(parts):
 def test_a_packed_block_is_each_item_alone(parts):
     block, x, rows, context, mask = parts
     block, vector, turns = awake(block), torch.randn(3, 12), rotary(torch.rand(8, 1), 6)
-    out = block(x, vector, Words.of(context, mask), rows=rows, runs=RUNS, rotary=turns)
+    out = block(x, vector, PackedContext.of(context, mask), rows=rows, runs=RUNS, rotary=turns)
     for i in range(3):
         own = rows == i
         alone = block(
             x[own],
             vector[i : i + 1],
-            Words.of(context[i : i + 1, mask[i]], None),
+            PackedContext.of(context[i : i + 1, mask[i]], None),
             rows=torch.zeros(int(own.sum()), dtype=torch.long),
             runs=((1, int(own.sum())),),
             rotary=(turns[0][own], turns[1][own]),
@@ -70,7 +72,7 @@ def test_a_vector_modulates_its_own_rows(parts):
     rows, vector = torch.tensor([0, 3, 0, 1, 2, 2, 1, 3]), torch.randn(4, 12)
     other = vector.clone()
     other[2] += 1
-    words = Words.of(context, mask)
+    words = PackedContext.of(context, mask)
     before, after = (block(x, one, words, rows=rows, runs=RUNS) for one in (vector, other))
     assert ((before - after).abs().sum(-1) > 1e-6).tolist() == (rows == 2).tolist()
 
@@ -82,11 +84,11 @@ def test_hidden_context_changes_nothing(parts):
     def out(words):
         return block(x, vector, words, rows=rows, runs=RUNS)
 
-    packed = out(Words.of(context, mask))
+    packed = out(PackedContext.of(context, mask))
     for filled in (context, context.masked_fill(~mask[..., None], 50.0)):
-        padded = Words(filled.flatten(0, 1), None, mask)
+        padded = PackedContext(filled.flatten(0, 1), None, mask)
         torch.testing.assert_close(out(padded), packed, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(out(Words.of(context, None)), packed, atol=1e-3)
+    assert not torch.allclose(out(PackedContext.of(context, None)), packed, atol=1e-3)
 
 
 def test_modulate():

@@ -8,6 +8,7 @@ import pytest
 
 from reverie import catalog, cli
 from reverie.errors import InputError
+from reverie.planning import plan as planning
 from reverie.planning import published
 from reverie.planning.counting import count, on_shapes
 from reverie.planning.hardware import GB
@@ -50,6 +51,14 @@ def test_a_student_s_step_is_its_own_and_its_teacher_s():
     )
     assert taught.parameters == alone.parameters
     assert 7 < taught.forward_flops / alone.forward_flops < 13
+
+
+@pytest.mark.parametrize(("name", "frames"), [("sora-world", 8), ("sora-dit:S", 8), ("sora-stickers", 24)])
+def test_clips_have_the_frames_that_a_step_learns_from(name, frames, monkeypatch):
+    seen = []
+    monkeypatch.setattr(planning, "_sora", lambda *_, clip_frames, **__: seen.append(clip_frames))
+    planning.subject(name, planning.How(), batch=None, clips=None, steps=None, size=None)
+    assert seen == [frames]
 
 
 def test_the_papers_clip():

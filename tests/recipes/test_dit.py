@@ -13,6 +13,13 @@ from reverie.data.index import Index
 from reverie.data.world import write
 from reverie.errors import InputError
 from reverie.recipes import dit
+from reverie.train.log import Run
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Curves take a second of each run; tests/train/test_log.py draws them."""
+    monkeypatch.setattr(Run, "curves", lambda self: None)
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def serve(monkeypatch):
     return put
 
 
-ASK = measure.Ask(count=10, varied=4, seeds=3, batch=4)
+ASK = measure.Draws(count=10, varied=4, seeds=3, batch=4)
 
 
 def test_copies_are_right_and_shown_to_be_copies(corpus, tmp_path, serve):
@@ -214,7 +214,7 @@ def test_a_painter_of_the_world_is_read_back(frames, kind, tmp_path, serve):
     serve(lambda name, frames, seed: answers[name])
     Fake.config.size = (SIDE * 2, SIDE * 2)
     try:
-        done = measure.world(tmp_path, model="painter", frames=frames, kind=kind, ask=measure.Ask(count=8))
+        done = measure.world(tmp_path, model="painter", frames=frames, kind=kind, ask=measure.Draws(count=8))
     finally:
         Fake.config.size = (SIDE, SIDE)
     assert done.numbers["generator"] == done.numbers["real"]
@@ -341,7 +341,7 @@ def test_mistakes_get_one_sentence(corpus, tmp_path, serve):
     with pytest.raises(InputError, match="labels are by: fluent-3d, openmoji, twemoji"):
         measure_clip.zero_shot(corpus, tmp_path, model="a/knows", sources=("noto",))
     with pytest.raises(InputError, match="no captions in 'fr'"):
-        measure.world(tmp_path, model="painter", language="fr", ask=measure.Ask(count=1))
+        measure.world(tmp_path, model="painter", language="fr", ask=measure.Draws(count=1))
 
 
 def test_random_small_models_from_end_to_end(corpus, tmp_path):
@@ -364,7 +364,7 @@ def test_random_small_models_from_end_to_end(corpus, tmp_path):
     reverie.save(Classifier(small), tmp_path / "judge")
     judges = (str(tmp_path / "clip"), str(tmp_path / "judge"))
     model = str(tmp_path / "sora")
-    ask = measure.Ask(count=6, varied=2, seeds=2, batch=4, steps=1)
+    ask = measure.Draws(count=6, varied=2, seeds=2, batch=4, steps=1)
     done = measure.pictures(corpus, tmp_path / "pictures", model=model, judges=judges, ask=ask)
     assert done.numbers["pick"].keys() == {"clip", "judge"}
     assert done.numbers["drawn"]["steps"] == 1

@@ -15,7 +15,7 @@ from reverie.data.world import World
 from reverie.errors import InputError
 from reverie.evals.continuation import kept, velocity
 from reverie.recipes.measure_continuation import continuation
-from reverie.recipes.measure_generators import UNSEEN, Ask
+from reverie.recipes.measure_generators import UNSEEN, Draws
 
 FRAMES, SIZE = 16, (64, 64)
 
@@ -76,7 +76,7 @@ def slow(whole, mask):
 )
 def test_what_is_kept_is_told(films, tmp_path, monkeypatch, draws, direction, speed, both):
     monkeypatch.setattr(reverie, "load", lambda name, **_: Painter(films, draws))
-    done = continuation(tmp_path, model="painter", ask=Ask(count=3, batch=2))
+    done = continuation(tmp_path, model="painter", ask=Draws(count=3, batch=2))
     numbers = json.loads((tmp_path / "numbers.json").read_text())["numbers"]
     for way in ("frames and words", "frames alone"):
         found = [numbers[f"{name}, {way}"] for name in ("direction", "speed", "motion")]

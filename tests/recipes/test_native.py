@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,7 +165,8 @@ def test_tensors_of_any_size_are_brought_to_whole_patches(folder, trained):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"budget": 4}, "more than the 4 of a pack"),
+        ({"budget": 4}, r"budget is 4 tokens a pack, but .*/\d.png may take 1\d: give 1\d or more"),
+        ({"budget": 0}, r"budget is 0 tokens a pack, but .* give 1\d or more"),
         ({"drop": 1.0}, "drop is 0.0 to 1.0"),
         ({"smallest": 64}, "smallest is 64: give a side from the patch, 8, to the largest, 32"),
         ({"positions": "round"}, "positions is 'round'"),
@@ -176,6 +178,13 @@ def test_tensors_of_any_size_are_brought_to_whole_patches(folder, trained):
 def test_mistakes_are_named(folder, tmp_path, changes, said):
     with pytest.raises(InputError, match=said):
         native(folder, tmp_path / "out", steps=1, **SMALL | changes)
+
+
+def test_several_processes_are_refused_before_any_work(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_native, "team", lambda: SimpleNamespace(rank=0, count=2))
+    monkeypatch.setattr(clip_native, "open_index", lambda _: pytest.fail("it had begun"))
+    with pytest.raises(InputError, match="across the 2 processes that were started"):
+        native(folder, tmp_path / "out", **SMALL)
 
 
 def test_it_goes_on_from_a_model_of_its_kind(folder, trained, tmp_path):

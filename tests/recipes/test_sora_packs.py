@@ -17,12 +17,19 @@ from reverie.data.index import Index
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
-from reverie.recipes import sora
+from reverie.recipes import sora, sora_batches
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.engine import Engine
+from reverie.train.log import Run
 
 SIZES = ((32, 32), (48, 16), (16, 48), (32, 48), (64, 16), (32, 16))  # width, height
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Curves take a second of each run; tests/train/test_log.py draws them."""
+    monkeypatch.setattr(Run, "curves", lambda self: None)
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +59,26 @@ def reader(tmp_path_factory):
     return place / "model"
 
 
-def config_of(clip: Clip, **how) -> sora.SoraRun:
+def config_of(clip: Clip, **how) -> sora_batches.SoraRun:
     """A tiny network on packs of 32 tokens."""
     masked = how.pop("masked", False)
     shape = sora.shape(clip, size=48, sizes=(3 if masked else 1, 32, 1), patch=16, masked=masked)
     model = dataclasses.replace(shape, steps=1)
     settings = {"native": "packs", "budget": 32, "clip_frames": 5, "steps": 6} | how
-    return sora.SoraRun(model=model, batch=1, clips=1, **settings)
+    return sora_batches.SoraRun(model=model, batch=1, clips=1, **settings)
 
 
-def packs_of(folder, reader, **how) -> sora.Packs:
+def packs_of(folder, reader, **how) -> sora_batches.Packs:
     clip = reverie.load(reader)
     config = config_of(clip, **how)
     system = Sora(config.model, clip.tokenizer)
     index = Index.read(folder)
     pictures, clips = index.select(video=False), index.select(video=True)
-    sources = [sora.Source(pictures, config, system, frames=1), sora.Source(clips, config, system, frames=16)]
-    return sora.Packs(sources, config)
+    sources = [
+        sora_batches.Source(pictures, config, system, frames=1),
+        sora_batches.Source(clips, config, system, frames=16),
+    ]
+    return sora_batches.Packs(sources, config)
 
 
 def tokens(latents: torch.Tensor) -> int:
@@ -106,10 +116,10 @@ def test_the_packs_of_a_step_are_shared_by_the_processes(folder, reader, monkeyp
     packs = packs_of(folder, reader, packs=2)
     assert packs.share == 2
     alone = [packs.batch(1, micro)["ids"] for micro in range(2)]
-    monkeypatch.setattr(sora, "team", lambda: SimpleNamespace(rank=1, count=2))
+    monkeypatch.setattr(sora_batches, "team", lambda: SimpleNamespace(rank=1, count=2))
     assert packs.share == 1
     assert packs.batch(1, 0)["ids"] == alone[1]
-    monkeypatch.setattr(sora, "team", lambda: SimpleNamespace(rank=1, count=3))
+    monkeypatch.setattr(sora_batches, "team", lambda: SimpleNamespace(rank=1, count=3))
     with pytest.raises(InputError, match="2 packs of a step cannot be shared by 3 processes"):
         packs.batch(0, 0)
 
@@ -130,7 +140,7 @@ def test_a_mixed_folder_is_packed_with_less_than_a_twentieth_wasted(folder, read
     packs.items = packs.items * 42
     for native, low, high in (("packs", 0, 0.05), ("buckets", 0.05, 1)):
         packs.config = dataclasses.replace(packs.config, native=native)
-        plan = sora.Plan(packs._epoch)
+        plan = sora_batches.Plan(packs._epoch)
         fill = plan.fill(0, packs._lengths(0), budget=256)
         assert fill.samples == 24 * 42
         assert low <= fill.waste < high
@@ -147,7 +157,7 @@ def test_a_run_on_packs_that_is_stopped_goes_on_to_the_same_bits(folder, reader,
 
     def stop(*args):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return evaluated(*args)
 
@@ -190,26 +200,62 @@ def test_packs_have_masked_passes(folder, reader):
 
 
 def left_out(packs, step):
-    return sora.share_of(packs.config, step)
+    return sora_batches.share_of(packs.config, step)
 
 
 def test_what_cannot_be_packed_is_said(folder, reader):
     with pytest.raises(InputError, match="native is 'both': choose packs or buckets"):
         packs_of(folder, reader, native="both")
-    with pytest.raises(InputError, match=r"may take \d+ tokens, more than the 4 of a pack: give a budget of"):
+    with pytest.raises(
+        InputError, match=r"budget is 4 tokens a pack, but clip3.webp may take 30: give 30 or"
+    ):
         packs_of(folder, reader, budget=4)
     with pytest.raises(InputError, match="leave --latents out, or --native"):
         packs_of(folder, reader, latents=True)
     clip = reverie.load(reader)
     with pytest.raises(InputError, match="leave --compile out, or --native"):
         sora.fit(config_of(clip), clip, Index.read(folder), folder, prompts=(), engine=Engine(compile=True))
+    with pytest.raises(InputError, match="nothing is cropped: leave crop out"):
+        sora.fit(config_of(clip, crop=True), clip, Index.read(folder), folder, prompts=())
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"budget": 512},
+            "budget is 512, but batches of one shape have none: leave --budget out, or give --native",
+        ),
+        ({"packs": 2}, "packs is 2, but batches of one shape have none"),
+        ({"native": "packs", "batch": 8}, "batch is 8, but with --native .* give --budget instead"),
+        ({"native": "packs", "clips": 4}, "clips is 4, but with --native .* give 0 for none"),
+        ({"native": "packs", "budget": 0}, "budget is 0: give 1 or more, such as 65536"),
+        ({"native": "buckets", "packs": 0}, "packs is 0: give 1 or more, such as 1"),
+    ],
+)
+def test_no_flag_is_ignored(folder, reader, tmp_path, asked, said):
+    with pytest.raises(InputError, match=said):
+        sora.dit(folder, tmp_path, clip=str(reader), **asked)
+
+
+def test_what_is_not_said_is_usual(folder, reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(sora, "fit", lambda config, *_, **__: config)
+
+    def step(recipe, **asked):
+        run = recipe(folder, tmp_path, clip=str(reader), **asked)
+        return run.batch, run.clips, run.budget, run.packs
+
+    assert step(sora.tiny) == (32, 2, 0, 1)
+    assert step(sora.tiny, batch=8, clips=1) == (8, 1, 0, 1)
+    assert step(sora.tiny, native="packs")[1:] == (2, 1024, 1)
+    assert step(sora.dit, scale="S", native="packs", clips=0, packs=2)[1:] == (0, 65_536, 2)
 
 
 def test_no_epoch_has_what_the_budget_cannot_hold(folder, reader):
     """Formats and paces differ from epoch to epoch; what may come is asked before the first step."""
     packs = packs_of(folder, reader, vary=0.5, budget=4096)
-    largest = max(packs._tokens(source.largest(i)) for source, i in packs.items)
+    largest = max(sora_batches.patches_of(source.largest(i), packs.model) for source, i in packs.items)
     seen = [max(packs._lengths(epoch)) for epoch in range(12)]
     assert max(seen) <= largest
-    with pytest.raises(InputError, match=f"may take {largest} tokens"):
+    with pytest.raises(InputError, match=f"may take {largest}: give {largest}"):
         packs_of(folder, reader, vary=0.5, budget=largest - 1)

@@ -1,6 +1,7 @@
 """What the training recipes do besides training: name what they leave out, and refuse what has no shape."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.processes import gaussian
 from reverie.recipes import clip, sora
-from reverie.recipes.parts import heads_of, home, name_bad, open_world
+from reverie.recipes.parts import heads_of, home, name_bad, open_world, seldom
+from reverie.recipes.sora_batches import SoraRun, Source
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.sora import Sora
 from reverie.train.log import Run
@@ -69,9 +71,9 @@ def test_the_fixed_batch_is_as_large_as_what_can_be_read(folder):
     for size in (0, 8, 50):
         with pytest.raises(InputError, match=f"size {size} .*16"):
             sora.shape(reader, size=size)
-    config = sora.SoraRun(model=sora.shape(reader, size=16, sizes=(1, 32, 1)), steps=1, batch=2, clips=0)
+    config = SoraRun(model=sora.shape(reader, size=16, sizes=(1, 32, 1)), steps=1, batch=2, clips=0)
     model = Sora(config.model, tokenizer).to(home())
-    fixed = sora.Source(Index.read(folder), config, model, frames=1).fixed(64)
+    fixed = Source(Index.read(folder), config, model, frames=1).fixed(64)
     assert len(fixed["latents"]) == 5
     assert torch.isfinite(model.loss(fixed)["loss"])
 
@@ -87,6 +89,17 @@ def test_a_world_of_short_clips_is_seen_whole(tmp_path):
     assert (
         len(open_world(tmp_path / "world", 4, 4, 0, seed=0)) == 8
     )  # what is there stays, what is not asked for
+    world = partial(sora.world, tmp_path / "world", tmp_path / "run", clip="clip-stickers", count=4)
+    for asked, said in (
+        (
+            {"size": 32},
+            "pictures holds pictures of 16 x 16 pixels, but pictures of 32 x 32 pixels were asked",
+        ),
+        ({"size": 16, "frames": 9}, "clips holds clips of 8 frames of 16 x 16 pixels, but clips of 9 frames"),
+    ):
+        with pytest.raises(InputError, match=said):
+            world(**asked)
+    assert not (tmp_path / "run").exists()
     tokenizer = Bpe.train([item.captions[0].text for item in index], vocab=600)
     text = TextConfig(vocab=tokenizer.vocab, length=8, width=32, depth=1, heads=1, end=tokenizer.end)
     reader = Clip(
@@ -96,8 +109,8 @@ def test_a_world_of_short_clips_is_seen_whole(tmp_path):
     model = Sora(sora.shape(reader, size=16, patch=8, sizes=(1, 32, 1)), tokenizer).to(home())
     assert model.config.backbone.patch == (1, 8)
     for length, paces in ((8, {1.0}), (16, {1.0, 2.0})):
-        config = sora.SoraRun(model=model.config, steps=1, batch=2, clips=2)
-        source = sora.Source(index.select(video=True), config, model, frames=length)
+        config = SoraRun(model=model.config, steps=1, batch=2, clips=2)
+        source = Source(index.select(video=True), config, model, frames=length)
         batches = [source.clips(step) for step in range(12)]
         assert {batch["pace"] for batch in batches} == paces
         assert all(batch["latents"].shape == (2, 3, 8, 16, 16) for batch in batches)
@@ -108,6 +121,14 @@ def test_a_world_of_short_clips_is_seen_whole(tmp_path):
                 for batch in batches
                 for one in batch["latents"].cpu()
             )
+
+
+def test_short_runs_measure_seldom_and_long_ones_as_before():
+    for steps in (24, 25, 600, 6001):
+        assert seldom(steps, 12) == max(steps // 12, 1)
+    for steps in range(1, 24):
+        every = seldom(steps, 12)
+        assert sum(step % every == 0 or step == steps for step in range(1, steps + 1)) <= 4
 
 
 def test_clips_too_short_to_be_judged_are_refused(tmp_path):
@@ -185,7 +206,7 @@ def test_patches_of_twice_the_side_begin_with_the_same_drawing(tmp_path):
         torch.nn.init.normal_(parameter, std=0.1)
     reverie.save(small, tmp_path / "small")
     large = Sora(sora.shape(reader, size=32, sizes=(1, 64, 1), patch=16, zoom=2), tokenizer)
-    sora.take_over(large, tmp_path / "small")
+    sora.take_over(large, reverie.load(tmp_path / "small"), "small")
     words = small.read(["a", "b"])
     x0, noise, t = torch.randn(2, 3, 1, 16, 16), torch.randn(2, 3, 1, 32, 32), torch.tensor([[0.3], [0.9]])
     seen = F.avg_pool2d(noise[:, :, 0], 2)[:, :, None] * 2  # the mean of four has half the deviation
@@ -217,22 +238,22 @@ def test_masked_training_goes_on_from_plain_weights_and_back(tmp_path):
     for parameter in plain.backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     reverie.save(plain, tmp_path / "plain")
-    sora.take_over(masked, tmp_path / "plain")
+    sora.take_over(masked, reverie.load(tmp_path / "plain"), "plain")
     x, t, words = torch.randn(2, 3, 1, 16, 16), torch.rand(2, 1), plain.read(["a", "b"])
     assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
     reverie.save(masked, tmp_path / "masked")
     assert reverie.load(tmp_path / "masked").config == masked.config
     with torch.no_grad():
         plain.backbone.out.bias.add_(1)
-    sora.take_over(plain, tmp_path / "masked")
+    sora.take_over(plain, reverie.load(tmp_path / "masked"), "masked")
     assert torch.equal(masked.backbone(x, t, *words), plain.backbone(x, t, *words))
 
 
 def test_a_masked_step_leaves_as_many_patches_out_of_every_item(folder):
     reader = some_clip()
     shape = sora.shape(reader, size=16, sizes=(3, 64, 1), patch=4, masked=True)
-    config = sora.SoraRun(model=shape, steps=1, batch=2, clips=0)
-    source = sora.Source(Index.read(folder), config, Sora(shape, reader.tokenizer), frames=1)
+    config = SoraRun(model=shape, steps=1, batch=2, clips=0)
+    source = Source(Index.read(folder), config, Sora(shape, reader.tokenizer), frames=1)
     batches = [source.pictures(step) for step in range(8)]
     kept = [batch["keep"].shape for batch in batches]
     assert all(items == 2 and 8 <= count <= 11 for items, count in kept)  # of 16 patches 50 to 70 %

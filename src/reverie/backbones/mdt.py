@@ -31,6 +31,14 @@ from reverie.nn.positions import grid, sinusoidal
 SPARE = 3  # rows at the end of the authors' tables of scores: BEiT's for a class token, never read
 
 
+def check_masked(shares: tuple[float, float] | None) -> None:
+    """InputError: they are no shares of the patches for masked passes to leave out."""
+    if shares is not None and not 0 <= shares[0] <= shares[1] < 1:
+        raise InputError(
+            f"masked {tuple(shares)} are no shares: give the least and the most, such as (0.3, 0.5)."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MdtConfig:
     channels: int = 4
@@ -68,10 +76,7 @@ class MdtConfig:
                 f"{self.depth - self.decoder} blocks of an encoder have no two halves: give a decoder of"
                 f" {self.decoder + 1} or another depth."
             )
-        if self.masked is not None and not 0 <= self.masked[0] <= self.masked[1] < 1:
-            raise InputError(
-                f"masked {tuple(self.masked)} are no shares: give the least and the most, such as (0.3, 0.5)."
-            )
+        check_masked(self.masked)
 
     @property
     def grid(self) -> int:

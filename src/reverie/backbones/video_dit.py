@@ -22,8 +22,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reverie.backbones.mdt import check_masked
 from reverie.errors import InputError
-from reverie.nn.attention import Runs, Words
+from reverie.nn.attention import PackedContext, Runs
 from reverie.nn.block import ModulatedBlock, modulate, spread
 from reverie.nn.cache import Cache, through
 from reverie.nn.patches import patchify, unpatchify
@@ -48,10 +49,7 @@ class VideoDitConfig:
     def __post_init__(self) -> None:
         if self.masked is None:
             return
-        if not 0 <= self.masked[0] <= self.masked[1] < 1:
-            raise InputError(
-                f"masked {tuple(self.masked)} are no shares: give the least and the most, such as (0.3, 0.5)."
-            )
+        check_masked(self.masked)
         if not 1 <= self.decoder < self.depth:
             raise InputError(
                 f"a decoder of {self.decoder} of {self.depth} blocks is none: give 1 to {self.depth - 1}."
@@ -274,9 +272,9 @@ class VideoDit(nn.Module):
         alike = itertools.groupby(zip(counts, grids, strict=True), lambda pair: math.prod(pair[1]))
         runs = tuple((sum(count for count, _ in same), length) for length, same in alike)
         if device.type == "cpu" or (device.type == "cuda" and len(runs) > 1):
-            words = Words.of(context, context_mask)
+            words = PackedContext.of(context, context_mask)
         else:  # to know how many there are would keep the GPU waiting
-            words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
+            words = PackedContext(rearrange(context, "b m c -> (b m) c"), None, context_mask)
         asked = {"vector": vector, "context": words, "rows": rows, "runs": runs, "rotary": turns}
         blocks = [partial(block, **asked) for block in self.blocks]
         if keep is not None:

@@ -2,7 +2,8 @@
 
 FLIP, "Scaling Language-Image Pre-training via Masking" (Li et al. 2022, 2212.00794): a random half or three quarters
 of the patches are not computed at all, and each vector is learnt from what is left. So a step costs half as much or
-less. The same may be done to words (section 4.1), which gained the paper nothing in accuracy.
+less. The same may be done to words (section 4.1), which gained the paper nothing in accuracy. NaViT (2307.06304,
+section 2.2) draws the share anew for each picture; MDT (2303.14389) for each step, beside a pass that sees all.
 """
 
 from __future__ import annotations
@@ -18,11 +19,57 @@ from reverie.errors import InputError
 Keys = Sequence[tuple[int, int]]  # (epoch, sample id) of each item
 
 
+def kept_count(tokens: int, drop: float) -> int:
+    """How many of a sample's tokens stay when the share `drop` goes: one at least."""
+    return max(round(tokens * (1 - drop)), 1)
+
+
+def kept_tokens(tokens: int, count: int, *, seed: int, epoch: int, sample: int) -> Tensor:
+    """int64 `count`, ascending: which of a sample's tokens stay."""
+    generator = rng.generator(seed, "patches", epoch, sample)
+    return torch.randperm(tokens, generator=generator)[:count].sort().values
+
+
 def kept_patches(patches: int, drop: float, *, seed: int, keys: Keys) -> Tensor:
     """int64 `b k`, ascending: the patches of each sample that stay when the share `drop` goes, at least one."""
-    count = max(round(patches * (1 - check_share("drop", drop))), 1)
-    rows = [torch.randperm(patches, generator=rng.generator(seed, "patches", *key))[:count] for key in keys]
-    return torch.stack(rows).sort(dim=1).values
+    count = kept_count(patches, check_share("drop", drop))
+    return torch.stack([kept_tokens(patches, count, seed=seed, epoch=e, sample=i) for e, i in keys])
+
+
+def drawn_share(shares: tuple[float, float], *, seed: int, epoch: int, sample: int) -> float:
+    """The share of a sample's tokens that is dropped this time, drawn evenly from `shares`."""
+    low, high = shares
+    if not 0 <= low <= high < 1:
+        raise InputError(
+            f"drop is {low} to {high}: give shares from 0 to less than 1, the smaller one first."
+        )
+    return low + (high - low) * (rng.integer(seed, "drop", epoch, sample) / 2**63)
+
+
+def masked_share(shares: tuple[float, float] | None, *, seed: int, step: int) -> float | None:
+    """The share of patches that a step's masked pass leaves out, the same in every item; None: there is none."""
+    if shares is None:
+        return None
+    least, most = shares
+    u = torch.rand((), generator=rng.generator(seed, "masked", step)).item()
+    return least + (most - least) * u
+
+
+def masked_pass(
+    like: Sequence[int], patches: int, share: float, *, seed: int, key: tuple[str | int, ...]
+) -> dict[str, Tensor]:
+    """Of an item's masked pass (MDT, 2303.14389): `keep k`, which of its `patches` stay when the share goes, and noise.
+
+    `masked_noise` is `like` the latents. `key` ends in (epoch, sample id), by which the patches are drawn; the noise by
+    all of it.
+    """
+    epoch, sample = key[-2:]
+    assert isinstance(epoch, int)
+    assert isinstance(sample, int)
+    return {
+        "keep": kept_patches(patches, share, seed=seed, keys=[(epoch, sample)])[0],
+        "masked_noise": torch.randn(tuple(like), generator=rng.generator(seed, "masked noise", *key)),
+    }
 
 
 def drop_tokens(tokens: Tensor, drop: float, *, end: int, pad: int, seed: int, keys: Keys) -> Tensor:

@@ -5,8 +5,8 @@ under a budget, so that nothing is padded and each sample keeps its own size. `p
 the plain alternative: packs of one shape each, for networks that read batches. A `Plan` of either says what a step
 reads, for any number of processes.
 
-A sample's size and the share of its tokens that is dropped may differ from epoch to epoch (section 2.2): `drawn_area`
-and `drawn_share` draw them, keyed by the sample, and `kept_tokens` says which tokens stay.
+A sample's size may differ from epoch to epoch (section 2.2): `drawn_area` draws it, keyed by the sample; which of its
+tokens are left out, data/dropping.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from threading import Lock
 
 import torch
-from torch import Tensor
 
 from reverie import rng
 from reverie.data.order import order
@@ -139,9 +138,6 @@ class Plan:
         return self._made[epoch]
 
 
-# Draws by sample -----------------------------------------------------------------------------------------------------
-
-
 def drawn_area(sides: tuple[int, int], *, seed: int, epoch: int, sample: int) -> int:
     """Pixels that a sample has at most this time: the square of a side drawn evenly from `sides`, both included.
 
@@ -151,27 +147,6 @@ def drawn_area(sides: tuple[int, int], *, seed: int, epoch: int, sample: int) ->
     if not 1 <= low <= high:
         raise InputError(f"sides are {low} to {high}: give two numbers of pixels, the smaller one first.")
     return (low + rng.integer(seed, "side", epoch, sample) % (high - low + 1)) ** 2
-
-
-def drawn_share(shares: tuple[float, float], *, seed: int, epoch: int, sample: int) -> float:
-    """The share of a sample's tokens that is dropped this time, drawn evenly from `shares`."""
-    low, high = shares
-    if not 0 <= low <= high < 1:
-        raise InputError(
-            f"drop is {low} to {high}: give shares from 0 to less than 1, the smaller one first."
-        )
-    return low + (high - low) * (rng.integer(seed, "drop", epoch, sample) / 2**63)
-
-
-def kept_count(tokens: int, drop: float) -> int:
-    """How many of a sample's tokens stay when the share `drop` goes: one at least."""
-    return max(round(tokens * (1 - drop)), 1)
-
-
-def kept_tokens(tokens: int, count: int, *, seed: int, epoch: int, sample: int) -> Tensor:
-    """int64 `count`, ascending: which of a sample's tokens stay."""
-    generator = rng.generator(seed, "patches", epoch, sample)
-    return torch.randperm(tokens, generator=generator)[:count].sort().values
 
 
 def _check(lengths: Sequence[int], budget: int) -> None:

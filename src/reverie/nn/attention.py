@@ -92,7 +92,7 @@ def attend_packed(
     return rearrange(out.values(), "t heads d -> heads t d")
 
 
-class Words(NamedTuple):
+class PackedContext(NamedTuple):
     """What cross-attention reads without its padding: `context b m c` where `mask b m` is True, packed."""
 
     real: Tensor  # `w c`, item after item
@@ -102,7 +102,7 @@ class Words(NamedTuple):
     mask: Tensor | None = None  # `b m`
 
     @classmethod
-    def of(cls, context: Tensor, mask: Tensor | None) -> Words:
+    def of(cls, context: Tensor, mask: Tensor | None) -> PackedContext:
         """Of `context b m c` what `mask b m` leaves."""
         if mask is None:
             return cls(rearrange(context, "b m c -> (b m) c"))
@@ -178,7 +178,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """`b n d` reads `context b m c` where `context_mask b m` is True; with `runs`, packed `t d` reads `Words`."""
+    """`b n d` reads `context b m c` where `context_mask b m` is True; with `runs`, packed `t d` a `PackedContext`."""
 
     def __init__(
         self, width: int, heads: int, *, context_width: int, bias: bool = True, qk_norm: bool = False
@@ -194,15 +194,15 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor | Words,
+        context: Tensor | PackedContext,
         context_mask: Tensor | None = None,
         *,
         runs: Runs | None = None,
     ) -> Tensor:
         if isinstance(context, Tensor):
-            assert runs is None, "packed items read Words"
+            assert runs is None, "packed items read a PackedContext"
             b, n, _ = x.shape
-            words = Words(rearrange(context, "b m c -> (b m) c"), None, context_mask)
+            words = PackedContext(rearrange(context, "b m c -> (b m) c"), None, context_mask)
             packed = self(rearrange(x, "b n d -> (b n) d"), words, runs=((b, n),))
             return rearrange(packed, "(b n) d -> b n d", b=b)
         assert runs is not None

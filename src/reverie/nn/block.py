@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reverie.nn.attention import CrossAttention, Runs, SelfAttention, Words
+from reverie.nn.attention import CrossAttention, PackedContext, Runs, SelfAttention
 from reverie.nn.linear import Linear
 from reverie.nn.mlp import Mlp
 
@@ -93,7 +93,7 @@ class ModulatedBlock(nn.Module):
         self,
         x: Tensor,
         vector: Tensor,
-        context: Words,
+        context: PackedContext,
         *,
         rows: Tensor,
         runs: Runs,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reverie.backbones.dit import SCALES, DitConfig
 from reverie.codecs.video_vae import VideoVae
-from reverie.data.dropping import check_share
+from reverie.data.dropping import check_share, kept_count
 from reverie.encoders.clip_resnet import ClipResnetConfig
 from reverie.encoders.navit import NavitConfig
 from reverie.encoders.text import Text
@@ -32,6 +32,7 @@ from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
 from reverie.planning.roofline import Memory, Setup, Time, Weights
 from reverie.recipes import clip, clip_finetune, clip_native, distil, dit, judge, sora, video_vae
+from reverie.recipes.sora_batches import SoraRun
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
@@ -96,10 +97,6 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _kept(count_of: int, share: float) -> int:
-    return max(round(count_of * (1 - share)), 1)
-
-
 def _clip_batch(model: Clip, items: int, how: How) -> dict[str, Tensor]:
     image, text = model.config.image, model.config.text
     words = how.words or text.length
@@ -107,12 +104,14 @@ def _clip_batch(model: Clip, items: int, how: How) -> dict[str, Tensor]:
         raise InputError(f"words is {words}, but this text tower reads {text.length} at most: give no more.")
     batch = {
         "image": _empty(items, 3, image.size, image.size),
-        "tokens": _empty(items, _kept(words, how.drop_text), dtype=torch.long),
+        "tokens": _empty(items, kept_count(words, how.drop_text), dtype=torch.long),
     }
     if how.drop:
         if isinstance(image, ClipResnetConfig):
             raise InputError(f"drop is {how.drop}, but a ResNet has no patches to drop: give 0.")
-        batch["keep"] = _empty(items, _kept((image.size // image.patch) ** 2, how.drop), dtype=torch.long)
+        batch["keep"] = _empty(
+            items, kept_count((image.size // image.patch) ** 2, how.drop), dtype=torch.long
+        )
     return batch
 
 
@@ -171,7 +170,7 @@ def _distil_loss(
     """The student's step and the teacher's without gradients, by one model: the teacher's weights are not counted."""
     count_of = own["student_steps"]
     run = distil.DistilRun(
-        items=distil.SoraRun(model=model.config, steps=1, batch=items, clips=0), teacher="", weights="",
+        items=SoraRun(model=model.config, steps=1, batch=items, clips=0), teacher="", weights="",
         inside=own["teacher_steps"] // count_of, guidance=4.0, own=own["own"],
     )  # fmt: skip
     model.config = replace(model.config, steps=count_of, guidance=1.0)
@@ -322,6 +321,8 @@ def subject(
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names())}."
         raise InputError(f"There is no recipe {name!r} to plan: {hint}")
     own = _defaults(_RECIPES[kind if scale else name])
+    if usual := sora.AMOUNTS.get(kind):
+        own |= asdict(usual)
     if kind == "clip-native":  # of the largest pictures
         native = clip_native.shape(VOCAB, VOCAB - 1, size=size or own["size"])
         assert isinstance(native.image, NavitConfig)
@@ -346,7 +347,11 @@ def subject(
             config = sora.stickers_shape(reader, size=size, clip_size=own["clip_size"], frames=own["frames"])
         else:
             config = sora.shape(reader, size=size, sizes=sizes)
-        clip_frames = own.get("frames", 8)
+        whole = name in (
+            "sora-stickers",
+            "sora-distil",
+        )  # clips are seen whole, else as many frames as is usual
+        clip_frames = config.frames if whole else SoraRun.clip_frames
         loss_of = partial(_distil_loss, own=own) if name == "sora-distil" else _sora_loss
         return _sora(
             name, config, batch=batch, clips=clips, clip_frames=clip_frames, steps=steps, loss_of=loss_of

@@ -23,23 +23,16 @@ from torch.nn import functional as F
 import reverie
 from reverie import rng
 from reverie.data.augment import draws, view
+from reverie.data.dropping import drawn_share, kept_count, kept_tokens
 from reverie.data.index import Index
-from reverie.data.packing import (
-    Plan,
-    bucketed,
-    drawn_area,
-    drawn_share,
-    kept_count,
-    kept_tokens,
-    packed,
-)
+from reverie.data.packing import Plan, bucketed, drawn_area, packed
 from reverie.data.pixels import Native, Pixels
 from reverie.data.wording import draw_caption
 from reverie.encoders.navit import NavitConfig
 from reverie.errors import InputError
 from reverie.media import whole_patches
 from reverie.recipes import clip
-from reverie.recipes.parts import averaged, decoded, digest, heads_of, keep, name_bad, open_index
+from reverie.recipes.parts import averaged, decoded, digest, heads_of, keep, name_bad, open_index, seldom
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
@@ -140,6 +133,7 @@ def native(
         start: The CLIP of this kind to go on from (its name or folder), with its own shape and words.
         seed: Another seed, another start and another order.
     """
+    _alone()
     index = open_index(data)
     train_set = index.select(split="train")
     shaped = partial(shape, size=size, patch=patch, width=width, depth=depth, positions=positions, loss=loss)
@@ -153,6 +147,15 @@ def native(
         smallest=smallest, drop=drop, lr=lr, warmup=min(100, steps // 5), strength=strength, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, measures=clip.val_of(index), engine=engine)
+
+
+def _alone() -> None:
+    """InputError: several processes, before any work is done."""
+    if (count := team().count) > 1:
+        raise InputError(
+            f"clip-native cannot yet compare packs across the {count} processes that were started, of"
+            " unequal numbers of pictures: start one."
+        )
 
 
 class Source:
@@ -179,6 +182,13 @@ class Source:
             raise InputError(
                 f"smallest is {config.smallest}: give a side from the patch, {image.patch}, to the largest,"
                 f" {image.size}."
+            )
+        sizes = [(self.pixels.sizes[i], index[i].file_name) for i in self.good]
+        most, name = max((h * w // image.patch**2, name) for (h, w), name in sizes)
+        if most > config.budget:  # no epoch may come to what cannot be packed
+            raise InputError(
+                f"budget is {config.budget:,} tokens a pack, but {name} may take {most:,}: give"
+                f" {most:,} or more, or smaller pictures."
             )
         self._sizes = lru_cache(maxsize=4)(self._drawn_sizes)
         self.plan = Plan(self._packs, together=config.packs)
@@ -267,12 +277,9 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Clip:
     """Train the model, measure eight times on the way, write the averaged weights to `out/model`."""
+    _alone()
     source = Source(index, config, model.tokenizer)
     config = dataclasses.replace(config, data=digest(index, source.good))
-    if team().count > 1:
-        raise InputError(
-            "packs have unequal numbers of pictures, which several processes cannot compare yet: use one."
-        )
     model = engine.place(model)
     player = Player(
         model,
@@ -307,7 +314,7 @@ def fit(
         f"{fill.samples:,} pictures of {fill.tokens / fill.samples:.0f} tokens on average in {fill.packs:,} packs an"
         f" epoch; {fill.waste:.1%} of their room is left over"
     )
-    measure_every = max(config.steps // 8, 1)
+    measure_every = seldom(config.steps, 8)
     for step in train([player], lambda step, _: source(step), run=run, steps=config.steps, seed=config.seed,
                       save_every=max(config.steps // 12, 1), keep=2, prefetch=2, **engine.loop):  # fmt: skip
         if step.number == 1:

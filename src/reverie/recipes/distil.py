@@ -25,18 +25,19 @@ from reverie.objectives.distillation import step_loss
 from reverie.pictures import grid, to_bytes
 from reverie.processes import gaussian
 from reverie.processes.gaussian import Flow
-from reverie.recipes.parts import averaged, captioned, keep, name_bad, open_index, plain_stickers
-from reverie.recipes.sora import SoraRun, Source
+from reverie.recipes.parts import averaged, captioned, open_index, plain_stickers, seldom
+from reverie.recipes.sora import kept, learn, learner, take_over
+from reverie.recipes.sora_batches import SoraRun, batch_of, learnt_from, sources_of
 from reverie.samplers.diffusion import euler
 from reverie.samplers.guidance import guided
 from reverie.systems.sora import Sora
-from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
-from reverie.train.loop import Player, train
-from reverie.train.optimizers import adamw
-from reverie.train.schedule import cosine
+from reverie.train.runs import read_json
 from reverie.weights.store import hash_of
+
+# Settings of a SoraRun that a student has from its teacher's.
+OF_DATA = ("vary", "crop", "known", "known_pictures", "languages")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class DistilRun:
 def sora(
     data: Path, out: Path, *, teacher: str, student_steps: int = 4, teacher_steps: int = 24,
     guidance: float | None = None, steps: int = 600, batch: int = 24, clips: int = 1, own: float = 0.5,
-    sources: tuple[str, ...] = (), lr: float = 3e-4, seed: int = 0,
+    sources: tuple[str, ...] = (), vary: float | None = None, english: float | None = None, lr: float = 3e-4,
+    seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A student that draws in few steps and without guidance what its teacher draws in many.
@@ -71,6 +73,10 @@ def sora(
         clips: Clips of a step, beside the pictures, where the folder has clips; 0 for none.
         own: How often the student begins where its own steps have led, and not at a corrupted item of the data.
         sources: Only items of these sources, such as fluent-3d; all if not given.
+        vary: How often a step has another format than the teacher's size; as the teacher's run had it if not given, or
+            0 where that run is not beside the teacher.
+        english: The share of captions in English, the rest being Chinese; as the teacher's run had it if not given, or
+            0.8 where that run is not beside the teacher.
         lr: The highest learning rate.
         seed: Another seed, another order.
     """
@@ -82,12 +88,21 @@ def sora(
             f"{teacher_steps} steps of the teacher cannot become {student_steps}: give a multiple, twice or more."
         )
     index = plain_stickers(open_index(data)).select(sources=sources or None)
-    model = dataclasses.replace(master.config, steps=student_steps, guidance=1.0)
+    for name, share in (("vary", vary), ("english", english)):
+        if share is not None and not 0 <= share <= 1:
+            raise InputError(f"{name} is {share:g}: give a share from 0 to 1.")
+    backbone = dataclasses.replace(master.config.backbone, masked=None)  # a student has no masked passes
+    model = dataclasses.replace(master.config, backbone=backbone, steps=student_steps, guidance=1.0)
+    drawn: dict[str, Any] = {"vary": 0.0, "languages": {"en": 0.8, "zh": 0.2}} | of_run(teacher)
+    if vary is not None:
+        drawn["vary"] = vary
+    if english is not None:
+        drawn["languages"] = {"en": english, "zh": 1 - english}
     moving = clips if index.select(split="train", video=True) else 0
     items = SoraRun(
         model=model, start=teacher, steps=steps, batch=batch, clips=moving, clip_frames=model.frames,
         lr=lr, warmup=min(50, steps // 10), ema=max(1 - 20 / max(steps, 40), 0.9), drop=0.0,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed,
+        seed=seed, **drawn,
     )  # fmt: skip
     config = DistilRun(
         items=items, teacher=teacher, weights=hash_of(master), inside=teacher_steps // student_steps,
@@ -96,32 +111,27 @@ def sora(
     return fit(config, master, index, out, engine=engine)
 
 
+def of_run(teacher: str) -> dict[str, Any]:
+    """How the run that a teacher comes from drew from its data; {} where that run's folder is not around the model."""
+    run = read_json(Path(teacher).parent / "config.json") if Path(teacher).is_dir() else {}
+    items = run.get("items", run)  # a student may teach, too
+    return {name: items[name] for name in OF_DATA if name in items} if "clip_frames" in items else {}
+
+
 def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Engine = ENGINE) -> Sora:
     """Train the student, draw with both on the way, save its averaged weights to `out/model`."""
     items = config.items
     student = Sora(items.model, master.tokenizer)
-    student.load_state_dict(master.state_dict())
+    take_over(student, master, config.teacher)
     student = engine.place(student)
     master = master.requires_grad_(False).to(next(student.parameters()).device)
-    player = Player(
-        student,
-        optimizer=adamw(student, lr=items.lr, weight_decay=0.0, betas=(0.9, 0.95)),
-        schedule=partial(cosine, steps=items.steps, warmup=items.warmup, floor=0.05),
-        ema=Ema(student, decay=items.ema),
-        clip=1.0,
-        loss=partial(loss, student, master, config),
-    )
-    pictures = Source(index.select(split="train", video=False), items, student, frames=1)
-    clips = (
-        Source(index.select(split="train", video=True), items, student, frames=items.model.frames)
-        if items.clips
-        else None
-    )
+    player = learner(student, items, loss=partial(loss, student, master, config))
+    sources = sources_of(index, items, student)
 
     def batches(step: int, micro: int) -> dict[str, Any]:
-        batch = pictures.pictures(step) if clips is None or not micro else clips.clips(step)
+        batch = batch_of(sources, step, micro)
         u = torch.rand((), generator=rng.generator(items.seed, "own", step))
-        turns = step // 2 if clips is not None else step
+        turns = step // len(sources)
         return batch | {
             "which": (step if micro == 0 else turns) % items.model.steps,
             "own": bool(u < config.own),
@@ -133,17 +143,10 @@ def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Eng
     prompts = [item.captions[0].text for item in held][:: max(len(held) // 16, 1)][:16]
     goal = master.generate_image(prompts, seed=0, steps=items.model.steps * config.inside, together=True,
                                  guidance=config.guidance)  # fmt: skip
-    sources = [source for source in (pictures, clips) if source is not None]
-    items = dataclasses.replace(items, data=tuple(source.digest for source in sources))
+    items = learnt_from(items, sources)
     run = Run(out, dataclasses.replace(config, items=items))
-    for step in train([player], batches, run=run, steps=items.steps, accumulate=1 if clips is None else 2,
-                      seed=items.seed, save_every=max(items.steps // 12, 1), keep=2, prefetch=2,
-                      **engine.loop):  # fmt: skip
-        if step.number == 1:
-            name_bad(run, *(source.pixels for source in sources))
-        if step.every(20):
-            run.log(step.number, step.metrics)
-        if step.every(max(items.steps // 12, 1)):
+    for step in learn(player, batches, items, sources, run=run, accumulate=len(sources), engine=engine):
+        if step.every(seldom(items.steps, 12)):
             with averaged(player) as whole:
                 drawn = whole.generate_image(prompts, seed=0, together=True)
             run.log(step.number, {"val_rmse": float((drawn - goal).square().mean().sqrt())})
@@ -151,9 +154,7 @@ def fit(config: DistilRun, master: Sora, index: Index, out: Path, *, engine: Eng
             titles = [text for prompt in prompts for text in (f"teacher: {prompt}", "student")]
             grid(to_bytes(tiles), titles).save(run.sample_path(step.number))
             run.curves()
-    with averaged(player) as whole:
-        keep(whole, out / "model")
-    return reverie.load(out / "model")
+    return kept(player, out)
 
 
 def loss(student: Sora, master: Sora, config: DistilRun, batch: dict[str, Any]) -> dict[str, Tensor]:

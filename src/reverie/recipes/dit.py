@@ -24,14 +24,14 @@ from reverie.backbones.dit import SCALES, DitConfig
 from reverie.backbones.mdt import MDT_MODELS, MdtConfig
 from reverie.codecs.vae import Vae
 from reverie.data.augment import on_white
-from reverie.data.dropping import kept_patches
+from reverie.data.dropping import masked_pass, masked_share
 from reverie.data.index import FILE, Index
 from reverie.data.streaming import open_pixels
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.evals.generation import scenes
 from reverie.pictures import grid, to_bytes
-from reverie.recipes.parts import averaged, digest, heads_of, keep, my_share, name_bad, open_index
+from reverie.recipes.parts import averaged, digest, heads_of, keep, my_share, name_bad, open_index, seldom
 from reverie.scene import Description, Mention
 from reverie.systems.dit import DiffusionTransformer, DiffusionTransformerConfig
 from reverie.systems.mdt import MaskedDiffusionTransformer, MaskedDiffusionTransformerConfig
@@ -241,7 +241,7 @@ def fit(config: DitRun, index: Index, out: Path, *, engine: Engine = ENGINE) -> 
             name_bad(run, source.pixels)
         if step.every(20):
             run.log(step.number, step.metrics)
-        if step.every(max(config.steps // 12, 1)):
+        if step.every(seldom(config.steps, 12)):
             with averaged(player) as whole:
                 if fixed is not None:
                     some = [
@@ -328,17 +328,14 @@ class Source:
     def masked(self, keys: list[tuple[int, int]], step: int) -> dict[str, Tensor]:
         """Of the step's masked pass, if there is one: the patches that stay, as many in each item, and other noise."""
         backbone, seed = self.config.model.backbone, self.config.seed
-        if not isinstance(backbone, MdtConfig) or backbone.masked is None:
+        if not isinstance(backbone, MdtConfig):
             return {}
-        least, most = backbone.masked
-        u = torch.rand((), generator=rng.generator(seed, "masked", step)).item()
-        share = least + (most - least) * u
+        share = masked_share(backbone.masked, seed=seed, step=step)
+        if share is None:
+            return {}
         like = backbone.channels, backbone.size, backbone.size
-        noise = [torch.randn(like, generator=rng.generator(seed, "masked noise", *key)) for key in keys]
-        return {
-            "keep": kept_patches(backbone.grid**2, share, seed=seed, keys=keys),
-            "masked_noise": torch.stack(noise),
-        }
+        drawn = [masked_pass(like, backbone.grid**2, share, seed=seed, key=key) for key in keys]
+        return {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
 
     def fixed(self, count: int) -> dict[str, Tensor]:
         """At most `count` items with the same noise every time and no class left out, on the model's device."""

@@ -22,7 +22,7 @@ from reverie.evals.interval import bootstrap
 from reverie.output import write
 from reverie.pictures import grid, save_png, to_bytes
 from reverie.progress import counting
-from reverie.recipes.measure_generators import UNSEEN, Ask
+from reverie.recipes.measure_generators import UNSEEN, Draws
 from reverie.recipes.measured import Measured, Row, fits, share
 from reverie.recipes.parts import capable
 from reverie.scene import Thing
@@ -30,9 +30,9 @@ from reverie.scene import Thing
 WAYS = ("frames and words", "frames alone", "words alone")
 
 
-def continuation(out: Path, *, model: str, world_seed: int = 0, ask: Ask | None = None) -> Measured:
+def continuation(out: Path, *, model: str, world_seed: int = 0, ask: Draws | None = None) -> Measured:
     """Extend `ask.count` clips of the world by as many frames as are given; what is kept of direction and speed."""
-    ask, out = ask or Ask(count=40, batch=4), fits(out)
+    ask, out = ask or Draws(count=40, batch=4), fits(out)
     sora = capable(model, "generate_video", device=ask.device)
     if not hasattr(sora, "extend"):
         raise InputError(f"{model} takes no given frames: name a Sora, such as a run of sora-world.")

@@ -74,8 +74,8 @@ class Real:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask:
-    """How a generator is asked; a setting that is None is the model's own."""
+class Draws:
+    """How much is drawn to be measured, and how; a setting that is None is the model's own."""
 
     count: int = 200  # labels, or scenes
     varied: int = 16  # labels of which are drawn with several seeds
@@ -89,22 +89,22 @@ class Ask:
 
 def pictures(
     data: Path, out: Path, *, model: str = "sora-stickers", judges: Sequence[str] = JUDGES, source: str = "fluent-3d",
-    split: str = "train", ask: Ask | None = None,
+    split: str = "train", ask: Draws | None = None,
 ) -> Measured:  # fmt: skip
     """Draw labels of `source` in `split`; judges pick each out of all drawn; variety; nearest training pictures."""
-    return _generation(data, out, model, judges, source, split, ask or Ask(), 1)
+    return _generation(data, out, model, judges, source, split, ask or Draws(), 1)
 
 
 def clips(
     data: Path, out: Path, *, model: str = "sora-stickers", judges: Sequence[str] = JUDGES, source: str = "fluent-anim",
-    split: str = "train", frames: int | None = None, ask: Ask | None = None,
+    split: str = "train", frames: int | None = None, ask: Draws | None = None,
 ) -> Measured:  # fmt: skip
     """The same on clips of `frames`: judges see every frame, their scores are averaged; and how much clips move."""
     if frames is not None and frames < 2:
         raise InputError(
             f"a clip of {frames} frames does not move: ask for two or more, or measure pictures."
         )
-    return _generation(data, out, model, judges, source, split, ask or Ask(batch=4), frames)
+    return _generation(data, out, model, judges, source, split, ask or Draws(batch=4), frames)
 
 
 def _generation(
@@ -114,7 +114,7 @@ def _generation(
     judges: Sequence[str],
     source: str,
     split: str,
-    ask: Ask,
+    ask: Draws,
     frames: int | None,
 ) -> Measured:
     out = fits(out)
@@ -170,7 +170,7 @@ def _generation(
 class Drawing:
     """A loaded generator, asked as `ask` says: `drawing(prompts, seeds)` gives samples and how they were made."""
 
-    def __init__(self, model: str, frames: int | None, ask: Ask):
+    def __init__(self, model: str, frames: int | None, ask: Draws):
         self.sora = capable(model, "generate_image" if frames == 1 else "generate_video", device=ask.device)
         self.device = home(ask.device)
         self.frames = frames or self.sora.config.frames
@@ -365,13 +365,13 @@ def _nearest(
 
 def world(
     out: Path, *, model: str, frames: int = 1, kind: str | None = None, language: str = "en", world_seed: int = 0,
-    ask: Ask | None = None,
+    ask: Draws | None = None,
 ) -> Measured:  # fmt: skip
     """Draw captions of unseen scenes; the exact judge says for each attribute how often the picture keeps its word.
 
     Renders of the same scenes are the ceiling; renders of other scenes are what one gets without reading the text.
     """
-    ask, out = ask or Ask(), fits(out)
+    ask, out = ask or Draws(), fits(out)
     draw = Drawing(model, frames, ask)
     examples = World(ask.count, seed=world_seed, size=draw.size, frames=frames, kind=kind, first=UNSEEN)
     prompts, truth = [], []

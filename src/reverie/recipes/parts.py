@@ -70,23 +70,33 @@ def open_world(
     seed: int,
     frames: int = CLIP_FRAMES,
     size: int = 64,
+    exact: bool = False,
 ) -> Index:
     """The procedural world in `data`: `count` pictures, `moving` clips of `frames`, `hidden` clips with a wall.
 
-    What is not there is drawn first, `size` pixels a side.
+    What is not there is drawn first, `size` pixels a side. InputError, with `exact`: what is there has another number
+    of frames or another size; before anything is drawn.
     """
     if where := address(data):
         raise InputError(
             f"The world is drawn into a folder and read from there, not from {where}: name a folder."
         )
-    parts = []
-    for name, number, length, kind in (
+    every = (
         ("pictures", count, 1, "image"),
         ("clips", moving, frames, "video"),
         ("hidden", hidden, frames, "occlusion"),
-    ):
-        if not number:
-            continue
+    )
+    kinds = [one for one in every if one[1]]
+    for name, _, length, _ in kinds if exact else ():
+        for item in Index.read(data / name) if (Path(data) / name / FILE).exists() else ():
+            has, asked = (item.frames, item.width, item.height), (length, size, size)
+            if has != asked:
+                raise InputError(
+                    f"{data / name} holds {_shown(*has)}, but {_shown(*asked)} were asked for: ask for what is there"
+                    " (--frames, --size), or name a new folder."
+                )
+    parts = []
+    for name, number, length, kind in kinds:
         with team().in_turn():
             there = (Path(data) / name / FILE).exists()
             part = (
@@ -101,6 +111,10 @@ def open_world(
             for item in part
         ]
     return Index(data, parts)
+
+
+def _shown(frames: int, width: int, height: int) -> str:
+    return ("pictures" if frames == 1 else f"clips of {frames} frames") + f" of {width} x {height} pixels"
 
 
 def decoded(index: Index, **how: Any) -> Pixels:
@@ -245,6 +259,11 @@ def keep(system: nn.Module, folder: Path, *, dtype: torch.dtype | None = None) -
     with team().in_turn():
         if team().first:
             reverie.save(system, folder, dtype=dtype)
+
+
+def seldom(steps: int, times: int) -> int:
+    """After how many steps to measure, for about so many `times` in a run; where that were every step, four at most."""
+    return steps // times if steps >= 2 * times else max(-(-steps // 4), 1)
 
 
 def heads_of(width: int) -> int:

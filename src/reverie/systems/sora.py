@@ -149,35 +149,31 @@ class Sora(nn.Module):
         self, batch: dict[str, Any], noise: Any, times: Tensor, text: Any, *, keep: Tensor | None = None
     ) -> Tensor:
         """Of one pass, whole or masked."""
-        latents, known = batch["latents"], batch["known"]
-        packed = isinstance(latents, list)
-        if packed:
-            parts = zip(
-                *([one[None] for one in each] for each in (latents, noise, known, times)), strict=True
-            )
-        else:
-            parts = zip((latents,), (noise,), (known,), (times,), strict=True)
-        entered, targets, weights = [], [], []
-        for clean, noise, known, time in parts:
+        packed = isinstance(batch["latents"], list)
+
+        def parts(of: Any) -> list[Tensor]:
+            """The batch itself, or of a pack each item as a batch."""
+            return [one[None] for one in of] if packed else [of]
+
+        entered, targets, weights = [], list[Tensor](), list[Tensor]()
+        each = (parts(of) for of in (batch["latents"], noise, batch["known"], times))
+        for clean, noisy, known, time in zip(*each, strict=True):
             t = rearrange(time, f"b -> b{' 1' * (known.ndim - 1)}") * ~known
             wide = self.within(t)
-            x_t = gaussian.corrupt(clean, noise, Flow().at(wide))
+            x_t = gaussian.corrupt(clean, noisy, Flow().at(wide))
             entered.append((x_t, t, wide))
             by_x0 = self.config.prediction == "x0"
-            targets.append(self._velocity(clean, x_t, wide) if by_x0 else gaussian.velocity(clean, noise))
-            weights.append(self.within(~known).float())
-        pace = batch.get("pace", 1.0)
-        if packed:
-            x, ts = ([part[i][0] for part in entered] for i in range(2))
-            outs = [out[None] for out in self.backbone(x, ts, *text, pace=pace, keep=keep)]
-        else:
-            outs = [self.backbone(*entered[0][:2], *text, pace=pace, keep=keep)]
-        predicted = [self._velocity(out, x, wide) for out, (x, _, wide) in zip(outs, entered, strict=True)]
-        if not packed:
-            return velocity_loss(predicted[0], targets[0], weight=weights[0])
-        weights = [weight.expand_as(target) for weight, target in zip(weights, targets, strict=True)]
-        flat = [torch.cat([part.flatten() for part in parts]) for parts in (predicted, targets, weights)]
-        return velocity_loss(flat[0], flat[1], weight=flat[2])
+            targets.append(self._velocity(clean, x_t, wide) if by_x0 else gaussian.velocity(clean, noisy))
+            weights.append(self.within(~known).float().expand_as(clean))
+        xs, ts, wides = zip(*entered, strict=True)
+        x, t = ([one[0] for one in of] if packed else of[0] for of in (xs, ts))
+        outs = parts(self.backbone(x, t, *text, pace=batch.get("pace", 1.0), keep=keep))
+        predicted = list(map(self._velocity, outs, xs, wides))
+        said, target, weight = (
+            of[0] if len(of) == 1 else torch.cat([one.flatten() for one in of])
+            for of in (predicted, targets, weights)
+        )
+        return velocity_loss(said, target, weight=weight)
 
     def draw_times(self, normal: Tensor) -> Tensor:
         """Standard normal numbers -> times, logit-normal and shifted as the configuration says."""
