@@ -299,6 +299,43 @@ def test_links_between_our_papers_lead_somewhere():
             assert (paper.parent / target).exists(), f"{paper.name} points to {target}"
 
 
+def prose(paper: Path) -> str:
+    """What is no code."""
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", paper.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(paper: Path) -> set[str]:
+    """What GitHub calls the headings of a paper: in small letters, spaces as dashes, repeated ones numbered."""
+    text = re.sub(r"^```.*?^```", "", paper.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found: set[str] = set()
+    for title in re.findall(r"^#+ +(.+?)[ #]*$", text, re.MULTILINE):
+        title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
+        name = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        twins = (name, *(f"{name}-{i}" for i in range(1, 100)))
+        found.add(next(twin for twin in twins if twin not in found))
+    return found | set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+
+
+def test_every_picture_and_every_anchor_of_the_docs_is_there():
+    docs = ROOT / "docs"
+    papers = [*ROOT.glob("*.md"), *docs.glob("*.md"), *(docs / "systems").glob("*.md")]
+    assert len(papers) > 10
+    missing, seen = [], 0
+    for paper in papers:
+        links = re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)(?: \"[^\"]*\")?\)", prose(paper))
+        links += re.findall(r"<img [^>]*src=\"(?!https?:)([^\"]+)\"", prose(paper))
+        for link in links:
+            name, _, anchor = link.partition("#")
+            target = paper.parent / name if name else paper
+            there = target.exists()
+            if there and anchor and target.suffix == ".md":
+                there, seen = anchor in anchors(target), seen + 1
+            if not there:
+                missing.append(f"{paper.relative_to(ROOT)}: {link}")
+    assert seen, "no anchor was looked up"
+    assert not missing, "\n".join(missing)
+
+
 def test_commands_in_our_papers_exist():
     from reverie.cli import COMMANDS
 

@@ -194,6 +194,15 @@ def test_long_clips_are_written_window_by_window(files, model, monkeypatch, caps
     assert np.array_equal(flatten(decode_array(capsys.readouterr().out.strip())), pixels[:6])
 
 
+def test_weights_are_hashed_when_a_file_is_made_and_once(model, monkeypatch):
+    hashed, sora = [], reverie.load(model)
+    monkeypatch.setattr(parts, "hash_of", lambda system: hashed.append(system) or "0123")
+    made = parts.what_made(sora, model)
+    assert not hashed
+    assert [made("x", seed).weights for seed in range(3)] == ["0123"] * 3
+    assert hashed == [sora]
+
+
 def test_shapes_are_fitted_to_patches():
     assert fitted(100, 100, (96, 96), 32) == (96, 96)
     assert fitted(480, 640, (96, 96), 16) == (80, 112)

@@ -362,7 +362,7 @@ def _size(size: Any) -> tuple[int, int] | None:
     if (
         not isinstance(size, Sequence)
         or len(size) != 2
-        or not all(isinstance(s, Integral) and s > 0 for s in size)
+        or not all(isinstance(s, Integral) and int(s) > 0 for s in size)
     ):
         raise InputError(f"size must be (height, width) in whole pixels, but is {size!r:.60}.")
     return int(size[0]), int(size[1])
@@ -378,7 +378,7 @@ def _what(value: Any) -> str:
 
 
 def _check_strength(strength: Any) -> None:
-    if not isinstance(strength, Real) or not math.isfinite(strength) or not 0 < strength <= 1:
+    if not isinstance(strength, Real) or not math.isfinite(strength) or not 0 < float(strength) <= 1:
         raise InputError(f"strength is {strength!r:.60}: give a number above 0 and at most 1.")
 
 
