@@ -61,6 +61,8 @@ DIT = {
 MASKED = (0.3, 0.5)  # of the patches, as MDT's second version
 OF_MASKED = ("backbone.missing", "backbone.interpolater.")  # what masked passes alone need
 
+SECONDS = 3.0  # that most of Fluent's animations last
+
 PROMPTS = (
     "red apple", "rocket", "a sticker of dog face", "pizza", "sun with face", "red heart", "octopus", "soccer ball",
     "火箭", "grinning face", "green apple", "blue heart", "cat face", "hot beverage", "rainbow", "orange circle",
@@ -303,9 +305,9 @@ def shape(
     )  # fmt: skip
 
 
-def stickers_shape(reader: Clip, **how: Any) -> SoraConfig:
-    """`shape` for twice the usual size at the usual number of patches."""
-    return shape(reader, patch=32, zoom=2, **how)
+def stickers_shape(reader: Clip, *, frames: int, **how: Any) -> SoraConfig:
+    """`shape` for twice the usual size at the usual number of patches, and for animations shown whole."""
+    return dataclasses.replace(shape(reader, patch=32, zoom=2, frames=frames, **how), fps=frames / SECONDS)
 
 
 def fit(
