@@ -74,8 +74,8 @@ class Figures:
     def animate(self) -> list[Strip]:
         """Picture to video."""
         strips = []
-        for label in ("cat face", "butterfly"):
-            first = self.picture(label) if label == "cat face" else self.clip(label)[:, :, :1]
+        for label in ("cat face", "red heart"):
+            first = self.picture(label)
             clip = self.sora.extend(first, [label], forward=self.config.frames - 1, **self.options)[0]
             strips.append((label, clip, [i == 0 for i in range(clip.shape[1])]))
         return strips
@@ -91,9 +91,9 @@ class Figures:
 
     def loop(self) -> list[Strip]:
         """The frames that close a loop, and the first given one again."""
-        given = self.clip("butterfly")[:, :, : self.config.frames // 2]
+        given = self.clip("sun")[:, :, : self.config.frames // 2]
         between = self.config.frames // 4
-        clip = self.sora.loop(given, ["butterfly"], between=between, **self.options)
+        clip = self.sora.loop(given, ["sun"], between=between, **self.options)
         steps = (clip - clip.roll(1, dims=2)).abs().mean((0, 1, 3, 4))
         jump = (given[:, :, 0] - given[:, :, -1]).abs().mean()
         print(

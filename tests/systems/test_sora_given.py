@@ -117,8 +117,12 @@ def test_what_goes_on_is_what_comes_next_and_what_was_before(oracle, films, forw
 
 def test_a_picture_is_extended_as_a_first_frame(sora):
     picture = torch.rand(1, 3, 1, *SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    clip = sora.extend(picture, WORDS, forward=WINDOW - 1, seed=5)
-    assert clip.equal(sora.generate_video(WORDS, first_frame=picture[:, :, 0], frames=WINDOW, seed=5))
+    for guidance in ({}, {"guidance": 3.0}):
+        clip = sora.extend(picture, WORDS, forward=WINDOW - 1, seed=5, **guidance)
+        own = {"guidance": 1.0} | guidance
+        assert clip.equal(
+            sora.generate_video(WORDS, first_frame=picture[:, :, 0], frames=WINDOW, seed=5, **own)
+        )
 
 
 def test_both_ways_have_noise_of_their_own(sora, films, monkeypatch):

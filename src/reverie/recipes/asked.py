@@ -17,7 +17,8 @@ class Ask:
         every: Take one of so many frames of a clip; 1 takes all.
         seed: The same seed draws the same.
         steps: Sampling steps, 1 or more; the model's own number if not given.
-        guidance: How strictly to follow the words: 1 as learnt, more is stricter; the model's own if not given.
+        guidance: How strictly to follow the words: 1 as learnt, more is stricter. If not given, the model's own to edit
+            and inpaint, else 1, since more leads away from the given frames.
         sampler: Such as euler, heun, dpmpp_2m or unipc; euler if not given.
         negative: What not to draw: guidance, unless it is 1, leads away from these words.
         fps: Frames per second of what comes out, 1 to 1000; as the clip has them, or the model's own, if not given.

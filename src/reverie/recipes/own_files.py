@@ -26,6 +26,7 @@ from reverie.progress import counting, say
 from reverie.recipes.asked import Ask
 from reverie.recipes.parts import capable, what_made
 from reverie.systems.sora import SAMPLERS, Sora
+from reverie.systems.sora_given import GOING_ON
 
 
 def animate(picture: Path, prompt: str = "", *, frames: int | None = None, ask: Ask) -> Path:
@@ -249,7 +250,8 @@ class _Task:
         fps = ask.fps or self.pace or own.fps
         if ask.format is not None:
             check_format(ask.format, 2 if self.moving else self.frames, fps)
-        check_negative(ask.negative, own.guidance if ask.guidance is None else ask.guidance)
+        usual = own.guidance if self.name in ("edit", "inpaint") else GOING_ON["guidance"]
+        check_negative(ask.negative, usual if ask.guidance is None else ask.guidance)
         options = {
             "seed": ask.seed, "steps": ask.steps, "sampler": ask.sampler, "negative": ask.negative,
             "guidance": ask.guidance if self.prompt else 0.0,  # without words, nothing leads away from none

@@ -11,7 +11,8 @@ Clips and pictures are `b 3 f h w` in [-1, 1], a picture one frame; `3 f h w` is
 pictures and the paths of pictures and clips, which are cropped to `size`, or to the size that the model learnt. What
 is longer than the model was trained at is drawn in windows of so many frames (`window`), each of which knows what was
 drawn before it in `overlap` frames or more. Window i of an item of seed s has the seed (s, "window", i), the first one
-s itself; backward (s, "backward", i). Other options are those of `generate`.
+s itself; backward (s, "backward", i). Other options are those of `generate`; what goes on from frames (extend, loop,
+connect) has guidance 1 unless another is given, since more leads away from the frames, towards the words.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 Clip = Tensor | str | Path | Image.Image
 
+GOING_ON = {"guidance": 1.0}
 FAR = 2.0  # what a signal in [-1, 1] may reach by rounding and resizing, and no scale of 0 to 255
 
 
@@ -45,6 +47,7 @@ def extend(
     sora: Sora, clip: Clip, prompts: Sequence[str], *, forward: int = 0, backward: int = 0, **options: Any
 ) -> Tensor:
     """The clip with `forward` frames after it and `backward` frames before it; a picture is a clip of one frame."""
+    options = GOING_ON | options
     clip = _clip(sora, clip, prompts, options, moving=True)
     if min(_count(forward, "forward"), _count(backward, "backward")) < 0 or forward + backward < 1:
         raise InputError(
@@ -79,7 +82,7 @@ def loop(
         raise InputError(
             "a clip of 1 frame has no two ends that a loop could join: extend it first, or give a clip."
         )
-    return torch.cat([clip, _between(sora, clip, clip, prompts, between, 1.0, options)], dim=2)
+    return torch.cat([clip, _between(sora, clip, clip, prompts, between, 1.0, GOING_ON | options)], dim=2)
 
 
 def connect(
@@ -104,7 +107,7 @@ def connect(
     if first.shape[3:] != second.shape[3:]:
         sizes = " and ".join(f"{clip.shape[3]} x {clip.shape[4]}" for clip in (first, second))
         raise InputError(f"clips of {sizes} pixels cannot be connected: give both at one size.")
-    drawn = _between(sora, first, second, prompts, between, start, options)
+    drawn = _between(sora, first, second, prompts, between, start, GOING_ON | options)
     return torch.cat([first, drawn, second], dim=2)
 
 
