@@ -558,7 +558,7 @@ def test_sample_with_a_real_model(clip_folder, tmp_path, capsys):
     assert reverie("sample", "a red circle", *flags, "--size", 32, 48) == 0
     assert reverie("sample", "a red circle", *flags, "--frames", 4, "--first-frame", picture) == 0
     capsys.readouterr()
-    for flag, wrong, words in (("--guidance", "nan", "guidance"), ("--steps", 0, "0 steps")):
+    for flag, wrong, words in (("--guidance", "nan", "guidance"), ("--steps", 0, "steps is 0")):
         assert reverie("sample", "a red circle", *flags, flag, wrong) == 2
         out, err = capsys.readouterr()
         assert not out
