@@ -272,10 +272,11 @@ def _continue(run: _Run) -> dict[str, Any]:
             begun = time.perf_counter()
             item = run.item(label, source="fluent-anim", video=True)
             given = torch.from_numpy(to_signal(run.index.media(item), size=size))
-            video = run.sora.generate_video(
-                [label], first_frame=given, seed=run.seed, steps=run.steps, progress=stage.tick
+            frames = run.sora.config.frames - 1
+            video = run.sora.extend(
+                given, [label], forward=frames, seed=run.seed, steps=run.steps, progress=stage.tick
             )
-            made = replace(run.made(label, run.seed), asked={"first_frame": Path(item.file_name).name})
+            made = replace(run.made(label, run.seed), asked={"extends": Path(item.file_name).name})
             original = flatten(decode_array(run.index.media(item)))
             file = f"sample/original-{number}.webp"
             write(run.out / file, original, fps=item.fps)
