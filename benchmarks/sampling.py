@@ -43,7 +43,7 @@ def measure(case: argparse.Namespace) -> dict[str, object]:
     return {
         "model": case.model,
         "frames": case.frames,
-        "size": "x".join(map(str, sora.config.size)),
+        "size": "x".join(map(str, sora.size_of(case.frames))),
         "batch": case.batch,
         "steps": case.steps or sora.config.steps,
         "device": str(home()),
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, help="the model's own number if not given")
     parser.add_argument("--threads", type=int, help="all of the machine's if not given")
-    parser.add_argument("--clip", type=int, default=16, help="frames of a clip")
+    parser.add_argument("--clip", type=int, default=24, help="frames of a clip")
     parser.add_argument("--frames", type=int, help="with --batch: only this case, in this process")
     parser.add_argument("--batch", type=int)
     case = parser.parse_args()
