@@ -764,7 +764,7 @@ def sample(
 
     from reverie.nn.cache import check_threshold
     from reverie.pictures import to_signal
-    from reverie.recipes.own_files import check_negative, long_clip, smaller
+    from reverie.recipes.own_files import GOING_ON, check_negative, long_clip, smaller
     from reverie.recipes.parts import capable, what_made
     from reverie.samplers.guidance import check_options
 
@@ -794,7 +794,8 @@ def sample(
     if first_frame is not None:
         picture = to_signal(first_frame, size=size or system.size_of(frames))
         asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
-    own = getattr(system.config, "guidance", None) if guidance is None else guidance
+        asked = GOING_ON | asked
+    own = asked.get("guidance", getattr(system.config, "guidance", None))
     check_negative(negative, 0.0 if own is None else own)
     extra = {"precision": None if precision == "fp32" else precision, "quantise": quantise}
     made = what_made(system, model, **asked | extra | {"first_frame": first_frame})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -71,10 +73,11 @@ def source(files, name, **how):
 def test_a_picture_begins_a_clip(run, files):
     path, pixels, err = run("animate", "wide.png", "a red square", "--frames", 9)
     assert path.endswith("out/000-wide-animate.webp")
-    assert pixels.shape == (9, 8, 24, 3)
-    assert "wide.png is 80 x 40: drawn at 24 x 8, in whole patches of 8, 33% of it cut off." in err
-    assert np.array_equal(pixels[0], source(files, "wide.png", size=(8, 24))[0])
+    assert pixels.shape == (9, 8, 16, 3)
+    assert "wide.png is 80 x 40: drawn at 16 x 8" in err
+    assert np.array_equal(pixels[0], source(files, "wide.png", size=(8, 16))[0])
     made = output.read(path)
+    assert made.guidance == 1  # what goes on from frames
     assert (made.prompt, made.task, made.asked["frames"]) == ("a red square", "animate", 9)
     assert probe(path).fps == 10
     assert len(run("animate", "wide.png", "x")[1]) == 6
@@ -302,3 +305,15 @@ def test_what_is_cheap_is_refused_before_a_model_is_loaded(files, monkeypatch, c
     ):
         assert cli.main(call) == 2, call
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("aspect", [(3, 4), (2, 3), (9, 16), (1, 1), (5, 2)])
+def test_a_shape_is_kept_as_near_as_whole_patches_can(aspect):
+    """What is cut off is no more than a patch's rounding at that size can explain."""
+    for unit, side in ((32, 96), (16, 256), (8, 64)):
+        height, width = fitted(aspect[0] * 120, aspect[1] * 120, (side, side), unit)
+        assert height % unit == width % unit == 0
+        assert 0.4 <= height * width / side**2 <= 2
+        assert abs(math.log(height / width * aspect[1] / aspect[0])) <= 0.5 * unit / min(height, width)
+        turned = fitted(aspect[1] * 120, aspect[0] * 120, (side, side), unit)
+        assert turned == (width, height)

@@ -456,8 +456,10 @@ def test_first_frame_is_a_known_frame(sora):
     first = pictures(2)[:, :, 0]
     known, mask = torch.zeros(2, 3, 4, 8, 8), torch.zeros(2, 4, dtype=torch.bool)
     known[:, :, 0], mask[:, 0] = first, True
-    expected = sora.generate(PROMPTS[:2], frames=4, known=known, known_mask=mask)
-    assert sora.generate_video(PROMPTS[:2], first_frame=first).equal(expected)
+    for guidance in (1.0, 3.0):
+        expected = sora.generate(PROMPTS[:2], frames=4, known=known, known_mask=mask, guidance=guidance)
+        own = {} if guidance == 1 else {"guidance": guidance}
+        assert sora.generate_video(PROMPTS[:2], first_frame=first, **own).equal(expected)
     shared = sora.generate_video(PROMPTS[:2], first_frame=first[0])
     assert shared[:, :, 0].equal(first[:1].expand(2, -1, -1, -1))
     assert shared.equal(sora.generate_video(PROMPTS[:2], first_frame=first[:1], size=None))

@@ -34,7 +34,9 @@ def batch_ids(
     """
     if n < 1:
         raise InputError("There is no sample to train on: import a folder with accepted media first.")
-    if batch < 1 or batch % world:
+    if batch < 1:
+        raise InputError(f"A batch of {batch} holds nothing: give 1 or more.")
+    if batch % world:
         raise InputError(
             f"A batch of {batch} cannot be shared by {world} ranks: make it a multiple of {world}."
         )

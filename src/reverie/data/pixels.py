@@ -265,7 +265,10 @@ class Pixels:
 def sizes_of(index: Index, size: Size) -> list[tuple[int, int]]:
     """(height, width) of what each item of an index is decoded to. InputError: it has no item."""
     if len(index) == 0:
-        raise InputError(f"There is nothing to decode in {index.folder}: no item was accepted or selected.")
+        raise InputError(
+            f"There is nothing to decode in {index.folder}: no item was accepted or selected. `reverie data"
+            f" check {index.folder}` says why, and after a change `reverie data import {index.folder}` reads it again."
+        )
     if isinstance(size, Native):
         return [
             whole_patches(max(item.height, 1), max(item.width, 1), patch=size.patch, area=size.area)

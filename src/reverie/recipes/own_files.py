@@ -169,14 +169,22 @@ def smaller(size: tuple[int, int], unit: int) -> tuple[int, int]:
 def fitted(height: int, width: int, like: tuple[int, int], unit: int) -> tuple[int, int]:
     """The shape of `height` by `width` with about as many pixels as `like`, in whole patches of `unit` pixels.
 
-    What is narrower than a patch then becomes one wide, and so much shorter.
+    Of all such shapes the one that is nearest in aspect first, and half as much in area. What is narrower than a patch
+    becomes one wide, and so much shorter.
     """
     scale = math.sqrt(like[0] * like[1] / (height * width))
-    sides = _rounded(height * scale, unit), _rounded(width * scale, unit)
-    if min(height, width) * scale >= unit:
-        return sides
-    most = max(like[0] * like[1] // unit**2, 1) * unit
-    return min(sides[0], most), min(sides[1], most)
+    most = max(like[0] * like[1] // unit**2, 1)
+    if min(height, width) * scale < unit:
+        return min(_rounded(height * scale, unit), most * unit), min(
+            _rounded(width * scale, unit), most * unit
+        )
+    shapes = [(high, wide) for high in range(1, 2 * most + 1) for wide in range(1, 2 * most // high + 1)]
+    off = [
+        abs(math.log(high * width / (wide * height))) + abs(math.log(high * wide / most)) / 2
+        for high, wide in shapes
+    ]
+    high, wide = shapes[off.index(min(off))]
+    return high * unit, wide * unit
 
 
 class _Task:
@@ -251,10 +259,11 @@ class _Task:
         if ask.format is not None:
             check_format(ask.format, 2 if self.moving else self.frames, fps)
         usual = own.guidance if self.name in ("edit", "inpaint") else GOING_ON["guidance"]
-        check_negative(ask.negative, usual if ask.guidance is None else ask.guidance)
+        guidance = usual if ask.guidance is None else ask.guidance
+        check_negative(ask.negative, guidance)
         options = {
             "seed": ask.seed, "steps": ask.steps, "sampler": ask.sampler, "negative": ask.negative,
-            "guidance": ask.guidance if self.prompt else 0.0,  # without words, nothing leads away from none
+            "guidance": guidance if self.prompt else 0.0,  # without words, nothing leads away from none
         }  # fmt: skip
         options = {name: value for name, value in options.items() if value is not None}
         with counting(self.name) as progress:
@@ -307,7 +316,8 @@ def _check_ask(ask: Ask) -> None:
 
 def _probe(file: Path) -> Probe:
     if not file.is_file():
-        raise InputError(f"There is no file {file}: name a picture or a clip.")
+        what = f"{file} is a folder" if file.is_dir() else f"There is no file {file}"
+        raise InputError(f"{what}: name a picture or a clip.")
     return probe(file)
 
 

@@ -203,7 +203,7 @@ class Sora(nn.Module):
         """Prompts -> videos `b 3 f h w` in [-1, 1].
 
         `first_frame`, if given, is continued: `b 3 h w` or `3 h w` in [-1, 1], or a picture or its path, which is
-        cropped to the videos' size.
+        cropped to the videos' size. Guidance is 1 then unless it is given (systems/sora_given.py).
         """
         frames = self.config.frames if frames is None else frames
         if first_frame is None:
@@ -228,6 +228,7 @@ class Sora(nn.Module):
         known[:, :, 0] = first
         mask = torch.zeros(len(prompts), frames, dtype=torch.bool)
         mask[:, 0] = True
+        options = sora_given.GOING_ON | options
         return self.generate(prompts, frames=frames, known=known, known_mask=mask, **options)
 
     @torch.no_grad()

@@ -176,6 +176,7 @@ def stream(
     window, overlap = _window(sora, window, overlap)
     seeds = _seeds(seed, len(prompts))
     if given is not None:
+        options = GOING_ON | options
         given = _clip(sora, given, prompts, {"size": size}, moving=True)
     held = None if given is None else given[:, :, -window:]
     pieces = _pieces(frames, window, overlap, first=held is None)
