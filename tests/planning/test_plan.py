@@ -228,3 +228,10 @@ def test_what_is_frozen_is_not_shared_out():
     text = sum(p.numel() for p in model_of(it, How(precision="fp32", lock="text")).text.parameters())
     assert weights.all - weights.trained >= text
     assert weights.block + weights.rest < weights.trained
+
+
+def test_every_batch_of_a_step_must_be_shared_equally():
+    """As training refuses it: pictures and clips are two batches."""
+    with pytest.raises(InputError, match="3 clips a step cannot be shared by 8 devices equally: give 8"):
+        plan("sora-stickers", gpus=8)
+    assert plan("sora-stickers", gpus=8, clips=8).setup.gpus == 8

@@ -600,9 +600,12 @@ def draw_up(
     """The plan of a subject. `unmasked`: the share of the steps in which nothing is dropped. `advise`: also find the
     largest batch that fits and, where the plan does not, what would."""
     for part in what.parts:
-        if part.batch % setup.gpus and len(what.parts) == 1:
+        if part.batch % setup.gpus:
+            batch = (
+                f"a batch of {part.batch:,}" if len(what.parts) == 1 else f"{part.batch:,} {part.what} a step"
+            )
             raise InputError(
-                f"a batch of {part.batch:,} cannot be shared by {setup.gpus:,} devices equally: give"
+                f"{batch} cannot be shared by {setup.gpus:,} devices equally: give"
                 f" {-(-part.batch // setup.gpus) * setup.gpus:,}."
             )
     model = model_of(what, how)
