@@ -614,6 +614,11 @@ def test_sample_writes_a_picture_for_each_prompt(painter, tmp_path, capsys):
         "prompt": "a red rocket", "seed": 0, "model": "painter", "weights": "", "steps": 5, "task": "sample",
         "asked": {"size": [32, 48]}, "reverie": "",
     }  # fmt: skip
+    (tmp_path / "bad.png").write_text("no picture")  # a bad file keeps no other from being told of
+    assert reverie("info", tmp_path / "bad.png", new) == 2
+    told = capsys.readouterr()
+    assert "002-a-red-rocket.png: png, 48 x 32" in told.out
+    assert "1 of 2 files could not be read" in told.err
     painter.generate = lambda *, steps, guidance, sampler: None
     assert reverie("sample", "a red rocket", *flags, *finer) == 2
     assert "painter has no negative to choose: leave out --negative." in capsys.readouterr().err

@@ -841,8 +841,16 @@ def info(files: list[Path], /, *, json: bool = False) -> None:
     if not files:
         raise InputError("Name a file, such as: reverie info samples/000-a-red-rocket.png.")
     told: list[dict[str, Any]] = []
+    bad = []
     for file in files:
-        found, made = probe(file), output.read(file)
+        try:
+            found, made = probe(file), output.read(file)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            say(str(error))
+            bad.append(file)
+            continue
         seen = {"file": str(file), "kind": found.kind, "width": found.width, "height": found.height}
         seen |= {"frames": found.frames, "fps": found.fps} if found.frames > 1 else {}
         told.append(seen | {"made": made and made.values()})
@@ -852,6 +860,8 @@ def info(files: list[Path], /, *, json: bool = False) -> None:
             print(made or "It does not say what made it.")
     if json:
         _print_json(told)
+    if bad:
+        raise InputError(f"{len(bad)} of {len(files)} files could not be read, such as {bad[0]}.")
 
 
 def expand(
