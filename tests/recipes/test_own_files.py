@@ -99,6 +99,15 @@ def test_a_clip_goes_on_and_back_and_round(run, files):
     assert np.array_equal(pixels[:7], given)
 
 
+def test_two_drawn_files_are_connected_by_the_words_of_both(run, files):
+    one, other = (
+        run("animate", "wide.png", words, "--frames", 2)[0] for words in ("a red square", "a blue disc")
+    )
+    path, _, err = run("connect", one, other, "--between", 1)
+    assert output.read(path).prompt == "a red square, a blue disc"
+    assert err.count("stays the prompt") == 2
+
+
 def test_two_files_are_connected(run, files):
     path, pixels, said = run("connect", "clip.webp", "wide.png", "--between", 2, "--start", 0.5)
     assert "wide.png is 80 x 40: drawn at 16 x 16 like clip.webp, 50% of it cut off." in said

@@ -80,8 +80,7 @@ def connect(
     """The first clip, the frames that lead over, and the second clip, which takes the size of the first."""
     _check_between(between)
     _check_share("start", start)
-    task = _Task("connect", first, prompt, ask=ask, moving=True)
-    _probe(second)
+    task = _Task("connect", first, prompt, ask=ask, moving=True, also=(second,))
     one, other = task.read(first), task.read(second)
     return task.draw(
         lambda **how: task.sora.connect(one, other, between=between, start=start, **how),
@@ -190,12 +189,23 @@ def fitted(height: int, width: int, like: tuple[int, int], unit: int) -> tuple[i
 class _Task:
     """What is asked of a file. The model is loaded when it is first needed, after all checks that are cheap."""
 
-    def __init__(self, name: str, file: Path, prompt: str, *, ask: Ask, moving: bool = False):
+    def __init__(
+        self,
+        name: str,
+        file: Path,
+        prompt: str,
+        *,
+        ask: Ask,
+        moving: bool = False,
+        also: tuple[Path, ...] = (),
+    ):
         _check_ask(ask)
         self.name, self.ask, self.file, self.found, self.moving = name, ask, file, _probe(file), moving
         if ask.format is not None:
             check_format(ask.format, 2 if moving else self.frames, ask.fps or self.pace or 1)
-        self.prompt = self._words(prompt)
+        for other in also:
+            _probe(other)
+        self.prompt = prompt if prompt.strip() else _words_of(file, *also)
         if not self.prompt and name != "edit" and (ask.guidance is not None or ask.negative is not None):
             raise InputError(
                 "without words nothing is guided: give a prompt, or leave --guidance and --negative out."
@@ -277,15 +287,16 @@ class _Task:
         stem = ask.out / f"{next_number(ask.out):03d}-{name}-{self.name}"
         return store(signal, stem, fps=fps, format=ask.format, made=made(self.prompt, ask.seed))
 
-    def _words(self, prompt: str) -> str:
-        """The prompt, or if there is none the one that made the file."""
-        if prompt.strip():
-            return prompt
-        made = read(self.file)
-        if made is None or not made.prompt.strip():
-            return ""
-        say(f"{self.file.name} was made from {made.prompt!r:.80}, which stays the prompt.")
-        return made.prompt
+
+def _words_of(*files: Path) -> str:
+    """The prompts that made the files, which is said; nothing if they do not say."""
+    prompts: list[str] = []
+    for file in files:
+        made = read(file)
+        if made is not None and made.prompt.strip() and made.prompt not in prompts:
+            say(f"{file.name} was made from {made.prompt!r:.80}, which stays the prompt.")
+            prompts.append(made.prompt)
+    return ", ".join(prompts)
 
 
 def check_negative(negative: str | None, guidance: float) -> None:
