@@ -6,8 +6,8 @@
     clip_score  2.5 max(cos, 0), and with references RefCLIPScore                   2104.08718
 
 Each takes a caption an item and a list of references an item, and gives the score of all and of each. The numbers are
-those of COCO's scorer on the same tokens (tests/evals/test_captions.py). `tokens` stands in for its tokenizer, which
-is a Java program: lower case, no punctuation; on plain captions they agree.
+those of COCO's scorer on the same tokens (tests/evals/test_captions.py). `tokens` stands in for its tokenizer, a
+Java program with which it has not been compared: lower case, no punctuation.
 """
 
 from __future__ import annotations
