@@ -764,9 +764,10 @@ def sample(
 
     from reverie.nn.cache import check_threshold
     from reverie.pictures import to_signal
-    from reverie.recipes.own_files import GOING_ON, check_negative, long_clip, smaller
+    from reverie.recipes.own_files import check_negative, long_clip, smaller
     from reverie.recipes.parts import capable, what_made
     from reverie.samplers.guidance import check_options
+    from reverie.systems.sora_given import GOING_ON
 
     check_options(interval or (0.0, 1.0), rescale or 0.0)
     check_threshold(cache or 0.0)

@@ -151,7 +151,7 @@ def _alike(own: dict[tuple[str, ...], float], other: dict[tuple[str, ...], float
     """The cosine of two sparse vectors, in which no n-gram of `own` counts more than it does in `other`."""
     both = math.hypot(*own.values()) * math.hypot(*other.values())
     dot = sum(min(weight, other[gram]) * other[gram] for gram, weight in own.items() if gram in other)
-    return dot / both if both else dot
+    return dot / both if both else 0.0
 
 
 def clip_score(images: Tensor, captions: Tensor) -> Tensor:
