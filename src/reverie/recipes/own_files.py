@@ -268,7 +268,7 @@ class _Task:
         fps = ask.fps or self.pace or own.fps
         if ask.format is not None:
             check_format(ask.format, 2 if self.moving else self.frames, fps)
-        usual = own.guidance if self.name in ("edit", "inpaint") else GOING_ON["guidance"]
+        usual = GOING_ON["guidance"] if self.moving else own.guidance
         guidance = usual if ask.guidance is None else ask.guidance
         check_negative(ask.negative, guidance)
         options = {
