@@ -272,3 +272,30 @@ def test_importing_the_codec_does_not_import_the_tokenizer_library():
         "import sys, reverie.codecs.pieces; sys.exit('tokenizers' in sys.modules or 'ftfy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_words_are_laid_out_as_berts(tmp_path):
+    words = Pieces.train_words(CAPTIONS, vocab=90)
+    assert (words.start, words.end, words.pad, words.vocab) == (2, 3, 0, 90)
+    assert words.special == {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[DEC]": 4, "[ENC]": 5}
+    tokens = words.encode(["A red Ball moves left", "红色的小球", "cafe croissants"])
+    assert tokens[:, 0].eq(2).all()
+    assert (tokens == 3).sum(1).eq(1).all()
+    assert words.decode(tokens) == ["a red ball moves left", "红 色 的 小 球", "cafe croissants"]
+    assert words.encode(["☃"]).tolist() == [[2, 1, 3]]
+    words.write(tmp_path)
+    again = Pieces.read(tmp_path)
+    assert torch.equal(again.encode(CAPTIONS), words.encode(CAPTIONS))
+    assert again.special == words.special
+    # Also what is written in the middle of a word, which a network may begin a text with.
+    assert again.decode(torch.arange(6, 90)[:, None]) == words.decode(torch.arange(6, 90)[:, None])
+    with pytest.raises(InputError, match="at least 16"):
+        Pieces.train_words(CAPTIONS, vocab=9)
+
+
+def test_a_vocabulary_of_words_is_the_same_in_every_process():
+    """The library alone breaks ties in the order of a hash map, which a resumed run would not survive."""
+    code = f"""from reverie.codecs.pieces import Pieces
+print(Pieces.train_words({CAPTIONS[:6]}, vocab=90)._backend.to_str())"""
+    found = {subprocess.check_output([sys.executable, "-c", code]) for _ in range(4)}
+    assert len(found) == 1

@@ -1,4 +1,4 @@
-"""Text <-> tokens by whole pieces: the vocabularies of SigLIP and SigLIP 2, or one trained on your captions.
+"""Text <-> tokens by whole pieces: the vocabularies of SigLIP, SigLIP 2 and BERT, or one trained on your captions.
 
 Papers: Kudo 2018 (1804.10959), unigram pieces; Zhai et al. 2023, SigLIP (2303.15343); Tschannen et al. 2025, SigLIP 2
 (2502.14786). SigLIP has 32,000 unigram pieces, SigLIP 2 Gemma's 256,000 byte pairs with single bytes to fall back on.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CLEANS = ("none", "siglip", "canonicalize", "lower", "whitespace")
+CHINESE = "[\u3000-\u303f\u3400-\u9fff\uff00-\uffef]"
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 # What a tokenizer.json may be made of. A stranger's regular expression (Split, Replace) may still be slow: the library
 # gives up after a number of steps, which `_mistake` says.
@@ -67,6 +68,12 @@ class Pieces:
         self.start = self._before[0] if before else None
         self.end = self._after[-1] if after else None
         self.pad, self.clean, self.side = pad, clean, side
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The ids of tokens that stand for no text, by name."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
 
     def fits(self, *, vocab: int, end: int | None = None) -> None:
         """InputError: a text tower of `vocab` tokens, read at the token `end` if given, cannot read these."""
@@ -111,6 +118,43 @@ class Pieces:
         learner.model = models.Unigram([*((name, 0.0) for name in specials), *pieces], unk_id=2)
         learner.add_special_tokens(specials)
         return cls(learner, before=[], after=[1], pad=1)
+
+    @classmethod
+    def train_words(cls, captions: Iterable[str], *, vocab: int) -> Pieces:
+        """A WordPiece vocabulary of at most `vocab`, laid out as BERT's (1810.04805): `[CLS] tokens... [SEP]`.
+
+        Texts are in lower case and without accents; a Chinese character is a word of its own. A character that no
+        caption has is unknown. The ids: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [DEC] 4, [ENC] 5.
+        """
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+        specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "[ENC]"]
+        if vocab < 16:
+            raise InputError(f"a vocabulary of pieces needs at least 16, not {vocab}")
+        if isinstance(captions, str):
+            raise InputError(f"train takes a list of captions, not the text {captions[:40]!r}: write [text]")
+        learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        learner.normalizer = normalizers.BertNormalizer()
+        learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        # Left to itself the library numbers the characters inside words in the order of a hash map, and of pairs that
+        # are equally frequent it joins those of lower numbers; so they are numbered here.
+        captions = list(captions)
+        plain = {learner.normalizer.normalize_str(text) for text in captions}
+        words = {word for text in plain for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)}
+        inside = [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab, special_tokens=[*specials, *inside], show_progress=False
+        )
+        learner.train_from_iterator(captions, trainer)
+        pieces = [name for name in learner.get_vocab() if name not in specials]
+        if not pieces:
+            raise InputError("no vocabulary can be learnt from captions without a letter: give others")
+        ids = {name: i for i, name in enumerate([*specials, *sorted(pieces)])}
+        made = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+        made.normalizer, made.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+        made.decoder = decoders.WordPiece()
+        made.add_special_tokens(specials)
+        return cls(made, before=[2], after=[3], pad=0)
 
     @classmethod
     def read(cls, path: str | Path, *, clean: str | None = None) -> Pieces:
@@ -254,6 +298,13 @@ def clean(text: str, rule: str) -> str:
         text = text.replace("_", " ").translate(PUNCTUATION)
     text = " ".join(text.split())
     return text if rule == "whitespace" else " ".join(text.lower().split())
+
+
+def joined(text: str) -> str:
+    """A text of BERT's pieces as one writes it: no spaces beside Chinese characters, nor before and within marks."""
+    text = re.sub(rf"(?<={CHINESE}) | (?={CHINESE})", "", text)
+    text = re.sub(r" ([’']) (?=(?:s|t|re|ve|ll|d|m)\b)", r"\1", text)
+    return re.sub(r" (?=[,.:;!?%)\]}”])|(?<=[(\[{“]) ", "", text)
 
 
 # --- files from strangers -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -117,3 +118,9 @@ def as_batch(
     images = F.interpolate(images, size=box, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = (box[0] - size) // 2, (box[1] - size) // 2
     return images[..., top : top + size, left : left + size]
+
+
+def coloured(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pictures `... 3 h w` in [-1, 1] as a tower expects them: less the mean of colours in [0, 1], over their std."""
+    colour = rearrange(torch.tensor([mean, std]), "two c -> two c 1 1").to(images)
+    return ((images + 1) / 2 - colour[0]) / colour[1]

@@ -43,6 +43,7 @@ class VitConfig:
     stem: Literal["patch", "conv"] = "patch"
     stem_bias: bool = False  # of the patch projection
     norm_pre: bool = True
+    norm_post: bool = True
     registers: int = 0
     pool: Literal["class", "mean", "attention"] = "class"
     eps: float = 1e-5
@@ -119,7 +120,7 @@ class Vit(nn.Module):
             )
             for _ in range(config.depth)
         )
-        self.norm_post = nn.LayerNorm(config.width, eps=config.eps)
+        self.norm_post = nn.LayerNorm(config.width, eps=config.eps) if config.norm_post else nn.Identity()
         self.pooling = AttentionPool(config) if config.pool == "attention" else None
 
     def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -127,6 +128,13 @@ class Vit(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm_post(x[:, :seen])
+
+    def deep(self, image: Tensor, *, leave: int = 0) -> Tensor:
+        """Features `b n d` before the last norm, without the last `leave` blocks (BLIP-2, 2301.12597, section 3.4)."""
+        x, seen = self._tokens(image, None)
+        for block in self.blocks[: len(self.blocks) - leave]:
+            x = block(x)
+        return x[:, :seen]
 
     def layers(self, image: Tensor) -> list[Tensor]:
         """What each convolution of a conv stem and each block make of it, `b n d`, without class and registers."""

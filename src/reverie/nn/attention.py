@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reverie.nn.keyvalues import Known, Past, Readers
 from reverie.nn.linear import Linear, widens
 from reverie.nn.positions import rotate
 
@@ -118,7 +119,8 @@ class SelfAttention(nn.Module):
     """`b n d -> b n d`; `rotary` is a (cos, sin) pair of `positions.rotary`; `qk_norm` as in SD3 (2403.03206, 5.3).
 
     With `at`, `b`: only the vector at this position of each item is wanted, `b d`, and only that one is computed.
-    With `runs`: packed, `t d -> t d`, and `rotary` of all t.
+    With `runs`: packed, `t d -> t d`, and `rotary` of all t. With `past`: x are the newest positions, which also read
+    those that `past` keeps (keyvalues.py); `causal` is then among the newest.
     """
 
     def __init__(self, width: int, heads: int, *, bias: bool = True, qk_norm: bool = False):
@@ -138,6 +140,7 @@ class SelfAttention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         at: Tensor | None = None,
         runs: Runs | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         # In three parts: the gradients of one rearranged whole would be copied twice.
         parts = self.qkv(x).chunk(3, -1)
@@ -145,6 +148,13 @@ class SelfAttention(nn.Module):
         q, k = self.norm_q(q), self.norm_k(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        if past is not None:
+            assert runs is at is mask is None, "a past is of rows of one length"
+            k, v = past(k, v)
+            n, m = q.shape[-2], k.shape[-2]
+            if causal and n < m:
+                causal = False  # as a mask, since the first query is no longer the first position
+                mask = None if n == 1 else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         if runs is None:
             return self.out(self._mix(q, k, v, mask, causal, at))
         assert mask is None, "runs have no mask"
@@ -178,7 +188,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """`b n d` reads `context b m c` where `context_mask b m` is True; with `runs`, packed `t d` a `PackedContext`."""
+    """`b n d` reads `context b m c` where `context_mask b m` is True; with `runs`, packed `t d` a `PackedContext`.
+
+    `known(context)` is what is computed of a context alone, once; it is then read in the context's place.
+    """
 
     def __init__(
         self, width: int, heads: int, *, context_width: int, bias: bool = True, qk_norm: bool = False
@@ -194,11 +207,14 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor | PackedContext,
+        context: Tensor | PackedContext | Known,
         context_mask: Tensor | None = None,
         *,
         runs: Runs | None = None,
     ) -> Tensor:
+        if isinstance(context, Known):
+            assert runs is context_mask is None, "what is known has its own mask"
+            return self._read(x, context)
         if isinstance(context, Tensor):
             assert runs is None, "packed items read a PackedContext"
             b, n, _ = x.shape
@@ -228,4 +244,23 @@ class CrossAttention(nn.Module):
         for items, query, (seen, *rest) in zip(counts, queries, rests, strict=True):
             out = attend(rearrange(query, "heads (b n) d -> b heads n d", b=items), *rest, mask=seen)
             done.append(rearrange(out, "b heads n d -> (b n) (heads d)"))
+        return self.out(done[0] if len(done) == 1 else torch.cat(done))
+
+    def known(self, context: Tensor, context_mask: Tensor | None, readers: Readers) -> Known:
+        """The keys and values of `context b m c`, which `readers` say who reads."""
+        kv = rearrange(self.kv(context), "b m (two heads d) -> two b heads m d", two=2, heads=self.heads)
+        k, v = kv.contiguous()
+        return Known(self.norm_k(k), v, context_mask, readers)
+
+    def _read(self, x: Tensor, context: Known) -> Tensor:
+        """All rows that read one item are queries of one attention, so that nothing of the context is repeated."""
+        q, n = self.norm_q(rearrange(self.q(x), "r n (heads d) -> r n heads d", heads=self.heads)), x.shape[1]
+        parts = q.split([items * each for _, items, each in context.readers.runs])
+        done = []
+        for part, (first, items, each) in zip(parts, context.readers.runs, strict=True):
+            at = slice(first, first + items)
+            mask = None if context.mask is None else rearrange(context.mask[at], "b m -> b 1 1 m")
+            queries = rearrange(part, "(b each) n heads d -> b heads (each n) d", each=each)
+            out = attend(queries, context.k[at], context.v[at], mask=mask)
+            done.append(rearrange(out, "b heads (each n) d -> (b each) n (heads d)", n=n))
         return self.out(done[0] if len(done) == 1 else torch.cat(done))
