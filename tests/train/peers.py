@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from reverie.encoders.med import MedConfig
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.objectives.contrastive import ALONE, Peers, accuracy, info_nce, sigmoid_loss
+from reverie.systems.blip import Blip, BlipConfig
+from reverie.systems.blip_training import BlipTraining
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.gradient_cache import cached
 from reverie.train.parallel import processes
@@ -67,6 +70,7 @@ def check() -> None:
         for kind in ("softmax", "sigmoid"):
             for chunk in (0, 2):
                 systems(peers, mine, kind, chunk)
+        mixtures(peers, mine)
     assert not dist.is_initialized()
     sys.stdout.write(f"rank {peers.rank} of {count} agrees\n")  # at once, or two processes mix
     sys.stdout.flush()
@@ -188,6 +192,72 @@ def systems(peers: Peers, mine: slice, kind: str, chunk: int) -> None:
         assert not torch.equal(other, first), f"{name} has not moved"
         close(one - first, other - first, 1e-10, f"{kind} chunk {chunk} {name}")
         close(one.grad, other.grad, 1e-10, f"{kind} chunk {chunk} gradient of {name}")
+
+
+class Mixture(nn.Module):
+    """The same for BLIP."""
+
+    def __init__(self, training: BlipTraining, peers: Peers):
+        super().__init__()
+        self.training_of, self.peers = training, peers
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.training_of.loss(batch, peers=self.peers)
+
+
+def mixtures(peers: Peers, mine: slice) -> None:
+    """Three steps of a small BLIP, its slow copies and its queue: losses and weights of one process."""
+    image = VitConfig(size=16, patch=8, width=16, depth=1, heads=2)
+    text = MedConfig(
+        vocab=32,
+        length=6,
+        width=16,
+        depth=1,
+        heads=2,
+        hidden=32,
+        context_width=16,
+        start=2,
+        end=3,
+        decode=4,
+        ground=5,
+    )
+    config = BlipConfig(image=image, text=text, width=8)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(6, 31, (BATCH, 6), generator=generator)
+    tokens[torch.arange(BATCH)[:, None] % 4 + 2 < torch.arange(6)] = 0
+    batch = {
+        "image": torch.rand(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64) * 2 - 1,
+        "tokens": tokens,
+        "label": torch.arange(BATCH) * 5 % 17,
+        "draws": torch.rand(BATCH, 2, generator=generator, dtype=torch.float64),
+    }
+
+    def run(part: slice, peers: Peers) -> tuple[BlipTraining, list[Tensor]]:
+        torch.manual_seed(0)
+        training = BlipTraining(Blip(config), queue=40).double()
+        trained: nn.Module = Mixture(training, peers)
+        if peers.count > 1:
+            trained = DistributedDataParallel(trained)
+        told = []
+        for step in range(3):
+            training.zero_grad()
+            own = {key: value.roll(step, 0)[part] for key, value in batch.items()}
+            # One process may have longer texts than the others.
+            own["tokens"] = own["tokens"][:, : int((own["tokens"] != 0).sum(1).max())]
+            found = trained(own | {"alpha": torch.tensor(0.2 * step)})
+            found["loss"].backward()
+            told += [mean(found[name], peers) for name in ("loss", "contrast", "matching", "writing")]
+            with torch.no_grad():
+                for parameter in training.blip.parameters():
+                    parameter -= 0.1 * parameter.grad
+            training.advance()
+        return training, told
+
+    (found, losses), (expected, others) = run(mine, peers), run(slice(None), ALONE)
+    for one, other in zip(losses, others, strict=True):
+        close(one, other, 1e-10, "a loss of BLIP")
+    for (name, one), other in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
+        close(one.double(), other.double(), 1e-8, f"BLIP's {name}")
 
 
 if __name__ == "__main__":

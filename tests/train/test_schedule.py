@@ -32,3 +32,16 @@ def test_cosine_stays_in_range_and_falls_after_the_warm_up(steps, warmup, floor)
     top = min(warmup, steps)
     assert all(a <= b for a, b in pairwise(factors[: top + 1]))
     assert all(a >= b - 1e-12 for a, b in pairwise(factors[warmup:]))
+
+
+def test_exponential_falls_from_epoch_to_epoch():
+    """BLIP's: 3,000 steps of warm-up, then 0.9 for each epoch that is done."""
+
+    def factor(step):
+        return schedule.exponential(step, epoch=1000.0, decay=0.9, warmup=9, floor=0.5)
+
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(9) == factor(999) == 1.0
+    assert factor(1000) == factor(1999) == pytest.approx(0.9)
+    assert factor(3500) == pytest.approx(0.9**3)
+    assert factor(50_000) == 0.5

@@ -81,6 +81,29 @@ def sigmoid_loss(
     return loss
 
 
+def distilled_info_nce(
+    rows: Tensor,
+    columns: Tensor,
+    slow_rows: Tensor,
+    temperature: Tensor,
+    right: Tensor,
+    *,
+    alpha: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """One direction of ALBEF's and BLIP's contrast with soft targets (2107.07651, section 3.3), and its logits `b m`.
+
+    `rows b d` are compared with `columns m d`, which a slow copy of the other tower made, of this batch and of a queue
+    of former ones. The targets: 1 - alpha on the columns that are `right b m`, in equal shares, and alpha by what the
+    slow copy of this tower, `slow_rows b d`, finds alike. No gradient goes to the slow copies.
+    """
+    columns = columns.detach()
+    logits = _cosines(rows, columns) / temperature
+    with torch.no_grad():
+        soft = (_cosines(slow_rows, columns) / temperature).softmax(1)
+        target = alpha * soft + (1 - alpha) * right / right.sum(1, keepdim=True)
+    return -(target * logits.log_softmax(1)).sum(1).mean(), logits
+
+
 @torch.no_grad()
 def accuracy(a: Tensor, b: Tensor, *, label: Tensor | None = None, peers: Peers = ALONE) -> Tensor:
     """The share of `a b d` whose nearest among the `b` of all processes is right for it."""
@@ -109,10 +132,14 @@ def _pieces(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or wider if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
     """In the format of the matrix product (bf16 under autocast); all that follows is in fp32 or wider."""
-    cosine = rows @ columns.T
-    return cosine.to(torch.promote_types(cosine.dtype, torch.float32))
+    return wide(rows @ columns.T)
 
 
 class _Gradients:

@@ -24,3 +24,8 @@ def cosine(step: int, *, steps: int, warmup: int = 0, floor: float = 0.0) -> flo
         return _warm(step, warmup)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def exponential(step: int, *, epoch: float, decay: float, warmup: int = 0, floor: float = 0.0) -> float:
+    """Linear warm-up, while from epoch to epoch, of `epoch` steps, the factor falls by `decay`; never below `floor`."""
+    return min(_warm(step, warmup), max(decay ** int(step / epoch), floor))
