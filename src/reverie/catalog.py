@@ -22,6 +22,24 @@ def _clip() -> type[nn.Module]:
     return Clip
 
 
+def _blip() -> type[nn.Module]:
+    from reverie.systems.blip import Blip
+
+    return Blip
+
+
+def _blip2() -> type[nn.Module]:
+    from reverie.systems.blip2 import Blip2
+
+    return Blip2
+
+
+def _blip2_language() -> type[nn.Module]:
+    from reverie.systems.blip2_language import Blip2Language
+
+    return Blip2Language
+
+
 def _sora() -> type[nn.Module]:
     from reverie.systems.sora import Sora
 
@@ -70,8 +88,25 @@ def _classifier() -> type[nn.Module]:
     return Classifier
 
 
+def _blip_vqa() -> type[nn.Module]:
+    from reverie.systems.blip_tasks import BlipVqa
+
+    return BlipVqa
+
+
+def _blip_nlvr() -> type[nn.Module]:
+    from reverie.systems.blip_tasks import BlipNlvr
+
+    return BlipNlvr
+
+
 SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "clip": _clip,
+    "blip": _blip,
+    "blip-vqa": _blip_vqa,
+    "blip-nlvr": _blip_nlvr,
+    "blip2": _blip2,
+    "blip2-language": _blip2_language,
     "sora": _sora,
     "dit": _dit,
     "sit": _sit,
@@ -90,6 +125,17 @@ RECIPES: dict[str, str] = {
     "clip-paper-b32": "reverie.recipes.clip:paper_b32",
     "clip-native": "reverie.recipes.clip_native:native",
     "clip-finetune": "reverie.recipes.clip_finetune:finetune",
+    "blip-tiny": "reverie.recipes.blip:tiny",
+    "blip-stickers": "reverie.recipes.blip:stickers",
+    "blip-world": "reverie.recipes.blip:world",
+    "blip-finetune": "reverie.recipes.blip:finetune",
+    "blip-answers": "reverie.recipes.blip_answers:answers",
+    "blip-paper-base": "reverie.recipes.blip:paper_base",
+    "blip-paper-large": "reverie.recipes.blip:paper_large",
+    "blip2-stage1": "reverie.recipes.blip2:stage1",
+    "blip2-stage2": "reverie.recipes.blip2:stage2",
+    "blip2-paper-stage1": "reverie.recipes.blip2:paper_stage1",
+    "blip2-paper-stage2": "reverie.recipes.blip2:paper_stage2",
     "sora-tiny": "reverie.recipes.sora:tiny",
     "sora-stickers": "reverie.recipes.sora:stickers",
     "sora-world": "reverie.recipes.sora:world",
@@ -121,10 +167,11 @@ def load(
 ) -> Any:
     """The system of a shipped name ("clip-stickers"), a folder or a checkpoint file, on the CPU, in eval mode.
 
-    A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`), of open_clip, or of diffusers
-    (`DiTPipeline`, `WanPipeline`, their transformers and autoencoders). A checkpoint is a .safetensors file with its
-    authors' own names (open_clip, OpenAI, DiT, SiT, MDT, Wan, latent diffusion); `config` says which model it is where
-    the file does not: a name such as "ViT-B-32" (`systems.clip_models.MODELS`) or "SiT-XL/2", or a system's config.
+    A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`, BLIP, BLIP-2), of open_clip, or
+    of diffusers (`DiTPipeline`, `WanPipeline`, their transformers and autoencoders). A checkpoint is a .safetensors
+    file with its authors' own names (open_clip, OpenAI, BLIP, LAVIS, DiT, SiT, MDT, Wan, latent diffusion); `config`
+    says which model it is where the file does not: a name such as "ViT-B-32" (`systems.clip_models.MODELS`) or
+    "SiT-XL/2", or a system's config.
 
     Weights come tensor by tensor, so they may be larger than the memory that is left beside the model. `dtype`
     (torch.bfloat16) keeps those of linear layers narrower, `quantise="int8"` those of repeated blocks in eight bits,
@@ -151,6 +198,9 @@ def _plain(config: Any) -> dict[str, Any] | None:
     from reverie.backbones.dit import DIT_MODELS
     from reverie.backbones.mdt import MDT_MODELS
     from reverie.codecs.vae import VAES, VaeConfig
+    from reverie.systems.blip import BlipConfig
+    from reverie.systems.blip2 import Blip2Config
+    from reverie.systems.blip_tasks import BlipNlvrConfig, BlipVqaConfig
     from reverie.systems.clip import ClipConfig
     from reverie.systems.clip_models import MODELS
     from reverie.systems.dit import DiffusionTransformerConfig
@@ -166,7 +216,10 @@ def _plain(config: Any) -> dict[str, Any] | None:
         config = MaskedDiffusionTransformerConfig(backbone=backbone, gamma=gamma, guided_channels=3)
     elif isinstance(config, str):
         config = (MODELS | VAES).get(config, config)
-    known = ClipConfig | VaeConfig | DiffusionTransformerConfig | SitConfig | MaskedDiffusionTransformerConfig
+    known = (
+        ClipConfig | BlipConfig | BlipVqaConfig | BlipNlvrConfig | Blip2Config | VaeConfig | DiffusionTransformerConfig
+        | SitConfig | MaskedDiffusionTransformerConfig
+    )  # fmt: skip
     if not isinstance(config, known):
         names = ", ".join((*MODELS, *VAES, *DIT_MODELS, *MDT_MODELS))
         raise InputError(
@@ -180,13 +233,14 @@ def save(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    format: Literal["reverie", "transformers", "open_clip", "diffusers"] = "reverie",
+    format: Literal["reverie", "transformers", "open_clip", "diffusers", "salesforce", "lavis"] = "reverie",
 ) -> Path:
     """Write a system into a folder that `load` reads: config.json, model.safetensors, tokenizer.json where it has one.
 
     `dtype` is what floats are stored in (torch.float16 halves the size; `load` restores the system's own precision).
     `format="transformers"`, `"open_clip"` or `"diffusers"` writes a folder for that library instead, where it has the
-    same system.
+    same system; `"salesforce"` a BLIP and `"lavis"` a BLIP-2 of the first stage under their authors' names. Frozen
+    parts that came from another model are not written again: config.json names that model and their hash.
     """
     from reverie import __version__
     from reverie.weights import store

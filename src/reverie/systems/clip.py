@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +29,10 @@ from torch.nn import functional as F
 from reverie.codecs.bpe import Bpe
 from reverie.codecs.pieces import Pieces
 from reverie.encoders.clip_resnet import ClipResnet, ClipResnetConfig
-from reverie.encoders.images import Images, as_batch, as_native, in_parts, open_images, open_native
+from reverie.encoders.images import Images, as_batch, as_native, coloured, in_parts, open_images, open_native
 from reverie.encoders.navit import Navit, NavitConfig
 from reverie.encoders.text import Text, TextConfig
+from reverie.encoders.texts import strings
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import ALONE, Peers, accuracy, bounded, info_nce, sigmoid_loss
@@ -123,18 +124,14 @@ class Clip(nn.Module):
         """What the image tower reads: the size and the colours that it knows."""
         size = self.config.image.size
         images = as_batch(images, size=size, like=self.log_scale, fit=self.config.fit, checked=checked)
-        return self._coloured(images)
+        return coloured(images, self.config.mean, self.config.std)
 
     def _pictures(self, images: Any, *, checked: bool) -> list[Tensor]:
         """The same for a tower of native sizes: each picture in whole patches, at its own aspect."""
         image = self.config.image
         assert isinstance(image, NavitConfig)
         found = as_native(images, patch=image.patch, area=image.area, like=self.log_scale, checked=checked)
-        return [self._coloured(picture) for picture in found]
-
-    def _coloured(self, images: Tensor) -> Tensor:
-        colour = rearrange(torch.tensor([self.config.mean, self.config.std]), "two c -> two c 1 1").to(images)
-        return ((images + 1) / 2 - colour[0]) / colour[1]
+        return [coloured(picture, self.config.mean, self.config.std) for picture in found]
 
     def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens `b n` -> unit vectors `b d`."""
@@ -144,7 +141,7 @@ class Clip(nn.Module):
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Strings, or tokens -> tokens `b n`, cut to the longest text."""
         if not isinstance(texts, Tensor):
-            texts = _strings("texts", texts)
+            texts = strings("texts", texts)
             if self.tokenizer is None:
                 raise InputError(
                     "this model has no tokenizer (its folder held no tokenizer.json, nor vocab.json and merges.txt):"
@@ -177,7 +174,7 @@ class Clip(nn.Module):
 
         CLIP's add up to one for each picture; SigLIP's are of each name by itself.
         """
-        names, templates = _strings("names", names), _strings("templates", templates)
+        names, templates = strings("names", names), strings("templates", templates)
         for template in templates:
             if template.count("{}") != 1:
                 raise InputError(f"the template {template!r} must hold {{}} once, where the name goes.")
@@ -230,17 +227,3 @@ def _tensors(images: Any, tower: nn.Module) -> bool:
     """Whether these are tensors of unlike sizes for a tower that reads them."""
     listed = isinstance(tower, Navit) and isinstance(images, list | tuple) and len(images) > 0
     return listed and all(isinstance(image, Tensor) for image in images)
-
-
-def _strings(what: str, strings: Sequence[str]) -> list[str]:
-    """A list of one string or more, which one string alone is not."""
-    if isinstance(strings, str):
-        raise InputError(
-            f"{what} must be a list of strings, but is the string {strings!r}: write [{strings!r}]."
-        )
-    if not isinstance(strings, Iterable):
-        raise InputError(f"{what} must be a list of strings, but is {strings!r:.60}.")
-    strings = list(strings)
-    if not strings or not all(isinstance(string, str) for string in strings):
-        raise InputError(f"{what} must be a list of one string or more, but is {strings!r:.60}.")
-    return strings

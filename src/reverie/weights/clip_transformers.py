@@ -70,6 +70,7 @@ SIGLIP = (
 # Buffers that count 0, 1, 2, ..., which versions before 4.31 stored.
 IGNORE = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+KINDS = ("clip", "siglip", "blip")  # whose processors' defaults are known
 RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -116,7 +117,7 @@ def read(records: Mapping[str, Any]) -> Foreign:
         width = text.record.get("projection_size")
         values |= {"width": words["width"] if width is None else text.integer("projection_size", 1)}
         values |= {"image_projection": False, "text_bias": True, "loss": "sigmoid"}
-    values |= _preparation(records, kind, image["size"])
+    values |= preparation(records, kind, image["size"])
     return Foreign(system="clip", values=values, table=CLIP if kind == "clip" else SIGLIP, ignore=IGNORE)
 
 
@@ -201,8 +202,8 @@ def _processor(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
-def _preparation(records: Mapping[str, Any], kind: str, side: int) -> dict[str, Any]:
-    """How pictures are prepared: mean, std, fit, resample."""
+def preparation(records: Mapping[str, Any], kind: str, side: int) -> dict[str, Any]:
+    """How pictures are prepared for a "clip", "siglip" or "blip" that reads `side x side`: mean, std, fit, resample."""
     found = Fields({}, where="the absent " + PREPROCESSOR)
     inner = records.get(PROCESSOR)
     if (
@@ -221,17 +222,17 @@ def _preparation(records: Mapping[str, Any], kind: str, side: int) -> dict[str, 
         found.record.get("image_processor_type", found.record.get("feature_extractor_type", kind))
     ).lower()
     complete = {"image_mean", "image_std", "size", "resample"} <= found.record.keys()
-    if not named.startswith(("clip", "siglip")) and not complete:
+    if not named.startswith(KINDS) and not complete:
         raise ModelFileError(
             f"{found.where} names {shorten(named)}, whose defaults Reverie does not know, without giving image_mean,"
             " image_std, size and resample; add them."
         )
-    kind = "siglip" if named.startswith("siglip") else "clip"
-    mean, std = CLIP_COLOURS if kind == "clip" else HALVES
+    kind = next((known for known in KINDS if named.startswith(known)), "clip")
+    mean, std = HALVES if kind == "siglip" else CLIP_COLOURS
     found.unlike({"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
     if abs(255 * found.number("rescale_factor", 1 / 255) - 1) > 1e-3:
         raise ModelFileError(
-            f"{found.where} gives a rescale_factor other than 1/255, which no CLIP of Reverie has."
+            f"{found.where} gives a rescale_factor other than 1/255, which no model of Reverie has."
         )
     crop = found.flag("do_center_crop", kind == "clip")
     size = found.record.get(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from reverie.weights import clip_open_clip, clip_transformers, files
+from reverie.weights import blip2_transformers, clip_open_clip, clip_transformers, files
 from reverie.weights.files import ModelFileError, shorten
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -77,7 +77,9 @@ def survey(name_or_path: str | Path) -> Place:
     weights = dict.fromkeys(_weights(path, MODEL), "")
     if "system" in said or "model_type" not in said:
         return Place(path=path, kind="reverie", records={CONFIG: record}, weights=weights)
-    beside = [file for file in clip_transformers.RECORDS if (path / file).exists()]
+    beside = [
+        file for file in (*clip_transformers.RECORDS, blip2_transformers.GENERATION) if (path / file).exists()
+    ]
     records = {file: read_json(path / file) for file in beside}
     return Place(path=path, kind="transformers", records=records, weights=weights)
 

@@ -2,7 +2,8 @@
 
 A rule says source -> target. Placeholders in braces stand for one dotted segment and must agree on both sides
 (`layers.{i}.fc1.{p}` -> `blocks.{i}.mlp.in.{p}`). Several sources and one target concatenate (three projections into
-a fused one); one source and several targets split evenly; `copies` are one tensor under several names, which must be
+a fused one); one source and several targets split evenly; `zeros` says which pieces of the joined tensor
+stand in no file and are zero (a bias that keys do not have); `copies` are one tensor under several names, which must be
 equal, and is written under each of them again. A rule of one side alone is for a tensor that follows from the config:
 where it has no targets its `value` must stand in the file, where it has no sources that becomes of it. `rearrange` is
 an einops pattern from source to target pieces ("a b -> b a", "1 -> ", "d c p q -> d (c p q)") with the axis lengths in
@@ -35,6 +36,7 @@ class Rule:
     axes: tuple[tuple[str, int], ...] = ()
     dim: int = 0
     copies: bool = False
+    zeros: tuple[int, ...] = ()
     value: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -210,10 +212,15 @@ def _convert(rule: Rule, named: Mapping[str, Tensor], filled: bool) -> list[Tens
                 )
             tensors = tensors[:1] * count
         elif count > 1:
-            size = tensors[0].shape[rule.dim]
-            if size % count:
-                raise ModelFileError(f"{names[0]} has {size} rows, not a multiple of {count}; check it.")
-            tensors = [piece.contiguous() for piece in tensors[0].tensor_split(count, dim=rule.dim)]
+            size, parts = tensors[0].shape[rule.dim], count + len(rule.zeros)
+            if size % parts:
+                raise ModelFileError(f"{names[0]} has {size} rows, not a multiple of {parts}; check it.")
+            pieces = tensors[0].tensor_split(parts, dim=rule.dim)
+            if filled and any(pieces[i].any() for i in rule.zeros):
+                raise ModelFileError(
+                    f"{names[0]} is not zero in a part for which {', '.join(rule.targets)} have no room: refused."
+                )
+            tensors = [piece.contiguous() for i, piece in enumerate(pieces) if i not in rule.zeros]
         if rule.rearrange is not None:
             tensors = [
                 rearrange(tensor, rule.rearrange, **dict(rule.axes)).contiguous() for tensor in tensors
@@ -224,6 +231,8 @@ def _convert(rule: Rule, named: Mapping[str, Tensor], filled: bool) -> list[Tens
             raise ModelFileError(
                 f"{', '.join(names)} have different data types and cannot be joined; store them alike."
             )
+        for i in rule.zeros:
+            tensors = [*tensors[:i], torch.zeros_like(tensors[0]), *tensors[i:]]
         return [torch.cat(tensors, dim=rule.dim)]
     except (EinopsError, IndexError, RuntimeError):
         shapes = ", ".join(f"{name} is {tuple(tensor.shape)}" for name, tensor in named.items())

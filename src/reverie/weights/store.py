@@ -36,11 +36,16 @@ from reverie.errors import InputError
 from reverie.nn.lora import adapted
 from reverie.nn.quantised import Int8Linear
 from reverie.weights import (
+    blip2_lavis,
+    blip2_transformers,
+    blip_original,
+    blip_transformers,
     clip_open_clip,
     clip_transformers,
     diffusers,
     dit_original,
     files,
+    frozen,
     mdt_original,
     remap,
     shards,
@@ -54,17 +59,20 @@ from reverie.weights.places import CONFIG, DIFFUSERS, MODEL, PIPELINE, TOKENIZER
 # What folders of models hold beside weights and config: a new model must not be read with an old one's.
 BESIDE = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
-    *clip_transformers.RECORDS[1:],
+    *clip_transformers.RECORDS[1:], *blip2_transformers.RECORDS[1:],
 )  # fmt: skip
 INTEGER = 2**24
-FORMATS = ("reverie", "transformers", "open_clip", "diffusers")
+BLIPS = ("blip", "blip-vqa", "blip2", "blip2-language")  # that transformers has
+FORMATS = ("reverie", "transformers", "open_clip", "diffusers", "salesforce", "lavis")
 # Files under their authors' own names: what knows one, and what reads it.
 ORIGINALS: tuple[tuple[Callable[..., bool], Callable[..., Foreign]], ...] = (
+    (blip2_lavis.is_theirs, blip2_lavis.read_alone),
     (clip_open_clip.is_theirs, clip_open_clip.read_alone),
     (video_vae_wan.is_original, video_vae_wan.read_alone),
     (vae_diffusers.is_theirs, vae_diffusers.read_alone),
     (mdt_original.is_theirs, mdt_original.read_alone),  # before DiT, whose names are among MDT's
     (dit_original.is_theirs, dit_original.read_alone),
+    (blip_original.is_theirs, blip_original.read_alone),
 )
 
 Systems = Mapping[str, Callable[[], type[nn.Module]]]
@@ -77,7 +85,7 @@ def save(
     name: str,
     version: str,
     dtype: torch.dtype | None = None,
-    format: Literal["reverie", "transformers", "open_clip", "diffusers"] = "reverie",
+    format: Literal["reverie", "transformers", "open_clip", "diffusers", "salesforce", "lavis"] = "reverie",
 ) -> Path:
     """Write the system called `name` into a folder that `load` reads; returns the folder.
 
@@ -133,7 +141,7 @@ def save(
         files.write(folder / prefix / model, part, {"format": "pt"})
     if tokenizer is not None:
         # Other libraries must be told what ours reads in the config.
-        length = None if format == "reverie" else config["text"]["length"]
+        length = None if format == "reverie" or "text" not in config else config["text"]["length"]
         tokenizer.write(folder / TOKENIZER, length=length)
     if reader is not None:
         reader.write(folder)
@@ -159,8 +167,18 @@ def _layout(
         return MODEL, {CONFIG: {"reverie": version, "system": name, "config": config}}, None
     if format == "diffusers":
         return DIFFUSERS, *diffusers.write(name, config, tensors)
+    if format == "salesforce" and name in ("blip", "blip-vqa", "blip-nlvr"):
+        return MODEL, {}, blip_original.write(name, config)
+    if name == "blip2" and format == "lavis":
+        return MODEL, {}, blip2_lavis.write(config)
+    if format == "lavis":
+        raise InputError(f"LAVIS has no {name!r} that Reverie writes; of Reverie's systems it has blip2.")
+    if format == "transformers" and name in BLIPS:
+        theirs = blip2_transformers if name.startswith("blip2") else blip_transformers
+        return MODEL, *theirs.write(name, config, tensors)
     if name != "clip":
-        raise InputError(f"{format} has no {name!r}; of Reverie's systems it has clip.")
+        others = f", {', '.join(BLIPS)}" if format == "transformers" else ""
+        raise InputError(f"{format} has no {name!r}; of Reverie's systems it has clip{others}.")
     if format == "transformers":
         return MODEL, *clip_transformers.write(config)
     own = tokenizer is not None and not (isinstance(tokenizer, Bpe) and tokenizer.is_clip())
@@ -170,9 +188,13 @@ def _layout(
 def hash_of(system: nn.Module) -> str:
     """16 hexadecimal digits of every weight (name, type, shape, bytes), wherever and however it was stored.
 
-    Half precision counts as the same numbers in single: weights stored so and loaded in either have one hash.
+    Half precision counts as the same numbers in single: weights stored so and loaded in either have one hash. Parts
+    that are kept elsewhere (frozen.py) count by theirs.
     """
     whole = hashlib.sha256()
+    sources: dict[str, Any] = getattr(getattr(system, "config", None), "sources", dict)()
+    for name, source in sorted(sources.items()):
+        whole.update(f"\n{name} {source.hash}\n".encode() if source.model else b"")
     for name, value in sorted(system.state_dict().items()):
         value = value.detach().cpu().contiguous()
         value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
@@ -208,7 +230,8 @@ def load(
         parts: tuple[Any, ...] = (made,)
         if "tokenizer" in inspect.signature(system_class).parameters:
             parts = (made, _tokenizer(place, values, foreign))
-        system = _built(system_class, parts, name, place, weights.entries)
+        elsewhere = frozen.resolved(made, load=_source_of(systems), hash_of=hash_of, where=place.path.name)
+        system = _built(system_class, parts, name, place, weights.entries, elsewhere)
         table, ignored = _agreed(system, foreign, weights.entries, place)
         shards.fill(system, weights, table=table, ignored=ignored, dtype=dtype, quantise=quantise)
     if hasattr(system, "reader") and umt5.lies_in(place.path):
@@ -216,13 +239,32 @@ def load(
     return system.eval()
 
 
+def _source_of(systems: Systems) -> Callable[[str], nn.Module]:
+    """`load` of what another model names, which may not name a further one: that chain could be a ring."""
+
+    def read(model: str) -> nn.Module:
+        place = survey(model)
+        record = place.records.get(CONFIG)
+        said = record.get("config") if isinstance(record, dict) else None
+        if place.kind == "reverie" and frozen.names_others(said):
+            raise ModelFileError(f"{shorten(model)} has its own frozen parts elsewhere; name where they lie")
+        return load(model, systems=systems)
+
+    return read
+
+
 def _built(
-    system_class: type[nn.Module], parts: tuple[Any, ...], name: str, place: Place, entries: files.Entries
+    system_class: type[nn.Module],
+    parts: tuple[Any, ...],
+    name: str,
+    place: Place,
+    entries: files.Entries,
+    elsewhere: Mapping[str, nn.Module],
 ) -> nn.Module:
-    """The system, undrawn, within what its files hold."""
+    """The system, undrawn, within what its files hold, and with the parts that they do not."""
     try:
         with torch.random.fork_rng(devices=[]), _Within(entries):
-            return system_class(*parts)
+            return system_class(*parts, **elsewhere)
     except InputError as error:
         raise ModelFileError(
             f"{place.path.name} describes a {name!r} that cannot be built: {error}"
@@ -267,6 +309,10 @@ def _described(
             )
     elif place.kind == "open_clip":
         foreign = clip_open_clip.read(place.records, entries)
+    elif place.kind == "transformers" and blip2_transformers.is_theirs(place.records[CONFIG]):
+        foreign = blip2_transformers.read(place.records, entries)
+    elif place.kind == "transformers" and place.records[CONFIG].get("model_type") == blip_transformers.KIND:
+        foreign = blip_transformers.read(place.records, entries)
     elif place.kind == "transformers":
         foreign = clip_transformers.read(place.records)
     else:
@@ -369,7 +415,7 @@ def _tokenizer(place: Place, values: Any, foreign: Foreign | None) -> Any:
     path = place.path
     if path.is_dir() and ((path / TOKENIZER).exists() or (path / "vocab.json").exists()):
         return read_tokenizer(path)
-    text = values["text"] if foreign is not None else {}
+    text = values.get("text", {}) if foreign is not None else {}
     from_open_clip = place.kind == "original" or (path / clip_open_clip.CONFIG).exists()
     return Bpe.clip() if from_open_clip and text.get("vocab") == 49_408 and not foreign.own_words else None  # type: ignore[union-attr]
 
