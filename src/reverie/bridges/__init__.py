@@ -1,0 +1,1 @@
+"""Features carried from one network to another."""
