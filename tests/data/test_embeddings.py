@@ -294,6 +294,15 @@ def test_a_clip_has_a_vector_for_each_of_its_moments(folder):
     assert len({tuple(row) for row in found.vectors[own].tolist()}) == 8
 
 
+def test_several_vectors_a_picture_are_refused(folder):
+    class Several(Model):
+        def embed(self, signals):
+            return super().embed(signals)[:, None].expand(-1, 3, -1)
+
+    with pytest.raises(InputError, match="3 vectors a picture"):
+        Several().run(folder)
+
+
 def test_vectors_that_are_no_numbers_are_refused(folder):
     model = Model()
     model.embed = lambda signals: torch.full((len(signals), 3), torch.nan)

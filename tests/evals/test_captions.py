@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from reverie.errors import InputError
-from reverie.evals.captions import bleu, cider_d, clip_score, ref_clip_score, rouge_l, tokens
+from reverie.evals.captions import bleu, cider_d, clip_score, label_recall, ref_clip_score, rouge_l, tokens
 
 # What pycocoevalcap 1.2's scorers give for these captions of the procedural world, some of them spoilt.
 STORED = json.loads((Path(__file__).parent / "coco_scores.json").read_text(encoding="utf-8"))
@@ -74,3 +74,12 @@ def test_clip_score_and_its_mean_with_references():
 def test_what_does_not_fit_is_told(captions, references, words):
     with pytest.raises(InputError, match=words):
         rouge_l(captions, references)
+
+
+def test_a_caption_names_a_thing_by_the_words_of_one_of_its_names_in_a_row():
+    found = label_recall(
+        ["A photo of the Red Apple.", "an apple, red", "a pineapple", "一个红苹果", "apple"],
+        [["red apple"], ["red apple"], ["apple"], ["苹果", "apple"], ["...", "fruit"]],
+    )
+    assert found.each == (1, 0, 0, 1, 0)
+    assert found.all == pytest.approx(2 / 5)

@@ -185,3 +185,43 @@ def test_the_first_answers_are_those_of_the_search():
     assert (
         found["text_to_image"]["first"] == (words @ images.T).argsort(dim=1, descending=True)[:, :3].tolist()
     )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 9))
+def test_looking_again_orders_the_first_by_cosine_plus_look_and_leaves_the_others_behind(seed, rerank):
+    """Against the authors' way: a matrix of -100, with cosine plus look where the cosine is among the first k."""
+    generator = torch.Generator().manual_seed(seed)
+    images, words = (F.normalize(torch.randn(n, 4, generator=generator), dim=-1) for n in (6, 7))
+    look = 5 * torch.randn(6, 7, generator=generator)
+    texts = [f"a {j}" for j in range(7)]
+    captions = [[texts[i]] for i in range(5)] + [texts[5:]]
+    found = retrieval(
+        same, lambda some: words[[texts.index(text) for text in some]], images, captions, ks=(1, 3), shown=3, batch=2,
+        again=lambda i, j: look[i, j], rerank=rerank,
+    )  # fmt: skip
+    cosine, owner = images @ words.T, [0, 1, 2, 3, 4, 5, 5]
+    for way, plain, more in (("image_to_text", cosine, look), ("text_to_image", cosine.T, look.T)):
+        whole = torch.full_like(plain, -100.0)
+        place = plain.topk(min(rerank, plain.shape[1]), dim=1).indices
+        whole.scatter_(1, place, (plain + more).gather(1, place))
+        right = [[j for j in range(7) if owner[j] == i] for i in range(6)]
+        right = right if way == "image_to_text" else [[own] for own in owner]
+        for k in (1, 3):
+            first = whole.argsort(dim=1, descending=True)[:, :k].tolist()
+            hits = [bool({*own} & {*answers}) for own, answers in zip(first, right, strict=True)]
+            if k <= rerank:  # beyond, the authors' order is any
+                assert found[way][f"recall@{k}"] == pytest.approx(sum(hits) / len(hits))
+        assert [own[:1] for own in found[way]["first"]] == whole.argmax(1, keepdim=True).tolist()
+        rest = [
+            [j for j in row if j not in own]
+            for row, own in zip(found[way]["first"], place.tolist(), strict=True)
+        ]
+        for row, own in enumerate(rest):
+            assert own == sorted(own, key=lambda j: -plain[row, j])
+    plain = retrieval(
+        same, lambda some: words[[texts.index(text) for text in some]], images, captions, ks=(1, 3), shown=3
+    )
+    assert found["before"] == {way: plain[way] for way in ("image_to_text", "text_to_image")}
+    with pytest.raises(InputError, match="rerank is 0"):
+        retrieval(same, axis, torch.eye(12)[:1], [["a 0"]], again=lambda i, j: look[i, j])

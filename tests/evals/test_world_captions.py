@@ -6,7 +6,8 @@ import pytest
 
 from reverie.data.world import KINDS, captions, world
 from reverie.data.world_captions import Draw, _chinese, _english, select
-from reverie.evals.world_captions import agree, read_caption
+from reverie.errors import InputError
+from reverie.evals.world_captions import agree, covers, read_caption, told
 from reverie.scene import INVERSE, Description, Mention, Motion, Relation
 
 
@@ -139,3 +140,61 @@ def test_agreement_is_judged_claim_by_claim():
     assert (short["shape"], short["colour"], short["count"], short["motion"]) == (True, None, False, None)
     assert agree(f"a {a.shape} moving left", scene)["motion"] is False
     assert agree("nothing at all", scene)["count"] is False
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_who_tells_the_truth_says_all_and_nothing_wrong(kind: str, language: str):
+    scenes = [world(i, kind=kind) for i in range(12)]
+    texts = [next(c.text for c in captions(scene) if c.language == language) for scene in scenes]
+    found = told(texts, scenes)
+    for name, own in found.items():
+        assert own["right"] in (1, None), (kind, name)
+        assert own.get("said") in (1, None), (kind, name)
+    assert found["all"]["holds"] == [True] * 12
+    assert ("motion" in found) == scenes[0].video
+    dealt = told(texts[1:] + texts[:1], scenes)
+    assert dealt["all"]["right"] < 0.5
+    assert dealt["colour"]["right"] < 0.8
+
+
+def test_what_is_left_out_is_missing_and_what_is_not_claimed_is_not_wrong():
+    scene = next(
+        s for i in range(99) if (s := world(i, kind="relation")).relation.predicate == "above"
+        and s.things[0].shape != s.things[1].shape and s.things[0].colour != s.things[1].colour
+    )  # fmt: skip
+    a, b = scene.things
+    half = covers(f"a {a.colour} {a.shape}", scene)
+    assert half == {"count": 0, "shape": 0.5, "colour": 0.5, "relation": 0, "motion": None}
+    assert covers(f"a {a.colour} {a.shape} over a {b.shape}", scene) == half | {
+        "count": 1,
+        "shape": 1,
+        "relation": 1,
+    }
+    found = told(
+        [f"a {a.shape}", "nothing to see", f"a {a.colour} {a.shape} above a {b.colour} {b.shape}"],
+        [scene] * 3,
+    )
+    assert found["colour"]["claimed"] == 1
+    assert found["colour"]["right"] == 1
+    assert found["colour"]["said"] == pytest.approx(1 / 3)
+    assert found["count"]["claimed"] == 2
+    assert found["count"]["right"] == 0.5
+    assert found["count"]["said"] == pytest.approx(1 / 3)
+    assert found["all"]["holds"] == [False, False, True]
+    with pytest.raises(InputError, match="1 captions and 0 scenes"):
+        told(["a"], [])
+
+
+def test_a_motion_counts_where_it_is_claimed_and_is_not_asked_of_who_sees_a_frame():
+    scene = next(
+        s
+        for i in range(99)
+        if len((s := world(i, kind="motion")).things) == 1 and s.things[0].motion.direction
+    )
+    thing, motion = scene.things[0], scene.things[0].motion
+    plain = f"a {thing.colour} {thing.shape}"
+    other = next(way for way in ("left", "right") if way != motion.direction)
+    found = told([plain, f"{plain} moving {other}"], [scene] * 2)
+    assert (found["motion"]["claimed"], found["motion"]["right"], found["motion"]["said"]) == (1, 0, 0)
+    assert found["all"]["holds"] == [True, False]

@@ -134,7 +134,12 @@ class Embedder:
             stacked = [signals for signals in waiting if isinstance(signals, torch.Tensor)]
             batch = torch.cat(stacked) if stacked else [image for signals in waiting for image in signals]
             with torch.no_grad():
-                vectors.append(self.embed(batch).to("cpu", torch_type(self.dtype)))
+                found = self.embed(batch)
+            if found.ndim != 2:
+                raise InputError(
+                    f"this model gives {found.shape[1]} vectors a picture, where one is compared: take a CLIP."
+                )
+            vectors.append(found.to("cpu", torch_type(self.dtype)))
             waiting.clear()
 
         for signals, moments in loaded:

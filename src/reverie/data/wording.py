@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,13 +18,19 @@ PHRASES = {
 JOIN = {"en": ", ", "zh": "，"}
 
 
-def draw_caption(item: Item, generator: torch.Generator, *, languages: dict[str, float] | None = None) -> str:
+def draw_caption(
+    item: Item,
+    generator: torch.Generator,
+    *,
+    languages: dict[str, float] | None = None,
+    phrases: Mapping[str, Sequence[str]] = PHRASES,
+) -> str:
     """One wording of an item, "" if it has no caption with a word in it.
 
     A language is drawn by the weights `languages` (default: the languages of the item's captions, equally). A
     caption that is a list of tags is cut to one to three of them in random order and used a quarter of the time, mostly
     behind a proper caption. Of proper captions a label is drawn six times as often as another, and a label or alias
-    stands in a phrase a quarter of the time. A vocabulary of many wordings is learnt slowly (docs/log.md).
+    stands in one of the `phrases` of its language. A vocabulary of many wordings is learnt slowly (docs/log.md).
     """
     u = torch.rand(8, generator=generator).tolist()
     worded = [caption for caption in item.captions if caption.text.replace(",", " ").strip()]
@@ -37,7 +44,7 @@ def draw_caption(item: Item, generator: torch.Generator, *, languages: dict[str,
     lists = [caption.text.split(",") for caption in captions if caption.source == "tags"]
     tags = [word.strip() for words in lists for word in words if word.strip()]
     if not tags:
-        return _phrase(_pick(proper, [1.0] * len(proper), u[1]), language, u[2])
+        return _phrase(_pick(proper, [1.0] * len(proper), u[1]), phrases.get(language), u[2])
     order = torch.randperm(len(tags), generator=generator).tolist()
     some = [tags[i] for i in order[: 1 + int(u[3] * 3)]]
     if not proper or u[4] < 0.1:
@@ -45,13 +52,12 @@ def draw_caption(item: Item, generator: torch.Generator, *, languages: dict[str,
     chosen = _pick(proper, [6.0 if caption.source == "label" else 1.0 for caption in proper], u[1])
     if u[4] < 0.25:
         return JOIN.get(language, ", ").join([chosen.text, *some])
-    return _phrase(chosen, language, u[2])
+    return _phrase(chosen, phrases.get(language), u[2])
 
 
-def _phrase(caption: Caption, language: str, u: float) -> str:
-    if caption.source not in ("label", "alias") or language not in PHRASES:
+def _phrase(caption: Caption, phrases: Sequence[str] | None, u: float) -> str:
+    if caption.source not in ("label", "alias") or not phrases:
         return caption.text
-    phrases = PHRASES[language]
     return phrases[int(u * len(phrases))].format(caption.text)
 
 

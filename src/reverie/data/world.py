@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -442,6 +443,47 @@ def write(
     index = Index(folder, items)
     index.write()
     return index
+
+
+def scenes_of(index: Index) -> dict[str, Scene]:
+    """The truth of the items of an index, by file name, where `write` has drawn them; of others there is none.
+
+    InputError: a `scenes.jsonl` beside them that is not what `write` makes.
+    """
+    places = {str(PurePosixPath(item.file_name).parent.parent) for item in index}
+    wanted = {item.file_name for item in index}
+    found: dict[str, Scene] = {}
+    for place in sorted(places):
+        path = index.folder / place / "scenes.jsonl"
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                told = json.loads(line)
+                name = str(PurePosixPath(place) / told.pop("file_name"))
+                if name in wanted:
+                    found[name] = _scene(told)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise InputError(
+                    f"line {number} of {path} is no scene of the world: draw it anew with `reverie data world`."
+                ) from None
+    return found
+
+
+def _scene(told: dict[str, Any]) -> Scene:
+    """The way back from `asdict`."""
+
+    def moving(part: dict[str, Any], kind: Callable[..., Any]) -> Any:
+        return kind(**part | {"motion": Motion(**part["motion"]), "track": Track(**part["track"])})
+
+    return Scene(
+        **told
+        | {
+            "things": tuple(moving(thing, Thing) for thing in told["things"]),
+            "relation": told["relation"] and Relation(**told["relation"]),
+            "wall": told["wall"] and moving(told["wall"], Wall),
+        }
+    )
 
 
 def _label(scene: Scene) -> str | None:

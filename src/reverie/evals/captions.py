@@ -4,6 +4,7 @@
     rouge_l    the longest common subsequence, F with beta 1.2                     Lin 2004, as COCO scores it
     cider_d    TF-IDF of 1-grams to 4-grams, clipped, times 10                      1411.5726
     clip_score  2.5 max(cos, 0), and with references RefCLIPScore                   2104.08718
+    label_recall  whether a caption names the thing, by any name that it has
 
 Each takes a caption an item and a list of references an item, and gives the score of all and of each. The numbers are
 those of COCO's scorer on the same tokens (tests/evals/test_captions.py). `tokens` stands in for its tokenizer, a
@@ -170,6 +171,19 @@ def ref_clip_score(images: Tensor, captions: Tensor, references: Sequence[Tensor
     ).clamp(min=0)
     both = plain + nearest
     return torch.where(both > 0, 2 * plain * nearest / both.clamp(min=1e-12), torch.zeros_like(both))
+
+
+def label_recall(captions: Sequence[str], names: Sequence[Sequence[str]]) -> Score:
+    """Whether a caption contains a name of its thing: the words (`tokens`) of one of `names`, in a row."""
+    found, meant = _read(captions, names)
+    return _mean([
+        float(any(_within(name, words) for name in own)) for words, own in zip(found, meant, strict=True)
+    ])  # fmt: skip
+
+
+def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
+    n = len(part)
+    return n > 0 and any(whole[i : i + n] == part for i in range(len(whole) - n + 1))
 
 
 def _read(

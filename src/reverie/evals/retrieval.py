@@ -4,6 +4,9 @@ Protocol: Karpathy and Fei-Fei 2015 (1412.2306), as CLIP reports it. An image fi
 is among the first k; every caption is a query of its own. Images that share a caption word for word all answer it. A
 wrong answer that ties with the best right one counts as before it, so equal embeddings earn nothing.
 The evaluator is given two functions, `embed_image(batch of images) -> b d` and `embed_text(list of str) -> b d`.
+
+Re-ranking (BLIP, 2201.12086, as its authors evaluate): the first k answers by the embeddings are looked at again, each
+beside the query, and ordered by cosine plus what that look says (the logit of a match); the others stay behind them.
 """
 
 from __future__ import annotations
@@ -31,12 +34,17 @@ def retrieval(
     ks: Sequence[int] = (1, 5, 10),
     shown: int = 5,
     batch: int = 256,
+    again: Callable[[list[int], list[int]], Tensor] | None = None,
+    rerank: int = 0,
 ) -> dict[str, Any]:
     """Recall of `images` (anything that slices, n long) and their `captions` (one or more for each image).
 
     Returns JSON-ready `{"image_to_text": way, "text_to_image": way, "images": n, "texts": m}` where a way holds
     `recall@k`, its 95 % bootstrap interval `recall@k_interval` and what guessing gives `recall@k_chance` for each k,
     `median_rank` (1 is the best), and `first`: of each query the `shown` first answers, as indices.
+
+    again: indices of images and of texts, i with i -> how well they belong together; with it the first `rerank` answers
+    of each query are ordered anew, and the ways as they were stand under "before".
     """
     if len(captions) != len(images) or not len(images):
         raise InputError(
@@ -57,12 +65,26 @@ def retrieval(
     words = torch.cat([_unit(embed_text(texts[j : j + batch])) for j in range(0, len(texts), batch)])
     right_texts = [sorted({j for caption in own for j in places[caption]}) for own in captions]
     right_images = [sorted(owners[caption]) for caption in texts]
-    return {
+    counts = {"images": len(images), "texts": len(texts)}
+    plain = {
         "image_to_text": _way(image, words, right_texts, ks, shown, batch),
         "text_to_image": _way(words, image, right_images, ks, shown, batch),
-        "images": len(images),
-        "texts": len(texts),
     }
+    if again is None:
+        return plain | counts
+    if rerank < 1:
+        raise InputError(f"rerank is {rerank}: look at one answer again at least.")
+    look = again
+
+    def turned(texts: list[int], images: list[int]) -> Tensor:
+        return look(images, texts)
+
+    return {
+        "image_to_text": _way(image, words, right_texts, ks, shown, batch, look, rerank),
+        "text_to_image": _way(words, image, right_images, ks, shown, batch, turned, rerank),
+        "before": plain,
+        "rerank": rerank,
+    } | counts
 
 
 def ranks(queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], *, block: int = 256) -> Tensor:
@@ -71,20 +93,25 @@ def ranks(queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], *, blo
     `right[i]` holds the indices of the items that answer query i, at least one.
     """
     assert len(right) == len(queries), (len(right), len(queries))
-    found = []
-    for i in range(0, len(queries), block):
-        scores = queries[i : i + block] @ items.T
-        if not scores.isfinite().all():
-            raise InputError(
-                f"some scores of queries {i} to {i + len(scores) - 1} are not finite: the model is"
-                " broken, or was trained with too high a learning rate"
-            )
-        answers = torch.zeros_like(scores, dtype=torch.bool)
-        for row, own in zip(answers, right[i : i + block], strict=True):
-            row[list(own)] = True
-        best = scores.masked_fill(~answers, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(((scores >= best) & ~answers).sum(dim=1).cpu())
+    found = [
+        _ranks(queries[i : i + block] @ items.T, right[i : i + block], i)
+        for i in range(0, len(queries), block)
+    ]
     return torch.cat(found)
+
+
+def _ranks(scores: Tensor, right: Sequence[Sequence[int]], first: int) -> Tensor:
+    """Of the queries from number `first` on, by their scores `q n`."""
+    if not scores.isfinite().all():
+        raise InputError(
+            f"some scores of queries {first} to {first + len(scores) - 1} are not finite: the model is"
+            " broken, or was trained with too high a learning rate"
+        )
+    answers = torch.zeros_like(scores, dtype=torch.bool)
+    for row, own in zip(answers, right, strict=True):
+        row[list(own)] = True
+    best = scores.masked_fill(~answers, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~answers).sum(dim=1).cpu()
 
 
 @torch.no_grad()
@@ -141,9 +168,17 @@ def _unit(embedding: Tensor) -> Tensor:
 
 
 def _way(
-    queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], ks: Sequence[int], shown: int, batch: int
-) -> dict[str, Any]:
-    rank = ranks(queries, items, right, block=batch)
+    queries: Tensor, items: Tensor, right: Sequence[Sequence[int]], ks: Sequence[int], shown: int, batch: int,
+    again: Callable[[list[int], list[int]], Tensor] | None = None, rerank: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    places, first = [], []
+    for i in range(0, len(queries), batch):
+        scores = queries[i : i + batch] @ items.T
+        if again is not None:
+            scores = _reranked(scores, i, again, rerank)
+        places.append(_ranks(scores, right[i : i + batch], i))
+        first.append(_top(scores, min(shown, scores.shape[1])).cpu())
+    rank = torch.cat(places)
     answers = Counter(len(own) for own in right)
     result: dict[str, Any] = {}
     for k in ks:
@@ -158,7 +193,18 @@ def _way(
             f"recall@{k}_interval": bootstrap(hit),
             f"recall@{k}_chance": 1 - missed / len(right),
         }
-    first = [
-        search_topk(queries[i : i + batch], items, shown)[1].cpu() for i in range(0, len(queries), batch)
-    ]
     return result | {"median_rank": rank.median().item() + 1, "first": torch.cat(first).tolist()}
+
+
+def _reranked(
+    scores: Tensor, first: int, again: Callable[[list[int], list[int]], Tensor], rerank: int
+) -> Tensor:
+    """Scores `q n` of the queries from number `first` on, with the `rerank` best of each looked at again: these gain
+    what the look says, and stay before the others, which keep their order."""
+    scores = scores.double()
+    place = _top(scores, min(rerank, scores.shape[1]))
+    seen = scores.gather(1, place)
+    for row, own in enumerate(place.tolist()):
+        seen[row] += again([first + row] * len(own), own).to(seen)
+    others = scores - scores.amax(dim=1, keepdim=True) + seen.amin(dim=1, keepdim=True) - 1
+    return others.scatter(1, place, seen)

@@ -2,16 +2,23 @@
 
 `read_caption` turns English or Chinese text into a `Description`: which things, how many, what they look like, how
 they lie, what they do. It knows the words of `reverie.scene` and their common synonyms, and skips all others: a
-sentence is read as its known words in order. `agree` says which of the claims hold in a scene.
+sentence is read as its known words in order. `agree` says which of the claims hold in a scene, `covers` how much of
+the scene is said, and `told` measures a captioner by both.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
+import torch
+
+from reverie.errors import InputError
+from reverie.evals.interval import bootstrap
 from reverie.evals.world_judge import ATTRIBUTES, match
 from reverie.scene import (
     BACKGROUNDS,
@@ -345,3 +352,86 @@ def _holds(scene: Scene, a: int, predicate: str, b: int) -> bool:
         return inside
     along, across = (dx, dy) if predicate == "left of" else (dy, dx)
     return not inside and along > 0 and along >= abs(across) / 2
+
+
+def covers(said: Description | str, scene: Scene) -> dict[str, float | None]:
+    """What share of what a caption should say it says, and rightly; None where the scene has nothing of it.
+
+    Of MAIN alone: "count" and "relation" are 0 or 1, "shape" and "colour" a share of the things (and "colour" of the
+    wall), "motion" a share of what moves.
+    """
+    said = read_caption(said) if isinstance(said, str) else said
+    claims = [mention for mention in said.mentions for _ in range(mention.count)]
+    truth = scene.describe().mentions
+    pairs = match(claims, truth)  # thing -> claim
+    told = [claims[pairs[i]] if i in pairs else None for i in range(len(truth))]
+    pairings = list(zip(told, truth, strict=True))
+    if scene.wall is not None:
+        wall = scene.describe().wall
+        assert wall is not None
+        pairings.append((said.wall, wall))
+
+    def share(name: str) -> float | None:
+        held = []
+        for mention, own in pairings:
+            meant, claim = getattr(own, name), None if mention is None else getattr(mention, name)
+            if name == "motion" and (meant is None or meant.kind == "still"):
+                continue
+            if meant is not None:
+                held.append(
+                    claim is not None and (_same(claim, meant) if name == "motion" else claim == meant)
+                )
+        return sum(held) / len(held) if held else None
+
+    return {
+        "count": float(len(claims) == len(truth)),
+        "shape": share("shape"),
+        "colour": share("colour"),
+        "relation": None if scene.relation is None else float(agree(said, scene)["relation"] is True),
+        "motion": share("motion"),
+    }
+
+
+MAIN = ("count", "shape", "colour", "relation", "motion")  # what a caption should say
+
+
+def told(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, dict[str, Any]]:
+    """How true captions are and how much they say, for each of ATTRIBUTES that any of them claims or should.
+
+    `right`: the share that holds, of the captions that claim something of it (`claimed`; a caption that names nothing
+    claims no count). `said`: of MAIN, the share of what there is to say (`covers`), over the scenes that have it
+    (`scenes`). "all": everything claimed holds, and count, shapes, colours and the relation are said in full; a motion
+    is not asked for, since who sees one frame of a clip cannot tell it. `holds`: "all", caption by caption. Intervals
+    are 95 %, by bootstrap. InputError: not as many captions as scenes.
+    """
+    if len(captions) != len(scenes) or not len(captions):
+        raise InputError(f"{len(captions)} captions and {len(scenes)} scenes: give each scene its caption.")
+    read = [read_caption(text) for text in captions]
+    claims = [agree(said, scene) for said, scene in zip(read, scenes, strict=True)]
+    for said, row in zip(read, claims, strict=True):
+        row["count"] = row["count"] if said.mentions else None
+    parts = [covers(said, scene) for said, scene in zip(read, scenes, strict=True)]
+    out: dict[str, dict[str, Any]] = {}
+    for name in ATTRIBUTES:
+        right = [float(row[name]) for row in claims if row[name] is not None]  # type: ignore[arg-type]
+        found: dict[str, Any] = {"claimed": len(right)} | _mean("right", right)
+        if name in MAIN:
+            said_of = [value for row in parts if (value := row[name]) is not None]
+            found |= {"scenes": len(said_of)} | _mean("said", said_of)
+        if right or found.get("scenes"):
+            out[name] = found
+    whole = [
+        all(value is not False for value in row.values())
+        and all(part[name] in (None, 1.0) for name in MAIN if name != "motion")
+        for row, part in zip(claims, parts, strict=True)
+    ]
+    out["all"] = {"claimed": len(whole), **_mean("right", [float(value) for value in whole]), "holds": whole}
+    return out
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, Any]:
+    found = torch.tensor(values, dtype=torch.double)
+    return {
+        name: found.mean().item() if len(values) else None,
+        f"{name}_interval": bootstrap(found) if len(values) else None,
+    }
