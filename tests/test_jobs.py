@@ -59,7 +59,7 @@ def trains(calls):
     return [line for line in calls if line.startswith("-m reverie train")]
 
 
-@pytest.mark.parametrize("job", ["clip-stickers", "sora-stickers", "judge-stickers"])
+@pytest.mark.parametrize("job", ["clip-stickers", "blip-stickers", "sora-stickers", "judge-stickers"])
 def test_a_job_asks_for_nothing_that_its_recipe_does_not_have(job):
     text = (JOBS / job).read_text().replace("\\\n", " ")
     command = next(line for line in text.splitlines() if line.startswith(f"train {job} "))
@@ -98,6 +98,11 @@ def test_all_does_each_once_and_sora_reads_with_the_new_clip(call, tmp_path):
     assert code == 85
     code, calls = call("all", STEPS="5")
     assert code == 0
-    assert [line.split()[3] for line in trains(calls)] == ["clip-stickers", "judge-stickers", "sora-stickers"]
-    assert f"--clip {tmp_path / 'runs' / 'clip-stickers' / 'model'}" in trains(calls)[2]
+    assert [line.split()[3] for line in trains(calls)] == [
+        "clip-stickers",
+        "blip-stickers",
+        "judge-stickers",
+        "sora-stickers",
+    ]
+    assert f"--clip {tmp_path / 'runs' / 'clip-stickers' / 'model'}" in trains(calls)[3]
     assert call("all", STEPS="5") == (0, [])

@@ -14,15 +14,16 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reverie.command import Command, asks_for_help, did_you_mean, nearest, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
-from reverie.recipes.asked import Ask
+from reverie.recipes.asked import Ask, Telling
 
-ASK = Ask()
+ASK, TELLING = Ask(), Telling()
 
 # ---------------------------------------------------------------- data
 
@@ -1073,6 +1074,8 @@ def search(
     split: str | None = None,
     model: str = "clip-stickers",
     approximate: bool = False,
+    rerank: str | None = None,
+    among: int = 50,
     json: bool = False,
     sheet: Path | None = None,
     device: str | None = None,
@@ -1096,6 +1099,9 @@ def search(
         split: Only this split: train, val or test; all if not given.
         model: The CLIP that compares: a shipped name or a folder.
         approximate: Search by faiss even where exact search is quick.
+        rerank: A model that can match, such as blip-stickers: it looks at what was found again, each picture beside
+            the words, and the order is by its probability, which is then the score.
+        among: How many are looked at again.
         json: Answer as one JSON document.
         sheet: Draw what was found to this PNG as well.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
@@ -1128,7 +1134,10 @@ def search(
         print(f"left out: {bad.path}: {bad.reason}", file=sys.stderr)
     if len(found.bad) > 5:
         print(f"left out: {len(found.bad) - 5:,} more, which --json lists", file=sys.stderr)
-    answers = finding.search(clip, found, queries, top=top, approximate=approximate)
+    first = top if rerank is None else max(top, among)
+    answers = finding.search(clip, found, queries, top=first, approximate=approximate)
+    if rerank is not None:
+        answers = finding.rerank(rerank, found.folder, queries, answers, items, top=top, device=device)
     if json:
         print(_search_json(folder, model, found, queries, answers))
     else:
@@ -1142,6 +1151,160 @@ def search(
         path = finding.sheet(sheet, found.folder, queries, answers, items)
         if not json:
             print(path)
+
+
+def caption(
+    files: list[Path],
+    /,
+    *,
+    model: str = "blip-stickers",
+    telling: Telling = TELLING,
+    several: int = 1,
+    batch: int = 16,
+    json: bool = False,
+    device: str | None = None,
+) -> int:
+    """Say in words what pictures show; of a clip its middle frame.
+
+    Args:
+        files: Pictures and clips, or folders of them.
+        model: A shipped name or a folder; anything that describes pictures.
+        several: So many captions of each, with --sampling nucleus.
+        batch: Pictures at a time.
+        json: One JSON document in place of lines.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.measure_captions import Bad, describe
+
+    bad: list[Bad] = []
+    told = []
+    for found in describe(
+        files, model=model, telling=telling, several=several, batch=batch, bad=bad, device=device
+    ):
+        told.append({"path": found.path, "captions": list(found.captions)})
+        for text in () if json else found.captions:
+            print(f"{found.path}: {text}", flush=True)
+    for one in bad:
+        print(f"left out: {one.path}: {one.reason}", file=sys.stderr)
+    if json:
+        left_out = [{"path": one.path, "reason": one.reason} for one in bad]
+        _print_json({"model": model, "pictures": told, "left_out": left_out})
+    return 0 if told else 2
+
+
+def match(
+    picture: Path,
+    texts: list[str],
+    /,
+    *,
+    model: str = "blip-stickers",
+    json: bool = False,
+    device: str | None = None,
+) -> None:
+    """Say how well texts fit a picture: the probability that they belong together, and the cosine.
+
+    Args:
+        picture: A picture, or a clip, of which the middle frame is looked at.
+        texts: Each in quotes.
+        model: A shipped name or a folder; anything that matches pictures and texts.
+        json: One JSON document in place of lines.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from dataclasses import asdict
+
+    from reverie.recipes.measure_captions import compare
+
+    found = compare(picture, texts, model=model, device=device)
+    if json:
+        _print_json({"model": model, "picture": str(picture), "texts": [asdict(fit) for fit in found]})
+        return
+    for fit in found:
+        cosine = "" if fit.cosine is None else f"  cosine {fit.cosine:.3f}"
+        print(f"{fit.probability:6.1%}{cosine}  {fit.text}")
+
+
+def ask(
+    picture: Path,
+    questions: list[str],
+    /,
+    *,
+    model: str = "blip-stickers",
+    choices: tuple[str, ...] = (),
+    json: bool = False,
+    device: str | None = None,
+) -> None:
+    """Answer questions about a picture.
+
+    Args:
+        picture: A picture, or a clip, of which the middle frame is looked at.
+        questions: Each in quotes.
+        model: A shipped name or a folder; anything that answers questions.
+        choices: The only answers that are considered; without any, the model writes its own.
+        json: One JSON document in place of lines.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.measure_captions import ask as answers_to
+
+    found = answers_to(picture, questions, model=model, choices=choices, device=device)
+    if json:
+        told = [{"question": q, "answer": a} for q, a in zip(questions, found, strict=True)]
+        _print_json({"model": model, "picture": str(picture), "answers": told})
+        return
+    for question, answer in zip(questions, found, strict=True):
+        print(f"{question} {answer}" if len(questions) > 1 else answer)
+
+
+def chat(
+    picture: Path,
+    /,
+    *,
+    model: str,
+    ask: tuple[str, ...] = (),
+    sampling: str = "beam",
+    beams: int = 5,
+    most: int = 20,
+    p: float = 0.9,
+    seed: int = 0,
+    json: bool = False,
+    device: str | None = None,
+) -> None:
+    """Talk about a picture: a BLIP-2 answers questions in turn, each with those before it in mind.
+
+    Without --ask questions are read from the terminal, a line each; an empty line ends it.
+
+    Args:
+        picture: The picture.
+        model: A BLIP-2 with a language model: the folder that blip2-stage2 made, or a public one.
+        ask: The questions, in their order.
+        sampling: How an answer is written: beam, greedy or nucleus.
+        beams: How many beams are searched.
+        most: The most tokens of an answer.
+        p: The share of probability that nucleus draws from.
+        seed: Another seed, other draws.
+        json: Answer as one JSON document.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.parts import capable
+    from reverie.recipes.picture_chat import talk
+
+    system = capable(model, "chat", device=device)
+    turns = []
+    typed = (line.strip() for line in iter(partial(_asked, "> "), ""))
+    how: dict[str, Any] = {"sampling": sampling, "beams": beams, "most": most, "p": p, "seed": seed}
+    for question, answer in talk(system, picture, ask or typed, **how):
+        turns.append({"question": question, "answer": answer})
+        if not json:
+            print(f"{question}\n  {answer}" if ask else f"  {answer}", flush=True)
+    if json:
+        _print_json({"picture": str(picture), "model": model, "turns": turns})
+
+
+def _asked(sign: str) -> str:
+    """A line from the terminal, "" at its end."""
+    try:
+        return input(sign if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
 
 
 # ---------------------------------------------------------------- measure
@@ -1201,6 +1364,7 @@ def eval_retrieval(
     split: str | None = None,
     without: tuple[str, ...] = ("skin_tone",),
     language: str | None = None,
+    rerank: int | None = None,
     out: Path = Path("runs/eval-retrieval"),
     device: str | None = None,
 ) -> None:
@@ -1213,6 +1377,8 @@ def eval_retrieval(
         split: Only this split: train, val or test; all if not given.
         without: Leave out the pictures for which one of these scores of the index is above zero.
         language: Only captions in this language, such as en or zh.
+        rerank: Look at the first so many answers of each query again, with a model that can match, such as
+            blip-stickers, and order them by cosine plus the logit of a match, as BLIP's authors do.
         out: Where the numbers, the table and the pictures go.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
@@ -1227,9 +1393,101 @@ def eval_retrieval(
             split=split,
             without=without,
             language=language,
+            rerank=rerank,
             device=device,
         )
     )
+    print(f"\n{out}")
+
+
+def eval_captions(
+    data: Path,
+    /,
+    *,
+    model: str = "blip-stickers",
+    clip: str = "clip-stickers",
+    sources: tuple[str, ...] | None = None,
+    split: str | None = None,
+    without: tuple[str, ...] = ("skin_tone",),
+    language: str = "en",
+    count: int | None = None,
+    telling: Telling = TELLING,
+    batch: int = 16,
+    out: Path = Path("runs/eval-captions"),
+    device: str | None = None,
+) -> None:
+    """Measure how good captions are: beside people's, by a CLIP, against exact scenes, by the names of things.
+
+    What the data allow is measured: captions give BLEU, ROUGE-L and CIDEr-D, labels whether a caption names the thing,
+    a world that `reverie data world` drew what is right and what is missing. Of a clip the middle frame is shown.
+
+    Args:
+        data: A folder of pictures with captions, labels or scenes.
+        model: A shipped name or a folder; anything that describes pictures.
+        clip: The CLIP that gives CLIPScore; "" leaves it out.
+        sources: Pictures by these; without any, all. If not given: twemoji and openmoji in the sticker corpus, all
+            elsewhere.
+        split: train, val, test or all; if not given test where there is one, else val, else all.
+        without: Leave out the pictures for which one of these scores of the index is above zero.
+        language: Of people's captions and of names, such as en or zh.
+        count: At most so many pictures, drawn by --seed.
+        batch: Pictures at a time.
+        out: Where the numbers, the table and the sheet go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.measure_captions import captions
+
+    print(
+        captions(
+            data, out, model=model, clip=clip, sources=sources, split=split, without=without, language=language,
+            count=count, telling=telling, batch=batch, seed=telling.seed, device=device,
+        )
+    )  # fmt: skip
+    print(f"\n{out}")
+
+
+def eval_answers(
+    data: Path,
+    /,
+    *,
+    model: str = "blip-stickers",
+    split: str | None = None,
+    kinds: tuple[str, ...] = (),
+    language: str = "en",
+    each: int = 1,
+    count: int | None = None,
+    choose: bool = False,
+    batch: int = 16,
+    seed: int = 0,
+    out: Path = Path("runs/eval-answers"),
+    device: str | None = None,
+) -> None:
+    """Measure how often questions about the procedural world are answered right, beside guessing.
+
+    Args:
+        data: A folder that `reverie data world` drew.
+        model: A shipped name or a folder; anything that answers questions.
+        split: train, val, test or all; if not given test where there is one, else val, else all.
+        kinds: Only such questions: colour, shape, count, there, relation, background, and of clips direction, turn,
+            bounce, action; all if not given.
+        language: en or zh.
+        each: Questions of a kind about one scene.
+        count: At most so many scenes, drawn by the seed.
+        choose: Let the model choose among the answers of the kind, instead of writing its own.
+        batch: Pictures at a time.
+        seed: Another seed, other scenes and other questions left out for balance.
+        out: Where the numbers, the table and the sheet go.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.data.world_questions import KINDS
+    from reverie.recipes.measure_captions import answers
+
+    print(
+        answers(
+            data, out, model=model, split=split, kinds=kinds or KINDS, language=language, each=each, count=count,
+            choose=choose, batch=batch, seed=seed, device=device,
+        )
+    )  # fmt: skip
     print(f"\n{out}")
 
 
@@ -1494,22 +1752,24 @@ def demo(
     seed: int = 0,
     clip: str = "clip-stickers",
     sora: str = "sora-stickers",
+    blip: str | None = None,
     steps: int | None = None,
     device: str | None = None,
 ) -> None:
-    """Draw pictures and clips, search, name, and write it all into a gallery page. Needs no network.
+    """Draw pictures and clips, search, name, describe, and write it all into a gallery page. Needs no network.
 
     Args:
         out: The gallery's folder.
         seed: Another seed, other pictures.
         clip: The CLIP that chooses, finds and names: a shipped name or a folder.
         sora: The generator: a shipped name or a folder.
+        blip: What describes and matches: a shipped name or a folder; blip-stickers where it ships if not given.
         steps: Sampling steps; the model's own number if not given.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
     from reverie.recipes.demo import demo as show
 
-    print(show(out, seed=seed, clip=clip, sora=sora, steps=steps, device=device))
+    print(show(out, seed=seed, clip=clip, sora=sora, blip=blip, steps=steps, device=device))
 
 
 def convert(source: Path, target: Path, /, *, format: str | None = None, config: str | None = None) -> None:
@@ -1522,7 +1782,8 @@ def convert(source: Path, target: Path, /, *, format: str | None = None, config:
     Args:
         source: The checkpoint, or the model's folder.
         target: The new file, which must end in .safetensors; or the new folder.
-        format: Whose folder it becomes: reverie, transformers, open_clip or diffusers; reverie if not given.
+        format: Whose folder it becomes: reverie, transformers, open_clip, diffusers, salesforce or lavis; reverie if
+            not given.
         config: Which model a .safetensors file holds, if it does not say so, such as ViT-B-32 or SiT-XL/2.
     """
     from reverie.weights.files import PICKLES
@@ -1608,9 +1869,15 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "edit": edit,
     "inpaint": inpaint,
     "search": search,
+    "caption": caption,
+    "match": match,
+    "ask": ask,
+    "chat": chat,
     "eval zero-shot": eval_zero_shot,
     "eval retrieval": eval_retrieval,
     "eval probe": eval_probe,
+    "eval captions": eval_captions,
+    "eval answers": eval_answers,
     "eval pictures": eval_pictures,
     "eval clips": eval_clips,
     "eval world": eval_world,

@@ -258,6 +258,37 @@ def test_the_judges_score_is_the_mean_cosine_and_the_rank_counts_the_labels_befo
             assert said["of"] == len(names)
 
 
+def test_a_blip_describes_what_it_never_saw_and_looks_again_at_what_was_drawn(results, sample, tmp_path):
+    """One that names every other picture, and to which the last drawing of each prompt belongs."""
+    told = [item for item in sample.select(video=False, sources=("twemoji",)) if item.label]
+    labels = iter(enumerate(item.label for item in told))
+
+    class Teller:
+        def caption(self, media):
+            return [f"a picture of {label}" if i % 2 else "?" for i, label in (next(labels) for _ in media)]
+
+        def match(self, pictures, texts):
+            return torch.linspace(0, 1, len(pictures))
+
+    (tmp_path / "sample").mkdir()
+    pictures = [torch.zeros(len(prompt["drawings"]), 3, 8, 8) for prompt in results["drawn"]["prompts"]]
+    run = demo_module._Run(tmp_path, sample, None, None, None, Teller(), 0, 1, None, drawn=pictures)
+    part = demo_module._describe(run)
+    assert part["images"] == len(told)
+    assert part["named"] == pytest.approx(len(told) // 2 / len(told))
+    assert {picture["named"] for picture in part["pictures"]} == {True, False}
+    assert all(picture["named"] == (picture["label"] in picture["caption"]) for picture in part["pictures"])
+    part["pictures"][0]["caption"] = "<b>bold</b>"
+    models = [*results["models"], {"name": "blip", "parameters": 3_000_000}]
+    page = gallery.page(results | {"described": part, "models": models})
+    assert "<b>bold</b>" not in page
+    words = " ".join(Reader(page).words)
+    same = sum(prompt["best"] == len(prompt["drawings"]) - 1 for prompt in results["drawn"]["prompts"])
+    assert f"is the same in {same} of {len(results['drawn']['prompts'])}" in " ".join(words.split())
+    assert "by three small models" in words
+    assert "Described" not in Reader(gallery.page(results)).words
+
+
 def test_the_language_of_words():
     assert [language_of(words) for words in ("rocket", "café", "火箭", "a 火箭")] == ["en", "en", "zh", "zh"]
 

@@ -1,5 +1,5 @@
-"""Recipes go on bit for bit after a kill: CLIP with what it drops or its adapters, Sora with clips, the video
-autoencoder with its discriminator."""
+"""Recipes go on bit for bit after a kill: CLIP with what it drops or its adapters, BLIP with its queue, Sora with
+clips, the video autoencoder with its discriminator."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def start():
         [
             "torch._dynamo",
             "reverie.train",
+            "reverie.recipes.blip",
             "reverie.recipes.clip_finetune",
             "reverie.recipes.sora",
             "reverie.recipes.video_vae",
@@ -79,6 +80,7 @@ def alone(start, place, tmp_path_factory):
 KILLS = {
     "drop": [("after rename", 2), ("optimizer.safetensors", 3)],
     "lora": [("after rename", 2), ("optimizer.safetensors", 3)],
+    "blip": [("after rename", 2), ("backward", 3), ("model.safetensors", 2)],
     "sora": [("backward", 5), ("manifest", 3), ("backward", 7)],
     "vae": [("backward", 7), ("discriminator-optimizer.safetensors", 5)],
 }
@@ -99,7 +101,7 @@ def test_a_killed_run_goes_on_bit_for_bit(start, place, alone, tmp_path, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["drop", "sora", "vae"])
+@pytest.mark.parametrize("way", ["drop", "blip", "sora", "vae"])
 def test_killed_often(start, place, alone, tmp_path, way):
     """Twenty-five times: in a step, between its batches, at any sub-step of a save."""
     print("seed", seed := random.randrange(10**9))

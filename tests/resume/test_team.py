@@ -294,9 +294,9 @@ def test_too_many_bad_samples_of_one_process_stop_all(begin, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["drop", "chunk", "lora", "sora"])
+@pytest.mark.parametrize("way", ["drop", "chunk", "lora", "blip", "sora"])
 def test_recipes_run_in_a_group(begin, tmp_path, way):
-    """CLIP's and Sora's, with their evaluation, their samples and what they save: as one process, but for rounding."""
+    """CLIP's, BLIP's and Sora's, with evaluation, samples and what they save: as one process, but for rounding."""
     tuner.prepare(tmp_path)
     runs = {"one": (1, {}), "two": (2, {}), "shards": (2, {"shard": True, "recompute": True})}
     for name, (count, engine) in runs.items():

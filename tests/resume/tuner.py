@@ -1,4 +1,4 @@
-"""Small runs of the recipes, CLIP's, Sora's and the video autoencoder's; the tests kill them in a child process."""
+"""Small runs of the recipes of CLIP, BLIP, Sora and the video autoencoder; the tests kill them in a child process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def prepare(place: Path) -> None:
 
 
 def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None, **engine) -> None:
-    """`way`: "drop", "chunk", "lora", "sora" or "vae"; `kill`: the sub-step of a save to die at, or "backward",
+    """`way`: "drop", "chunk", "lora", "blip", "sora" or "vae"; `kill`: the sub-step of a save to die at, or "backward",
     and the how manieth.
 
     Steps of Sora and of the autoencoder have two batches, so an odd backward pass is in the middle of one. The
@@ -58,7 +58,7 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
     from reverie.backbones.discriminator import DiscriminatorConfig
     from reverie.codecs.video_vae import VideoVaeConfig
     from reverie.data.index import Index
-    from reverie.recipes import sora, video_vae
+    from reverie.recipes import blip, sora, video_vae
     from reverie.recipes.clip import tiny
     from reverie.recipes.clip_finetune import finetune
     from reverie.train import Run, checkpoint
@@ -109,6 +109,9 @@ def run(place: Path, out: Path, *, way: str, kill: tuple[str, int] | None = None
                 clip=str(place / "start"), steps=STEPS, batch=2, clips=2, frames=5, size=16, lr=1e-2,
             )  # fmt: skip
             video_vae.fit(config, Index.read(place / "moving"), out, engine=how)
+        elif way == "blip":
+            blip.shape = partial(blip.shape, width=64, depth=2)
+            blip.tiny(place / "data", out, steps=STEPS, batch=6, lr=1e-2, size=16, queue=16, engine=how)
         elif way == "chunk":
             tiny(place / "data", out, chunk=2, **shared)
         elif way == "drop":

@@ -13,17 +13,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reverie.backbones.dit import SCALES, DitConfig
+from reverie.bridges.qformer import QformerConfig
 from reverie.codecs.video_vae import VideoVae
 from reverie.data.dropping import check_share, kept_count
 from reverie.encoders.clip_resnet import ClipResnetConfig
 from reverie.encoders.navit import NavitConfig
 from reverie.encoders.text import Text
+from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.objectives.contrastive import Peers
 from reverie.objectives.perceptual import tiled
@@ -31,8 +34,24 @@ from reverie.planning import roofline
 from reverie.planning.counting import PRECISIONS, Count, along, count, on_shapes
 from reverie.planning.hardware import GB, device
 from reverie.planning.roofline import Memory, Setup, Time, Weights
-from reverie.recipes import clip, clip_finetune, clip_native, distil, dit, judge, sora, video_vae
+from reverie.recipes import (
+    blip,
+    blip2,
+    blip_answers,
+    clip,
+    clip_finetune,
+    clip_native,
+    distil,
+    dit,
+    judge,
+    sora,
+    video_vae,
+)
 from reverie.recipes.sora_batches import SoraRun
+from reverie.systems.blip import BASE, LARGE, Blip, BlipConfig
+from reverie.systems.blip2 import EVA_G, Blip2, Blip2Config, SightConfig
+from reverie.systems.blip_tasks import BlipVqa
+from reverie.systems.blip_training import BlipTraining
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
@@ -262,6 +281,79 @@ def _judge_loss(model: Classifier, items: int, how: How, peers: Peers) -> Tensor
     )["loss"]
 
 
+def _pictures_and_words(items: int, size: int, words: int) -> dict[str, Any]:
+    return {
+        "image": _empty(items, 3, size, size),
+        "tokens": _empty(items, words, dtype=torch.long),
+        "label": _empty(items, dtype=torch.long),
+        "draws": _empty(items, 2),
+        "alpha": 0.4,
+    }
+
+
+def _blip_loss(model: BlipTraining, items: int, how: How, peers: Peers, *, words: int) -> Tensor:
+    batch = _pictures_and_words(items, model.blip.config.image.size, how.words or words)
+    return model.loss(batch, peers=peers)["loss"]
+
+
+def _answers_loss(model: BlipVqa, items: int, how: How, peers: Peers, *, words: int) -> Tensor:
+    """One answer of ten tokens to each question."""
+    batch = _pictures_and_words(items, model.config.image.size, how.words or words)
+    answers = {
+        "answers": _empty(items, 10, dtype=torch.long),
+        "question": _empty(items, dtype=torch.long),
+        "weight": _empty(items),
+    }
+    return model.loss(batch | answers)["loss"]
+
+
+def _blip2_loss(model: Blip2, items: int, how: How, peers: Peers, *, words: int) -> Tensor:
+    batch = _pictures_and_words(items, model.config.sight.image.size, how.words or words)
+    return model.loss(batch, peers=peers)["loss"]
+
+
+WORDS = SimpleNamespace(vocab=VOCAB, pad=0, special={"[CLS]": 2, "[SEP]": 3, "[DEC]": 4, "[ENC]": 5})
+
+
+def _blip(name: str, own: Mapping[str, Any], *, batch: int, steps: int, size: int | None) -> Subject:
+    """BLIP's and BLIP-2's; what begins with given weights is as the small shape has it."""
+    run, paper = blip.BlipRun.__dataclass_fields__, name.startswith("blip-paper")
+    build: Callable[[], nn.Module]
+    loss: Callable[..., Tensor]
+    if name.startswith("blip2"):
+        tower = EVA_G if name == "blip2-paper-stage1" else clip.shape(VOCAB, VOCAB - 1, size=size or 64).image
+        assert isinstance(tower, VitConfig)
+        asks = {key: own[key] for key in ("queries", "width", "depth") if key in own}
+        if asks:
+            asks |= {"heads": own["width"] // 64, "hidden": 4 * own["width"], "vocab": VOCAB, "length": 48}
+        qformer = QformerConfig(context_width=tower.width, **asks)
+        tower = replace(tower, size=size or tower.size)
+        second = Blip2Config(sight=SightConfig(image=tower, qformer=qformer))
+        build, loss = (lambda: Blip2(second)), _blip2_loss
+        words, pixels = blip2.Blip2Run.length, tower.size**2
+    else:
+        words = 64 if name == "blip-world" else blip.BlipRun.length
+        if paper:
+            shape = blip.paper_shape(LARGE if name.endswith("large") else BASE, size=size or 224)
+        else:
+            shape = blip.shape(WORDS, size=size or own.get("size", 64))  # type: ignore[arg-type]
+        pixels = shape.image.size**2
+        queue = own.get("queue", run["queue"].default)
+        task = own.get("task", "all")
+        build = partial(_training, shape, queue=queue, reads=task != "caption", writes=task != "retrieval")
+        loss = _blip_loss
+        if name == "blip-answers":
+            build, loss, words = (lambda: BlipVqa(blip_answers.halves(shape))), _answers_loss, 35
+    part = Part(what="pictures", batch=batch, pixels=pixels, loss=partial(loss, words=words))
+    return Subject(
+        name=name, build=build, parts=(part,), steps=steps, ema=not paper and name != "blip2-paper-stage1"
+    )
+
+
+def _training(shape: BlipConfig, **how: Any) -> BlipTraining:
+    return BlipTraining(Blip(shape), **how)
+
+
 # ---------------------------------------------------------------- by name
 
 
@@ -275,6 +367,7 @@ def names() -> list[str]:
     return [*_RECIPES, *scales, *(f"clip:{name}" for name in MODELS)]
 
 
+UNKNOWN = ("blip2-stage2", "blip2-paper-stage2")
 _RECIPES: dict[str, Callable[..., Any]] = {
     "clip-tiny": clip.tiny,
     "clip-stickers": clip.stickers,
@@ -282,6 +375,15 @@ _RECIPES: dict[str, Callable[..., Any]] = {
     "clip-paper-b32": clip.paper_b32,
     "clip-native": clip_native.native,
     "clip-finetune": clip_finetune.finetune,
+    "blip-tiny": blip.tiny,
+    "blip-stickers": blip.stickers,
+    "blip-world": blip.world,
+    "blip-finetune": blip.finetune,
+    "blip-answers": blip_answers.answers,
+    "blip-paper-base": blip.paper_base,
+    "blip-paper-large": blip.paper_large,
+    "blip2-stage1": blip2.stage1,
+    "blip2-paper-stage1": blip2.paper_stage1,
     "sora-tiny": sora.tiny,
     "sora-stickers": sora.stickers,
     "sora-world": sora.world,
@@ -314,6 +416,10 @@ def subject(
             name, shape, how, batch=batch or paper["batch"], steps=steps or paper["steps"], ema=False
         )
     scale = rest if kind == "sora-dit" and rest in sora.DIT else ""
+    if name in UNKNOWN:
+        raise InputError(
+            f"{name} trains before a language model of your own, whose shape a plan does not know: plan blip2-stage1."
+        )
     if name not in _RECIPES and not scale:
         from difflib import get_close_matches
 
@@ -329,6 +435,8 @@ def subject(
         many = own["packs"] * own["budget"] // native.image.patches
         return _clip(name, native, how, batch=batch or many, steps=steps or own["steps"], ema=True)
     batch, steps = batch or own["batch"], steps or own["steps"]
+    if kind.startswith("blip"):
+        return _blip(name, own, batch=batch, steps=steps, size=size)
     if kind.startswith("clip"):
         if name == "clip-paper-b32":
             return _clip(name, ClipConfig(), how, batch=batch, steps=steps, ema=False)

@@ -38,3 +38,26 @@ class Ask:
     fps: float | None = None
     format: str | None = None
     device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telling:
+    """How captions are written.
+
+    Args:
+        sampling: beam weighs several wordings against each other, greedy takes the surest word, nucleus draws.
+        prompt: What a caption begins with; the model's own if not given.
+        beams: Wordings that are weighed.
+        least: New tokens at least.
+        most: New tokens at most.
+        p: nucleus draws from the likeliest words that together have this probability.
+        seed: The same seed draws the same; the others always say the same.
+    """
+
+    sampling: str = "beam"
+    prompt: str | None = None
+    beams: int = 3
+    least: int = 0
+    most: int = 20
+    p: float = 0.9
+    seed: int = 0

@@ -5,6 +5,7 @@
     continue  the first frame of a clip that was kept from training -> clips
     find      the sample folder by words, by a picture in a style never trained on, by a picture just drawn
     name      Twemoji, a style never trained on, among all labels of the sample folder
+    describe  Twemoji in words, and what was drawn once more: does a picture belong to its prompt? (where a BLIP ships)
 
 Nothing is looked up: every picture, score, rank and time comes from this run. The score of a picture is the cosine
 between its CLIP embedding and that of its prompt, the latter the mean over the phrases of data/wording.py; the score
@@ -34,6 +35,8 @@ from reverie.data.index import Index, Item
 from reverie.data.stickers import sample_folder
 from reverie.data.wording import PHRASES
 from reverie.errors import InputError
+from reverie.evals.captions import label_recall
+from reverie.evals.interval import bootstrap
 from reverie.evals.retrieval import search_topk
 from reverie.evals.zero_shot import class_embeddings, zero_shot
 from reverie.media import decode_array, flatten
@@ -41,8 +44,10 @@ from reverie.output import Made, write
 from reverie.pictures import to_bytes, to_signal
 from reverie.progress import counting
 from reverie.recipes import gallery
+from reverie.recipes.measure_captions import names_of
 from reverie.recipes.parts import capable, home, what_made
 from reverie.train import memory
+from reverie.weights.places import shipped
 
 Pair = tuple[str, str]  # words and, for those who do not read Chinese, what they mean
 
@@ -67,13 +72,15 @@ def demo(
     seed: int = 0,
     clip: str | Path = "clip-stickers",
     sora: str | Path = "sora-stickers",
+    blip: str | Path | None = None,
     steps: int | None = None,
     device: str | None = None,
 ) -> Path:
-    """Draw, animate, continue, find and name; write the gallery into the folder `out`; its index.html.
+    """Draw, animate, continue, find, name and describe; write the gallery into the folder `out`; its index.html.
 
     Picture i of a prompt has the seed `seed + i`; `steps` are the sampler's, the model's own if not given; `device` is
-    the GPU if there is one. The same arguments give the same pictures and scores; only times and memory differ. Raises
+    the GPU if there is one. `blip` describes, blip-stickers if not given; without one that part is left out. The same
+    arguments give the same pictures and scores; only times and memory differ. Raises
     InputError when `out` holds something that is no gallery, or a model cannot do what is asked of it.
     """
     begun = time.perf_counter()
@@ -84,18 +91,21 @@ def demo(
     with _stage("loading") as stage:
         reader = capable(clip, "embed_image", device=device)
         painter = capable(sora, "generate_video", device=device)
+        blip = blip or ("blip-stickers" if "blip-stickers" in shipped() else None)
+        teller = capable(blip, "caption", device=device) if blip else None
         index = Index.read(sample_folder()).select()
         judge = Judge(reader, index)
     made = what_made(painter, sora, steps=steps)
-    run = _Run(out, index, judge, reader, painter, seed, steps or painter.config.steps, made)
+    run = _Run(out, index, judge, reader, painter, teller, seed, steps or painter.config.steps, made)
     results: dict[str, Any] = {
         "reverie": reverie.__version__,
         "seed": seed,
         "steps": run.steps,
         "guidance": painter.config.guidance,
         "models": [
-            {"name": Path(name).name, "parameters": sum(p.numel() for p in model.parameters())}
-            for name, model in ((clip, reader), (sora, painter))
+            {"name": Path(str(name)).name, "parameters": sum(p.numel() for p in model.parameters())}
+            for name, model in ((clip, reader), (sora, painter), (blip, teller))
+            if model is not None
         ],
         "loading": {"seconds": stage.seconds},
     }
@@ -106,6 +116,7 @@ def demo(
             ("continued", _continue),
             ("found", _find),
             ("named", _name),
+            *([("described", _describe)] if teller is not None else []),
         ):
             results[name] = part(run)
     (out / "preview.png").write_bytes(gallery.preview(run.rows))
@@ -172,11 +183,13 @@ class _Run:
     judge: Judge
     clip: Any
     sora: Any
+    blip: Any
     seed: int
     steps: int
     made: Callable[[str, int], Made]
     rows: list[gallery.Row] = field(default_factory=list)  # of the preview
     best: list[tuple[str, str, Tensor]] = field(default_factory=list)  # prompt, file and picture `3 h w`
+    drawn: list[Tensor] = field(default_factory=list)  # of each prompt all pictures `b 3 h w`
 
     def prompt(self, words: str, meaning: str) -> dict[str, Any]:
         """What the page says of words: whether they were kept from training is read from the sample's index."""
@@ -229,6 +242,7 @@ def _draw(run: _Run) -> dict[str, Any]:
                 file = f"drawn/{number:02d}-{i}.png"
                 write(run.out / file, [pixels], made=run.made(words, run.seed + i))
                 drawings.append({"file": file, "seed": run.seed + i, **opinion})
+            run.drawn.append(pictures)
             run.best.append((words, drawings[best]["file"], pictures[best]))
             prompts.append(
                 {
@@ -374,6 +388,34 @@ def _name(run: _Run) -> dict[str, Any]:
     kept = ("top1", "top1_interval", "top5", "top5_interval", "images", "ways")
     measures = {key: measured[key] for key in kept}
     return {"pictures": pictures, "style": STYLE, **measures, "seconds": stage.seconds}
+
+
+def _describe(run: _Run) -> dict[str, Any]:
+    """Captions of a style never trained on, and how many name the thing; what was drawn, matched to its prompt."""
+    items = [item for item in run.index.select(video=False, sources=(STYLE,)) if item.label]
+    names = names_of(run.index, items)
+    batches = [items[i : i + 32] for i in range(0, len(items), 32)]
+    with _stage("describing", len(batches) + len(run.drawn)) as stage:
+        captions: list[str] = []
+        for batch in batches:
+            captions += run.blip.caption([run.index.media(item) for item in batch])
+            stage.tick()
+        score = label_recall(captions, [names[str(item.label)]["en"] for item in items])
+        shown = torch.randperm(len(items), generator=rng.generator(run.seed, "demo", "describe"))[
+            :NAMED
+        ].tolist()
+        pictures = [
+            {**run.show(items[i]), "caption": captions[i], "named": bool(score.each[i])} for i in shown
+        ]
+        matched = []
+        for (words, meaning), drawn in zip(DRAW, run.drawn, strict=True):
+            chances = run.blip.match(drawn, [words] * len(drawn)).tolist()
+            matched.append({**run.prompt(words, meaning), "probabilities": chances})
+            stage.tick()
+    return {
+        "pictures": pictures, "matched": matched, "style": STYLE, "images": len(items), "named": score.all,
+        "named_interval": bootstrap(torch.tensor(score.each, dtype=torch.double)), "seconds": stage.seconds,
+    }  # fmt: skip
 
 
 # --- what the parts need --------------------------------------------------------------------------------------------

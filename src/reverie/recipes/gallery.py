@@ -140,6 +140,8 @@ def page(results: dict[str, Any]) -> str:
         ("drawn", "Drawn", _drawn), ("animated", "Animated", _animated), ("continued", "Continued", _continued),
         ("found", "Found", _found), ("named", "Named", _named),
     ]  # fmt: skip
+    if "described" in results:
+        sections.append(("described", "Described", lambda part: _described(part, results["drawn"])))
     links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
     body = "".join(
         f'<section id="{name}"><h2>{heading}</h2>{part(results[name])}</section>'
@@ -152,7 +154,8 @@ def page(results: dict[str, Any]) -> str:
         '<meta name="referrer" content="no-referrer">\n'
         f"<title>Reverie: a gallery</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<header><h1>Reverie</h1><p>All that you see here was drawn, moved, found and named on this machine in "
-        f"{_time(results['seconds'])}, without a network, by two small models trained from random weights.</p>"
+        f"{_time(results['seconds'])}, without a network, by {_COUNT[len(results['models'])]} small models trained "
+        "from random weights.</p>"
         '<p class="soft">The prompts were written down beforehand, and no picture is chosen by hand. A score is the '
         "cosine between a picture and its words in CLIP&rsquo;s space; a rank says where the words come among all the "
         f"labels of the sample folder, 1 being the best. What goes wrong is shown as well.</p>"
@@ -278,8 +281,43 @@ def _named(part: dict[str, Any]) -> str:
     )
 
 
+def _described(part: dict[str, Any], drawn: dict[str, Any]) -> str:
+    """Captions of a style never trained on; of each prompt the drawings, the best by BLIP framed, CLIP's said."""
+    told = "".join(
+        f'<article class="card named">{_image(picture["file"], picture["label"], "middle")}<div>'
+        f"<h3{_GOOD * picture['named']}>{_text(picture['caption'])}</h3>{_note(_text(picture['label']))}</div>"
+        "</article>"
+        for picture in part["pictures"]
+    )
+    cards, same = [], 0
+    for prompt, found in zip(drawn["prompts"], part["matched"], strict=True):
+        chances = found["probabilities"]
+        best = max(range(len(chances)), key=chances.__getitem__)
+        same += best == prompt["best"]
+        four = "".join(
+            _figure(
+                _image(drawing["file"], _said(prompt, f"seed {drawing['seed']}"), "little"),
+                f"{chance:.0%}" + "<br>CLIP&rsquo;s" * (i == prompt["best"]),
+                "best" if i == best else "",
+            )
+            for i, (drawing, chance) in enumerate(zip(prompt["drawings"], chances, strict=True))
+        )
+        cards.append(f'<article class="card">{_heading(prompt)}<div class="four">{four}</div></article>')
+    low, high = part["named_interval"]
+    return (
+        f"<p>BLIP says in its own words what {len(part['pictures'])} {_text(part['style'].title())} pictures show, "
+        f"drawn by lot; no model saw this style. Of all {part['images']}, {part['named']:.0%} of the captions contain "
+        f"a name of the thing (95&nbsp;% interval {low:.0%} to {high:.0%}), green here.</p>"
+        f'<div class="cards">{told}</div>'
+        f"<p>What was drawn, looked at beside its prompt: how probably both belong together. BLIP&rsquo;s choice is "
+        f"framed; CLIP&rsquo;s is the same in {same} of {len(cards)}. BLIP learnt from the "
+        f'painter&rsquo;s pictures.</p><div class="cards">{"".join(cards)}</div>'
+    )
+
+
 def _foot(results: dict[str, Any]) -> str:
-    parts = ("loading", "drawn", "animated", "continued", "found", "named")
+    every = ("loading", "drawn", "animated", "continued", "found", "named", "described")
+    parts = [name for name in every if name in results]
     peak = results["peak_memory"]
     facts = [
         *(
@@ -313,6 +351,7 @@ def _foot(results: dict[str, Any]) -> str:
 
 
 _GOOD = ' class="good"'
+_COUNT = {2: "two", 3: "three"}
 
 
 def _text(text: object) -> str:

@@ -32,6 +32,7 @@ from reverie.evals.templates import ensemble as sentences_of
 from reverie.media import decode_array
 from reverie.pictures import card, grid, save_png
 from reverie.progress import counting
+from reverie.recipes.measure_captions import pair_scores
 from reverie.recipes.measured import Measured, Row, fits, markdown, save_figure, share
 from reverie.recipes.parts import capable, open_index
 from reverie.recipes.search import embed_pictures, every_file
@@ -120,10 +121,16 @@ def retrieve(
     split: str | None = None,
     without: tuple[str, ...] = ("skin_tone",),
     language: str | None = None,
+    rerank: int | None = None,
     device: str | None = None,
 ) -> Measured:
-    """Recall at 1, 5 and 10 of pictures by their captions and of captions by their pictures."""
+    """Recall at 1, 5 and 10 of pictures by their captions and of captions by their pictures.
+
+    rerank: the first so many answers of each query are looked at again by a model that can match.
+    """
     out = fits(out)
+    if rerank is not None and rerank < 1:
+        raise InputError(f"rerank is {rerank}: look at one answer again at least, or leave it out.")
     index = open_index(data).select(split=split, video=False, sources=sources or None)
     told = {
         item.file_name: [c.text for c in item.captions if language in (None, c.language)] for item in index
@@ -135,23 +142,47 @@ def retrieve(
             f"column text or caption, and class-named folders, at the import; `reverie data check {index.folder}` "
             "lists what is there."
         )
-    clip = capable(model, "embed_text", device=device)
+    clip = capable(model, "match" if rerank else "embed_text", device=device)
     vectors, items, bad = _embedded(clip, index, wanted)
     captions = [told[item.file_name] for item in items]
-    result = finding.retrieval(lambda some: some, lambda some: clip.embed_text(some).cpu(), vectors, captions)
     texts = [text for own in captions for text in own]
+    again, most = None, rerank or 0
+    total = min(most, len(texts)) * len(items) + min(most, len(items)) * len(texts)
+    with counting("looking again") as progress:
+        if rerank:
+            look, done = pair_scores(clip, [index.media(item) for item in items], texts), 0
+
+            def again(images: list[int], words: list[int]) -> Tensor:
+                nonlocal done
+                done += len(images)
+                progress(done, total)
+                return look(images, words)
+
+        result = finding.retrieval(
+            lambda some: some, lambda some: clip.embed_text(some).cpu(), vectors, captions,
+            again=again, rerank=most,
+        )  # fmt: skip
     _answers(index, items, texts, captions, result, out)
-    ways = (result["image_to_text"], result["text_to_image"])
-    rows: list[Row] = [
-        (f"recall at {k}", *(cell for way in ways for cell in (
-            share(way[f"recall@{k}"], way[f"recall@{k}_interval"]), share(way[f"recall@{k}_chance"]),
-        ))) for k in (1, 5, 10)
-    ]  # fmt: skip
-    median = (cell for way in ways for cell in (f"{way['median_rank']:,.0f}", ""))
-    rows.append(("median rank", *median))
-    columns = ("", "texts found by picture", "guessing", "pictures found by text", "guessing")
+    before = result.get("before", {})
+    rows: list[Row] = [("recall at 1",), ("recall at 5",), ("recall at 10",), ("median rank",)]
+    columns: Row = ("",)
+    for way, told_as in (
+        ("image_to_text", "texts found by picture"),
+        ("text_to_image", "pictures found by text"),
+    ):
+        cells = [(told_as, result[way])] + ([("before looking again", before[way])] if before else [])
+        for column, own in cells:
+            columns += (column,)
+            found = [share(own[f"recall@{k}"], own[f"recall@{k}_interval"]) for k in (1, 5, 10)]
+            rows = [
+                (*row, cell) for row, cell in zip(rows, [*found, f"{own['median_rank']:,.0f}"], strict=True)
+            ]
+        columns += ("guessing",)
+        chance = [share(result[way][f"recall@{k}_chance"]) for k in (1, 5, 10)]
+        rows = [(*row, cell) for row, cell in zip(rows, [*chance, ""], strict=True)]
     numbers = result | {"files": [item.file_name for item in items], "captions": captions, "bad": bad}
     title = f"{model} finds {len(texts):,} texts and {len(items):,} pictures"
+    title += f", the first {rerank} looked at again" if rerank else ""
     return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
 
 

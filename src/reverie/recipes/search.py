@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -311,6 +311,37 @@ def search(
             ))  # fmt: skip
         answers.append(list(found.values()))
     return answers
+
+
+@torch.no_grad()
+def rerank(
+    model: str, folder: Path, queries: Sequence[Query], answers: Sequence[Sequence[Found]], items: dict[str, Item],
+    *, top: int, device: str | None = None,
+) -> list[list[Found]]:  # fmt: skip
+    """The answers to each query again, by the probability that words and picture belong together; the `top` best.
+
+    The score is that probability. Of a clip the frame that was found is looked at. InputError: a query without words,
+    since only words can be matched, or one that takes away or adds; or a system that cannot match.
+    """
+    for query in queries:
+        if not query.words or query.plus or query.minus or query.images or query.minus_images:
+            raise InputError(
+                f"The query {query} is more or less than words, which alone can be looked at again."
+            )
+    system, index = capable(model, "match", device=device), Index(folder, [])
+    out = []
+    for query, found in zip(queries, answers, strict=True):
+        pictures = []
+        for it in found:
+            item = items.get(it.name)
+            shown, _ = frames_of(index.media(item) if item is not None else folder / it.name)
+            pictures.append(shown[min(it.frame, len(shown) - 1)])
+        chances = (
+            system.match(pictures, [query.words] * len(pictures)).float().cpu().tolist() if found else []
+        )
+        again = [replace(it, score=chance) for it, chance in zip(found, chances, strict=True)]
+        out.append(sorted(again, key=lambda it: -it.score)[:top])
+    return out
 
 
 def _there(index: Index | None, item: Item) -> bool:
