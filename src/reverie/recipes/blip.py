@@ -100,7 +100,7 @@ class BlipRun:
 
 
 def shape(
-    tokenizer: Pieces, *, size: int = 64, width: int = 192, depth: int = 5, length: int = 40
+    tokenizer: Pieces, *, size: int = 64, patch: int = 16, width: int = 192, depth: int = 5, length: int = 40
 ) -> BlipConfig:
     """A small Blip for a CPU: clip-stickers' image tower, a text network of as many channels."""
     heads = heads_of(width)
@@ -111,7 +111,7 @@ def shape(
     ids = tokenizer.special
     return BlipConfig(
         image=VitConfig(
-            size=size, patch=16, width=width, depth=depth, heads=heads, activation="gelu", stem="conv", pool="mean"
+            size=size, patch=patch, width=width, depth=depth, heads=heads, activation="gelu", stem="conv", pool="mean"
         ),
         text=MedConfig(
             vocab=tokenizer.vocab, length=length, width=width, depth=depth - 1, heads=heads, hidden=4 * width,
@@ -240,7 +240,7 @@ def world(
     """
     index = open_world(data, count, moving, hidden, seed=seed)
     train_set = index.select(split="train")
-    model = begin("", train_set, partial(shape, length=64), seed=seed)
+    model = begin("", train_set, partial(shape, patch=8, length=64), seed=seed)  # things are small
     config = BlipRun(
         model=model.config, steps=steps, batch=batch, lr=lr, schedule="cosine", floor=0.01, warmup=100, clip=1.0,
         ema=0.999, strength=0.0, languages={"en": english, "zh": 1 - english}, queue=queue, length=64, seed=seed,
