@@ -64,6 +64,7 @@ SEVERAL, FOUND, NAMED, GUESSES = 4, 8, 12, 3
 FOLDERS = ("drawn", "moving", "sample")
 OURS = {*FOLDERS, "preview.png", "results.json", "index.html"}
 STYLE = "twemoji"  # never trained on
+ASKED = "a picture of"  # what a caption begins with: it asks for the name, in English
 
 
 def demo(
@@ -398,7 +399,7 @@ def _describe(run: _Run) -> dict[str, Any]:
     with _stage("describing", len(batches) + len(run.drawn)) as stage:
         captions: list[str] = []
         for batch in batches:
-            captions += run.blip.caption([run.index.media(item) for item in batch])
+            captions += run.blip.caption([run.index.media(item) for item in batch], prompt=ASKED)
             stage.tick()
         score = label_recall(captions, [names[str(item.label)]["en"] for item in items])
         shown = torch.randperm(len(items), generator=rng.generator(run.seed, "demo", "describe"))[
