@@ -109,8 +109,10 @@ def test_fine_tuning_for_captions_leaves_the_other_heads(learnt, folder, tmp_pat
     assert tuned.caption(PLAIN, prompt="a picture of")[0].startswith("a picture of")
 
 
-@pytest.mark.parametrize(("task", "begins"), [("caption", "a picture of "), ("retrieval", "")])
-def test_captions_are_learnt_behind_the_prompt(learnt, folder, tmp_path, monkeypatch, task, begins):
+@pytest.mark.parametrize("task", blip.TASKS)
+def test_captions_are_written_behind_the_prompt_and_read_without_it(
+    learnt, folder, tmp_path, monkeypatch, task
+):
     seen = {}
     loss = blip.BlipTraining.loss
 
@@ -130,10 +132,11 @@ def test_captions_are_learnt_behind_the_prompt(learnt, folder, tmp_path, monkeyp
         batch=6,
         queue=0,
     )
-    rows, given = seen["tokens"], int(seen["given"])
-    for row in rows.tolist():
-        assert tuned.tokenizer.decode([row[1:]])[0] in [begins + name for name in NAMES]
-        assert tuned.tokenizer.decode([row[given:]])[0] in NAMES  # what the loss of writing counts
+    given = int(seen["given"])
+    for read, written in zip(seen["tokens"].tolist(), seen["written"].tolist(), strict=True):
+        texts = tuned.tokenizer.decode([read[1:], written[1:], written[given:]])
+        assert texts == [texts[0], f"a picture of {texts[0]}", texts[0]]  # the last: what the loss counts
+        assert texts[0] in NAMES
 
 
 def test_fine_tuning_for_retrieval_leaves_the_words(learnt, folder, tmp_path):
@@ -205,3 +208,8 @@ def test_the_papers_runs_have_its_hyperparameters(recipe, steps, folder, tmp_pat
     )
     assert (config.decay, config.weight_decay, config.smoothing, config.length) == (0.9, 0.05, 0.1, 30)
     assert (config.model.image.size, config.model.width, config.model.text.depth) == (224, 256, 12)
+
+
+def test_a_size_that_the_start_does_not_see_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="size is 32, but clip-stickers sees 64 pixels"):
+        blip.tiny(folder, tmp_path / "run", steps=1, size=32, start="clip-stickers")

@@ -336,7 +336,7 @@ def _blip(name: str, own: Mapping[str, Any], *, batch: int, steps: int, size: in
         if paper:
             shape = blip.paper_shape(LARGE if name.endswith("large") else BASE, size=size or 224)
         else:
-            shape = blip.shape(WORDS, size=size or own.get("size", 64))  # type: ignore[arg-type]
+            shape = blip.shape(WORDS, size=size or 64, patch=8 if name == "blip-world" else 16)  # type: ignore[arg-type]
         pixels = shape.image.size**2
         queue = own.get("queue", run["queue"].default)
         task = own.get("task", "all")

@@ -11,7 +11,7 @@ paper_large  the same with ViT-L/16                                 reverie trai
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,22 @@ from torch import Tensor
 import reverie
 from reverie import rng
 from reverie.codecs.pieces import Pieces
-from reverie.data.augment import draws, on_white, view
+from reverie.data.augment import on_white, view
 from reverie.data.index import Index
-from reverie.data.streaming import open_pixels
-from reverie.data.wording import draw_caption
 from reverie.encoders.med import MedConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.evals.retrieval import retrieval
 from reverie.objectives.language import language_loss
+from reverie.recipes.captioned import Captioned
 from reverie.recipes.parts import (
     at_most,
     averaged,
     captioned,
     decoded,
-    digest,
     heads_of,
     keep,
     load_clip,
-    my_share,
     name_bad,
     open_index,
     open_world,
@@ -130,7 +127,7 @@ def tiny(
     steps: int = 300,
     batch: int = 48,
     lr: float = 1e-3,
-    size: int = 64,
+    size: int | None = None,
     queue: int = 1024,
     start: str = "",
     stream: bool = False,
@@ -145,7 +142,7 @@ def tiny(
         steps: How many batches to learn from.
         batch: Pictures of a step; more learn better, take longer and need more memory.
         lr: The highest learning rate.
-        size: Pixels a side that pictures are seen at, a multiple of 16.
+        size: Pixels a side that pictures are seen at, a multiple of 16; 64, or what the start sees, if not given.
         queue: How many former pictures and texts a batch is also compared with.
         start: The Blip to go on from, or a CLIP whose image tower to begin with, such as clip-stickers.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
@@ -153,7 +150,11 @@ def tiny(
     """
     index = open_index(data)
     train_set = captioned(index.select(split="train"))
-    model = begin(start, train_set, partial(shape, size=size), seed=seed)
+    model = begin(start, train_set, partial(shape, size=64 if size is None else size), seed=seed)
+    if size not in (None, model.config.image.size):
+        raise InputError(
+            f"size is {size}, but {start} sees {model.config.image.size} pixels: leave size out."
+        )
     config = BlipRun(
         model=model.config, start=start, steps=steps, batch=at_most(batch, len(train_set)), lr=lr, schedule="cosine",
         floor=0.01, warmup=min(100, steps // 4), clip=1.0, ema=0.999, queue=queue, seed=seed,
@@ -439,20 +440,9 @@ def fit(
         raise InputError(
             f"{config.start} has no tokenizer, so it cannot learn from captions: give one that has."
         )
-    pixels = open_pixels(index, size=model.config.image.size, stream=stream)
-    good = [i for i in pixels.good if index[i].captions]
-    if not good:
-        raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
-    if min(config.batch, len(good)) < 2:
-        have = (
-            f"batch is {config.batch}"
-            if config.batch < 2
-            else f"{index.folder} has one picture with a caption"
-        )
-        raise InputError(f"{have}: a BLIP learns from comparing, so give two or more.")
-    config = dataclasses.replace(config, data=digest(index, good))
-    names = sorted({index[i].label or index[i].hash for i in good})
-    label = {name: number for number, name in enumerate(names)}
+    pairs = Captioned(index, size=model.config.image.size, stream=stream)
+    pairs.check_pairs(config.batch, "BLIP")
+    config = dataclasses.replace(config, data=pairs.digest)
     torch.manual_seed(rng.integer(config.seed, "queue"))
     training = engine.place(
         BlipTraining(
@@ -465,7 +455,7 @@ def fit(
             far=config.far,
         )
     )
-    epoch = max(len(good) / (config.batch * config.accumulate), 1)  # steps
+    epoch = max(len(pairs) / (config.batch * config.accumulate), 1)  # steps
     if config.schedule == "cosine":
         schedule = partial(cosine, steps=config.steps, warmup=config.warmup, floor=config.floor)
     else:
@@ -480,36 +470,24 @@ def fit(
         clip=config.clip,
     )
 
-    prompt = "" if config.task == "retrieval" else model.config.prompt  # nobody finds by a prompt
+    prompt = model.config.prompt  # of what is written: nobody finds by a prompt
     given = begun(tokenizer, prompt)
 
-    def words(i: int, generator: torch.Generator) -> str:
-        phrases = PHRASES if config.phrases else {}
-        text = draw_caption(index[i], generator, languages=config.languages, phrases=phrases)
-        return f"{prompt} {text}" if prompt else text
+    def ids(texts: Sequence[str]) -> Tensor:
+        tokens = tokenizer.encode(list(texts), length=config.length)
+        return tokens[:, : int((tokens != tokenizer.pad).sum(1).max())]
 
     def batches(step: int, micro: int) -> dict[str, Any]:
-        keys = [
-            (epoch, good[place])
-            for epoch, place in my_share(
-                step * config.accumulate + micro, config.batch, len(good), config.seed
-            )
-        ]
-        keys, bad = pixels.ready(keys, good)
-        texts = [words(i, rng.generator(config.seed, "caption", epoch, i)) for epoch, i in keys]
-        tokens = tokenizer.encode(texts, length=config.length)
-        chosen = [
-            torch.rand(2, generator=rng.generator(config.seed, "negatives", epoch, i)) for epoch, i in keys
-        ]
+        keys, bad = pairs.drawn(step * config.accumulate + micro, config.batch, seed=config.seed)
+        phrases = PHRASES if config.phrases else {}
+        texts = pairs.told(keys, seed=config.seed, languages=config.languages, phrases=phrases)
         return {
-            "rgba": torch.stack([pixels[i][0] for _, i in keys]),
-            "views": draws(config.seed, keys),
-            "tokens": tokens[:, : int((tokens != tokenizer.pad).sum(1).max())],
-            "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
-            "draws": torch.stack(chosen),
+            **pairs.seen(keys, seed=config.seed),
+            "tokens": ids(texts),
+            "written": ids([f"{prompt} {text}".strip() for text in texts]),
+            "draws": pairs.chances(keys, seed=config.seed),
             "given": torch.tensor(given),
             "alpha": torch.tensor(config.alpha * min(1.0, step / max(config.ramp * epoch, 1))),
-            "ids": [index[i].file_name for _, i in keys],
             "bad": bad,
         }
 
@@ -526,7 +504,7 @@ def fit(
         if not step.skipped:
             training.advance(config.accumulate)
         if step.number == 1:
-            name_bad(run, pixels)
+            name_bad(run, pairs.pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(seldom(config.steps, 8)) and len(val):

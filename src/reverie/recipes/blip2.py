@@ -24,22 +24,20 @@ from reverie import rng
 from reverie.backbones.language import Language
 from reverie.bridges.qformer import QformerConfig
 from reverie.codecs.pieces import Pieces, read_tokenizer
-from reverie.data.augment import draws, on_white, view
+from reverie.data.augment import on_white, view
 from reverie.data.index import Index
-from reverie.data.streaming import open_pixels
 from reverie.data.wording import draw_caption
 from reverie.encoders.clip_resnet import ClipResnetConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
+from reverie.recipes.captioned import Captioned, Keys
 from reverie.recipes.parts import (
     at_most,
     averaged,
     captioned,
     decoded,
-    digest,
     heads_of,
     keep,
-    my_share,
     name_bad,
     open_index,
     plain_stickers,
@@ -337,17 +335,10 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Any:
     """Train what is not frozen of either stage, measure it on `val`; the averaged weights go to `out/model`."""
-    pixels = open_pixels(index, size=config.model.sight.image.size, stream=stream)
-    good = [i for i in pixels.good if index[i].captions]
-    if not good:
-        raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
-    if isinstance(model, Blip2) and min(config.batch, len(good)) < 2:
-        raise InputError(
-            "a batch has one picture, and a first stage learns from comparing: give two or more."
-        )
-    config = dataclasses.replace(config, data=digest(index, good))
-    names = sorted({index[i].label or index[i].hash for i in good})
-    label = {name: number for number, name in enumerate(names)}
+    pairs = Captioned(index, size=config.model.sight.image.size, stream=stream)
+    if isinstance(model, Blip2):
+        pairs.check_pairs(config.batch, "first stage")
+    config = dataclasses.replace(config, data=pairs.digest)
     model = engine.place(model)
     player = Player(
         model,
@@ -356,29 +347,12 @@ def fit(
         ema=Ema(model, decay=config.ema) if config.ema else None,
         clip=config.clip,
     )
-    words = _first_words(model, config) if isinstance(model, Blip2) else _second_words(model, config)
+    words = _first_words(model, pairs, config) if isinstance(model, Blip2) else _second_words(model, config)
 
     def batches(step: int, micro: int) -> dict[str, Any]:
-        number = step * config.accumulate + micro
-        keys = [
-            (epoch, good[place]) for epoch, place in my_share(number, config.batch, len(good), config.seed)
-        ]
-        keys, bad = pixels.ready(keys, good)
-        texts = [
-            draw_caption(
-                index[i], rng.generator(config.seed, "caption", epoch, i), languages=config.languages,
-                phrases=PHRASES,
-            )
-            for epoch, i in keys
-        ]  # fmt: skip
-        return {
-            **words(texts, keys),
-            "rgba": torch.stack([pixels[i][0] for _, i in keys]),
-            "views": draws(config.seed, keys),
-            "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
-            "ids": [index[i].file_name for _, i in keys],
-            "bad": bad,
-        }
+        keys, bad = pairs.drawn(step * config.accumulate + micro, config.batch, seed=config.seed)
+        texts = pairs.told(keys, seed=config.seed, languages=config.languages, phrases=PHRASES)
+        return {**pairs.seen(keys, seed=config.seed), **words(texts, keys), "bad": bad}
 
     def loss(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The views are made on the model's device."""
@@ -391,7 +365,7 @@ def fit(
                       seed=config.seed, save_every=seldom(config.steps, 12), keep=2, prefetch=2,
                       **engine.loop):  # fmt: skip
         if step.number == 1:
-            name_bad(run, pixels)
+            name_bad(run, pairs.pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(seldom(config.steps, 8)) and len(val):
@@ -404,11 +378,10 @@ def fit(
     return reverie.load(out / "model")
 
 
-Keys = Sequence[tuple[int, int]]
 Words = Callable[[list[str], Keys], dict[str, Tensor]]
 
 
-def _first_words(model: Blip2, config: Blip2Run) -> Words:
+def _first_words(model: Blip2, pairs: Captioned, config: Blip2Run) -> Words:
     tokenizer, pad = model.tokenizer, model.config.sight.qformer.pad
     assert tokenizer is not None
 
@@ -416,8 +389,7 @@ def _first_words(model: Blip2, config: Blip2Run) -> Words:
         tokens = tokenizer.encode(texts, length=config.length)
         if peers().count == 1:  # of several processes all must have one length
             tokens = tokens[:, : int((tokens != pad).sum(1).max())]
-        chosen = [torch.rand(2, generator=rng.generator(config.seed, "negatives", *key)) for key in keys]
-        return {"tokens": tokens, "draws": torch.stack(chosen)}
+        return {"tokens": tokens, "draws": pairs.chances(keys, seed=config.seed)}
 
     return words
 

@@ -22,28 +22,25 @@ from torch import Tensor, nn
 import reverie
 from reverie import rng
 from reverie.codecs.bpe import Bpe
-from reverie.data.augment import draws, on_white, view
+from reverie.data.augment import on_white, view
 from reverie.data.dropping import check_share, drop_tokens, kept_patches
 from reverie.data.index import Index, Item
 from reverie.data.pixels import Native
-from reverie.data.streaming import open_pixels
-from reverie.data.wording import draw_caption
 from reverie.encoders.navit import NavitConfig
 from reverie.encoders.text import TextConfig
 from reverie.encoders.vit import VitConfig
 from reverie.errors import InputError
 from reverie.evals.retrieval import retrieval
 from reverie.evals.zero_shot import zero_shot
+from reverie.recipes.captioned import Captioned
 from reverie.recipes.parts import (
     at_most,
     averaged,
     captioned,
     decoded,
-    digest,
     heads_of,
     keep,
     load_clip,
-    my_share,
     name_bad,
     open_index,
     open_world,
@@ -357,22 +354,10 @@ def fit(
     """
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    with team().in_turn():
-        pixels = open_pixels(index, size=config.model.image.size, stream=stream)
-    good = [i for i in pixels.good if index[i].captions]
-    if not good:
-        raise InputError(f"no picture in {index.folder} has a caption: run `reverie data check` to see why.")
-    if min(config.batch, len(good)) < 2:
-        have = (
-            f"batch is {config.batch}"
-            if config.batch < 2
-            else f"{index.folder} has one picture with a caption"
-        )
-        raise InputError(f"{have}: a CLIP learns from comparing, so give two or more.")
-    config = dataclasses.replace(config, data=digest(index, good))
+    pairs = Captioned(index, size=config.model.image.size, stream=stream)
+    pairs.check_pairs(config.batch, "CLIP")
+    config = dataclasses.replace(config, data=pairs.digest)
     whole_from = _whole_from(config)
-    names = sorted({index[i].label or index[i].hash for i in good})
-    label = {name: number for number, name in enumerate(names)}
     if config.chunk and memory:
         raise InputError(
             f"chunk is {config.chunk} and memory is {memory!r}, which chooses a chunk: give one of them."
@@ -404,20 +389,8 @@ def fit(
     )  # fmt: skip
 
     def batches(step: int, micro: int) -> dict[str, Tensor | list]:
-        keys = [
-            (epoch, good[place])
-            for epoch, place in my_share(
-                step * config.accumulate + micro, config.batch, len(good), config.seed
-            )
-        ]
-        keys, bad = pixels.ready(keys, good)
-        rgba = torch.stack([pixels[i][0] for _, i in keys])
-        texts = [
-            draw_caption(
-                index[i], rng.generator(config.seed, "caption", epoch, i), languages=config.languages
-            )
-            for epoch, i in keys
-        ]
+        keys, bad = pairs.drawn(step * config.accumulate + micro, config.batch, seed=config.seed)
+        texts = pairs.told(keys, seed=config.seed, languages=config.languages)
         tokens = tokenizer.encode(texts, length=config.model.text.length)
         kept = {}
         if step < whole_from and config.drop_text:
@@ -426,19 +399,11 @@ def fit(
         if step < whole_from and config.drop:
             assert isinstance(config.model.image, VitConfig), "_whole_from has checked it"
             kept["keep"] = kept_patches(config.model.image.patches, config.drop, seed=config.seed, keys=keys)
-        return {
-            **kept,
-            "rgba": rgba,
-            "draws": draws(config.seed, keys),
-            "tokens": tokens,
-            "label": torch.tensor([label[index[i].label or index[i].hash] for _, i in keys]),
-            "ids": [index[i].file_name for _, i in keys],
-            "bad": bad,
-        }
+        return {**pairs.seen(keys, seed=config.seed), **kept, "tokens": tokens, "bad": bad}
 
     def embed(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The views are made on the model's device."""
-        return model.embed({**batch, "image": view(batch["rgba"], batch["draws"], strength=config.strength)})
+        return model.embed({**batch, "image": view(batch["rgba"], batch["views"], strength=config.strength)})
 
     def loss(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return model.compare(*cached(embed, batch, chunk=config.chunk), label=batch["label"], peers=peers())
@@ -452,7 +417,7 @@ def fit(
                       seed=config.seed, save_every=max(config.steps // 12, 1), keep=2, prefetch=2,
                       **engine.loop):  # fmt: skip
         if step.number == 1:
-            name_bad(run, pixels)
+            name_bad(run, pairs.pixels)
         if step.every(10):
             run.log(step.number, step.metrics)
         if step.every(measure_every):

@@ -6,8 +6,9 @@
     writing   the text, word by word, beside its picture
 
 A batch: `image b 3 h w` in [-1, 1], `tokens b n`, `label b` (items with equal labels are right for each other),
-`draws b 2` uniform numbers that choose the hard negatives, `alpha` the weight of the soft targets; optionally `given`,
-how many of the first tokens are a prompt, which is read and not learnt.
+`draws b 2` uniform numbers that choose the hard negatives, `alpha` the weight of the soft targets; optionally
+`written b m`, what is written if it is not the same as is read, and `given`, how many of its first tokens are a prompt,
+which is not learnt.
 
 Fine-tuning for captions has only the last loss, for retrieval only the first two (appendix B).
 
@@ -134,7 +135,7 @@ class BlipTraining(nn.Module):
         }
 
     def _writing(self, batch: Mapping[str, Any], features: Tensor, peers: Peers) -> Tensor:
-        tokens = batch["tokens"]
+        tokens = batch.get("written", batch["tokens"])
         mask = tokens != self.blip.config.text.pad
         if "given" in batch:
             mask = mask & (torch.arange(tokens.shape[1], device=tokens.device) >= batch["given"])
