@@ -35,3 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
             "reverie was imported before its hook"
         )
         install_import_hook([f"reverie.{room}" for room in SHAPED], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run does by itself where the processor has no bf16, so that figures are the same on every machine."""
+    monkeypatch.setattr("reverie.train.precision.cpu_has_bf16", lambda: False)

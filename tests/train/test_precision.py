@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from reverie.errors import InputError
+from reverie.nn.linear import cpu_has_bf16
 from reverie.train import precision
 
 CPU = torch.device("cpu")
@@ -20,7 +21,8 @@ def test_an_unknown_precision_is_refused():
         precision.resolve("fp16", CPU)
 
 
-def test_native_bf16_agrees_with_torch_on_this_processor():
+def test_native_bf16_agrees_with_torch_on_this_processor(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", cpu_has_bf16)
     if torch.cpu._is_avx512_bf16_supported():
         assert precision.native_bf16(CPU)
     elif torch.backends.cpu.get_cpu_capability() == "AVX2":
