@@ -13,6 +13,7 @@ from reverie.codecs.pieces import Pieces
 from reverie.data.importers import import_folder
 from reverie.errors import InputError
 from reverie.recipes.blip2 import stage1, stage2
+from reverie.recipes.measure_clip import retrieve
 from reverie.weights.files import header
 
 transformers = pytest.importorskip("transformers")
@@ -132,3 +133,8 @@ def test_what_cannot_be_trained_is_refused(folder, first, tmp_path):
         stage2(folder, tmp_path / "run", first="clip-stickers", language=str(tmp_path))
     with pytest.raises(InputError, match=r"config\.json"):
         stage2(folder, tmp_path / "run", first=str(first / "model"), language=str(tmp_path))
+
+
+def test_many_vectors_of_a_picture_are_no_embedding_to_keep(folder, first, tmp_path):
+    with pytest.raises(InputError, match="a Blip2 does not make one vector of a picture"):
+        retrieve(folder, tmp_path / "out", model=str(first / "model"), split="train")
