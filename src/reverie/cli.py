@@ -1228,7 +1228,7 @@ def ask(
     questions: list[str],
     /,
     *,
-    model: str = "blip-stickers",
+    model: str,
     choices: tuple[str, ...] = (),
     json: bool = False,
     device: str | None = None,
@@ -1238,7 +1238,7 @@ def ask(
     Args:
         picture: A picture, or a clip, of which the middle frame is looked at.
         questions: Each in quotes.
-        model: A shipped name or a folder; anything that answers questions.
+        model: What answers questions: the folder that blip-answers made, a public BLIP for VQA, or a BLIP-2.
         choices: The only answers that are considered; without any, the model writes its own.
         json: One JSON document in place of lines.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
@@ -1450,7 +1450,7 @@ def eval_answers(
     data: Path,
     /,
     *,
-    model: str = "blip-stickers",
+    model: str,
     split: str | None = None,
     kinds: tuple[str, ...] = (),
     language: str = "en",
@@ -1466,7 +1466,7 @@ def eval_answers(
 
     Args:
         data: A folder that `reverie data world` drew.
-        model: A shipped name or a folder; anything that answers questions.
+        model: What answers questions: the folder that blip-answers made, a public BLIP for VQA, or a BLIP-2.
         split: train, val, test or all; if not given test where there is one, else val, else all.
         kinds: Only such questions: colour, shape, count, there, relation, background, and of clips direction, turn,
             bounce, action; all if not given.

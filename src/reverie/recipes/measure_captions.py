@@ -185,7 +185,7 @@ def ask(
     picture: Path,
     questions: Sequence[str],
     *,
-    model: str = "blip-stickers",
+    model: str,
     choices: Sequence[str] = (),
     device: str | None = None,
 ) -> list[str]:
@@ -488,7 +488,7 @@ def answers(
     data: Path,
     out: Path,
     *,
-    model: str = "blip-stickers",
+    model: str,
     split: str | None = None,
     kinds: tuple[str, ...] = KINDS,
     language: str = "en",

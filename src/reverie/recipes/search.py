@@ -119,8 +119,8 @@ def embed_pictures(
 def _embedder(system: Embeds, media: Callable[[str], Path | Part], dtype: str) -> Embedder:
     if not hasattr(system, "prepare"):
         raise InputError(
-            f"a {type(system).__name__} does not make one vector of a picture, to be kept and compared: give a CLIP or a"
-            " BLIP."
+            f"a {type(system).__name__} does not make one vector of a picture to be kept and compared: give a CLIP or"
+            " a BLIP."
         )
     return Embedder(media=media, prepare=system.prepare, embed=system.embed_image, dtype=dtype)
 
