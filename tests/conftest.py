@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
         install_import_hook([f"reverie.{room}" for room in SHAPED], "beartype.beartype")
 
 
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def fp32() -> Iterator[None]:
     """What a run does by itself where the processor has no bf16, so that figures are the same on every machine."""
-    monkeypatch.setattr("reverie.train.precision.cpu_has_bf16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reverie.train.precision.cpu_has_bf16", lambda: False)
+        yield

@@ -41,7 +41,7 @@ from reverie.pictures import grid, save_png
 from reverie.progress import counting
 from reverie.recipes.asked import Telling
 from reverie.recipes.measured import Measured, Row, fits, share
-from reverie.recipes.parts import capable, home, open_index
+from reverie.recipes.parts import capable, check_embeds, home, open_index
 from reverie.scene import Scene
 from reverie.systems.blip import Blip
 
@@ -238,6 +238,8 @@ def captions(
     every = scenes_of(index)
     system = capable(model, "caption", device=device)
     judge = capable(clip, "embed_text", device=device) if clip else None
+    if judge is not None:
+        check_embeds(judge)
     done = _describe_all(system, judge, index, wanted, telling, batch)
     items, texts, other = done.items, done.captions, done.captions[1:] + done.captions[:1]
     rows: list[Row] = []

@@ -192,6 +192,15 @@ def capable(
     return system.to(place)
 
 
+def check_embeds(system: Any) -> None:
+    """InputError: it does not make one vector of a picture, as CLIP and BLIP do; a BLIP-2 makes one for each query."""
+    if not hasattr(system, "prepare"):
+        raise InputError(
+            f"a {type(system).__name__} does not make one vector of a picture to be kept and compared: give a CLIP or"
+            " a BLIP."
+        )
+
+
 def what_made(
     system: Any, model: str | Path, *, task: str = "sample", **asked: Any
 ) -> Callable[[str, int], Made]:

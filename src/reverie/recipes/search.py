@@ -41,7 +41,7 @@ from reverie.errors import InputError
 from reverie.evals.retrieval import search_topk
 from reverie.media import MediaError, Part, decode_array
 from reverie.pictures import grid, stack
-from reverie.recipes.parts import capable
+from reverie.recipes.parts import capable, check_embeds
 from reverie.systems.clip import Clip
 
 EXACT = 5_000_000  # vectors that are searched exactly; beyond, faiss looks into a part of them
@@ -117,11 +117,7 @@ def embed_pictures(
 
 
 def _embedder(system: Embeds, media: Callable[[str], Path | Part], dtype: str) -> Embedder:
-    if not hasattr(system, "prepare"):
-        raise InputError(
-            f"a {type(system).__name__} does not make one vector of a picture to be kept and compared: give a CLIP or"
-            " a BLIP."
-        )
+    check_embeds(system)
     return Embedder(media=media, prepare=system.prepare, embed=system.embed_image, dtype=dtype)
 
 

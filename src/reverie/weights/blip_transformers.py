@@ -129,7 +129,6 @@ def write(
     alike = {"understands", "writes", "context_width", "dropout"}
     must: dict[str, tuple[Any, Any]] = {
         "one network that understands and writes": (kind == "retrieval" and text["writes"], False),
-        "two pictures at once": (name == "blip-nlvr", False),
         "the stem": (image["stem"], "patch"),
         "stem_bias": (image["stem_bias"], True),
         "norm_pre": (image["norm_pre"], False),
