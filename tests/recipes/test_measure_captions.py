@@ -145,6 +145,7 @@ def test_a_clip_prefers_the_captions_of_their_own_pictures(stickers, tmp_path, s
     axes = torch.eye(10)
     clip = Fake(
         embed_image=lambda pictures: torch.stack([axes[place[key(p)]] for p in pictures]),
+        prepare=None,
         embed_text=lambda texts: torch.stack([axes[int(next(c for c in t if c.isdigit()))] for t in texts]),
     )
     serve(names=Fake(caption=lambda pictures, **_: [f"thing {place[key(p)]}" for p in pictures]), judge=clip)
