@@ -19,7 +19,8 @@ else en).
 
 The split is a `split` column, or a top folder called train, val or test; otherwise that of the last import, otherwise a
 function of the file's bytes, so copies of one picture are never on both sides. An import over an older index keeps its
-scores, its unknown columns, and captions that did not come from an import; rejections are decided afresh.
+scores, its unknown columns, captions that did not come from an import, and leaves out those that were dropped;
+rejections are decided afresh.
 
 `out` puts the index elsewhere (for folders that are read-only, or have a `metadata.parquet` of their own): there, a
 symbolic link to the folder makes the file names resolve.
@@ -46,8 +47,9 @@ from typing import IO, Any
 
 from reverie import disk
 from reverie.data import remote
+from reverie.data.alone import alone
 from reverie.data.check import nothing_usable
-from reverie.data.index import FILE, SPLITS, Caption, Index, Item, is_ours, refuse_half_packed
+from reverie.data.index import FILE, SPLITS, Caption, Index, Item, is_ours, language_of, refuse_half_packed
 from reverie.data.marks import still_marked
 from reverie.data.threads import in_order
 from reverie.errors import InputError
@@ -140,43 +142,46 @@ def import_folder(
     if not 0 <= val < 1:
         raise InputError(f"val must be a share from 0 to below 1, not {val}.")
     target, prefix = _place(folder, Path(out) if out is not None else None)
-    if not prefix and (folder / FILE).exists() and (folder / PACKED).exists():
-        raise InputError(f"{folder} was packed by `reverie data pack` and has its index: use it as it is.")
-    previous = _previous(target, folder)
-    problems, members = _open_tars(folder, target, prefix, limits, quiet)
-    files, words, extensions = _look(folder, target, prefix, members, problems)
+    with alone(target, "reverie data import"):
+        if not prefix and (folder / FILE).exists() and (folder / PACKED).exists():
+            raise InputError(
+                f"{folder} was packed by `reverie data pack` and has its index: use it as it is."
+            )
+        previous = _previous(target, folder)
+        problems, members = _open_tars(folder, target, prefix, limits, quiet)
+        files, words, extensions = _look(folder, target, prefix, members, problems)
 
-    def examine(name: str) -> Item:
-        return _examine(files[name], members.get(files[name]), name, verify, limits)
+        def examine(name: str) -> Item:
+            return _examine(files[name], members.get(files[name]), name, verify, limits)
 
-    names = sorted(files)
-    steps = in_order(examine, names, workers)
-    items = list(track(steps, total=len(names), label="reading", quiet=quiet))
-    _name_classes(items, words, prefix)
-    known = {item.hash: item for item in previous or () if item.hash}
-    known_names = {(item.hash, item.file_name): item for item in previous or () if item.hash}
-    finished, extra = [], {}
-    named = {item.hash for item in items if _given_split(item, words[item.file_name], prefix) is not None}
-    free = {item.hash for item in items} - named
-    for item in items:
-        its = words[item.file_name]
-        old = known_names.get((item.hash, item.file_name), known.get(item.hash))
-        finished.append(_finish(item, its, old, prefix, val, need_captions, source, licence))
-        before = previous.extra_of(old.file_name) if previous is not None and old is not None else {}
-        extra[item.file_name] = before | its.extra
-    refused = [
-        Item(file_name=name, hash="", bytes=0, width=0, height=0, reject=reason)
-        for name, reason in problems.items()
-    ]
-    before = {item.file_name: item.hash for item in previous or ()}
-    items = still_marked(_at_least_one(finished, free, val) + refused, before)
-    index = Index(target, sorted(items, key=lambda item: item.file_name))
-    index.extra = _extra_table(extra, previous)
-    if index.items:
-        index.write()
-    if not any(item.reject is None for item in index):
-        raise nothing_usable(folder, extensions, Counter(item.reject or "" for item in index))
-    return index
+        names = sorted(files)
+        steps = in_order(examine, names, workers)
+        items = list(track(steps, total=len(names), label="reading", quiet=quiet))
+        _name_classes(items, words, prefix)
+        known = {item.hash: item for item in previous or () if item.hash}
+        known_names = {(item.hash, item.file_name): item for item in previous or () if item.hash}
+        finished, extra = [], {}
+        named = {item.hash for item in items if _given_split(item, words[item.file_name], prefix) is not None}
+        free = {item.hash for item in items} - named
+        for item in items:
+            its = words[item.file_name]
+            old = known_names.get((item.hash, item.file_name), known.get(item.hash))
+            finished.append(_finish(item, its, old, prefix, val, need_captions, source, licence))
+            before = previous.extra_of(old.file_name) if previous is not None and old is not None else {}
+            extra[item.file_name] = before | its.extra
+        refused = [
+            Item(file_name=name, hash="", bytes=0, width=0, height=0, reject=reason)
+            for name, reason in problems.items()
+        ]
+        before = {item.file_name: item.hash for item in previous or ()}
+        items = still_marked(_at_least_one(finished, free, val) + refused, before)
+        index = Index(target, sorted(items, key=lambda item: item.file_name))
+        index.extra = _extra_table(extra, previous)
+        if index.items:
+            index.write()
+        if not any(item.reject is None for item in index):
+            raise nothing_usable(folder, extensions, Counter(item.reject or "" for item in index))
+        return index
 
 
 # --- where -----------------------------------------------------------------------------------------------------------
@@ -488,17 +493,8 @@ def _parse(text: str) -> Any:
     return value
 
 
-def _language(text: str) -> str:
-    """By script: kana, hangul, Han, or else English."""
-    if re.search("[\u3040-\u30ff]", text):
-        return "ja"
-    if re.search("[\uac00-\ud7af]", text):
-        return "ko"
-    return "zh" if re.search("[\u3400-\u4dbf\u4e00-\u9fff]", text) else "en"
-
-
 def _caption(text: str, source: str, language: str | None = None) -> Caption:
-    return Caption(text=text, source=source, language=language or _language(text))
+    return Caption(text=text, source=source, language=language or language_of(text))
 
 
 def _take(value: Any, source: str, words: _Words) -> None:
@@ -703,6 +699,9 @@ def _finish(
         captions = [_caption(_spoken(its.meant["label"]), "class:label")]
     if old is not None:
         captions += [caption for caption in old.captions if not caption.source.startswith(_IMPORTED)]
+    dropped = old.dropped if old is not None else ()
+    out = {(c.text, c.source) for c in dropped}
+    captions = [caption for caption in captions if (caption.text, caption.source) not in out]
     captions = list({(c.text, c.language): c for c in reversed(captions)}.values())[::-1]
     given = _given_split(item, its, prefix)
     reject = item.reject or its.problem
@@ -714,7 +713,7 @@ def _finish(
         split = old.split
     else:
         split = "val" if item.hash and _place_of(item.hash) < val else "train"
-    if reject is None and need_captions and not captions:
+    if reject is None and need_captions and not captions and not dropped:
         stem = PurePosixPath(item.file_name).stem
         reject = (
             f"no caption: write one into {stem}.txt, a metadata table, or name the folder after its class"
@@ -724,6 +723,7 @@ def _finish(
     return replace(
         item,
         captions=tuple(captions),
+        dropped=dropped,
         label=label,
         split=split,
         source=its.meant.get("source") or (old.source if old else None) or source,

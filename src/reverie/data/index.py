@@ -3,8 +3,9 @@
 It follows the imagefolder convention (a `file_name` column, relative to the table's folder, with `/`), so other tools
 open it. Every stage reads it and adds columns; a rejected file stays in it, with its reason.
 
-Columns: the fields of `Item`; `captions` is a list of structs (text, source, language); each score is a float column
-`score_<name>` (null where an item has none). Columns that Reverie does not know are kept when the table is rewritten.
+Columns: the fields of `Item`; `captions` is a list of structs (text, source, language), `dropped`, where there are any,
+one with a reason beside these; each score is a float column `score_<name>` (null where an item has none). Columns that
+Reverie does not know are kept when the table is rewritten.
 
 In a packed dataset (`data/shards.py`) an item's bytes lie in a tar: the columns `shard` (its path, as file names are)
 and `offset` say where, and `file_name` is what the file was called. What reads media asks `Index.media`, which knows
@@ -17,9 +18,10 @@ A reason in `reject` is either what is wrong with the file, or a mark: "marked b
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -42,11 +44,57 @@ MARK_WORDS = "marked by "  # begin the reason of a mark; then the command and a 
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One caption. `source`: where it came from ("sidecar:txt", "table:prompt", "blip"). `language`: ISO 639-1."""
+    """One caption. `source`: where it came from ("sidecar:txt", "table:prompt", "world", or as `synthetic` says).
+
+    `language`: ISO 639-1.
+    """
 
     text: str
     source: str
     language: str = "en"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """A caption that nobody learns from any more, and why ("marked by capfilt: ..."); it can be taken back."""
+
+    text: str
+    source: str
+    language: str = "en"
+    reason: str
+
+    @property
+    def caption(self) -> Caption:
+        return Caption(text=self.text, source=self.source, language=self.language)
+
+
+SYNTHETIC = "synthetic:"  # begins the source of every caption that a model wrote
+STYLES = ("short", "long", "tags")
+
+
+def synthetic(style: str, writer: str) -> str:
+    """The source of captions that `writer` (a model's name) wrote: "synthetic:long:blip-stickers"."""
+    assert style in STYLES, style
+    return f"{SYNTHETIC}{style}:{writer}"
+
+
+def style_of(source: str) -> str | None:
+    """The style of a synthetic caption by its source; None: people wrote it."""
+    style = source.removeprefix(SYNTHETIC).partition(":")[0]
+    return style if source.startswith(SYNTHETIC) and style in STYLES else None
+
+
+def language_of(text: str) -> str:
+    """By script: kana, hangul, Han, or else English."""
+    return next((language for language, script in _SCRIPTS.items() if script.search(text)), "en")
+
+
+_SCRIPTS = {
+    language: re.compile(f"[{letters}]")
+    for language, letters in {
+        "ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af", "zh": "\u3400-\u4dbf\u4e00-\u9fff",
+    }.items()
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +113,7 @@ class Item:
     fps: float = 0.0
     split: str = "train"
     captions: tuple[Caption, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
     label: str | None = None
     source: str | None = None
     licence: str | None = None
@@ -132,6 +181,26 @@ class Index:
         return {
             name: self.extra[name][row].as_py() for name in self.extra.column_names if name != "file_name"
         }
+
+    def with_columns(self, columns: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> Index:
+        """This index with these columns that Reverie does not know: name -> (arrow type, file name -> value).
+
+        Files that are not named keep what they have.
+        """
+        import pyarrow as pa
+
+        names = [item.file_name for item in self]
+        before = [self.extra_of(name) for name in names]
+        table: dict[str, Any] = {"file_name": pa.array(names, pa.string())}
+        for old in self.extra.schema if self.extra is not None else ():
+            if old.name != "file_name" and old.name not in columns:
+                table[old.name] = pa.array([row.get(old.name) for row in before], old.type)
+        for column, (kind, values) in columns.items():
+            cells = [values.get(name, row.get(column)) for name, row in zip(names, before, strict=True)]
+            table[column] = pa.array(cells, kind)
+        index = Index(self.folder, self.items, extra=pa.table(table))
+        index.selected = self.selected
+        return index
 
     @property
     def origin(self) -> remote.Remote | None:
@@ -285,6 +354,9 @@ class Index:
             for item in self.items
         ]
         table = pa.Table.from_pylist(rows, schema=schema)
+        if any(item.dropped for item in self.items):
+            lists = [[vars(caption) for caption in item.dropped] for item in self.items]
+            table = table.append_column(_dropped(pa), pa.array(lists, _dropped(pa).type))
         if any(item.shard is not None for item in self.items):
             for place in _places(pa):
                 table = table.append_column(
@@ -323,6 +395,8 @@ class Index:
         if {"shard", "offset"} <= set(table.column_names):
             for place in _places(pa):
                 schema = schema.append(place)
+        if "dropped" in table.column_names:
+            schema = schema.append(_dropped(pa))
         known = set(schema.names) | set(scores)
         try:
             rows = table.select(schema.names).cast(schema).to_pylist()
@@ -335,11 +409,13 @@ class Index:
         for i, row in enumerate(rows):
             _check_name(row["file_name"])
             captions = tuple(Caption(**caption) for caption in row.pop("captions") or ())
+            dropped = tuple(Dropped(**caption) for caption in row.pop("dropped", None) or ())
             if row.get("shard") is None:
                 row.pop("shard", None), row.pop("offset", None)
             item = Item(
                 **row,
                 captions=captions,
+                dropped=dropped,
                 scores={name: column[i] for name, column in values.items() if column[i] is not None},
             )
             _check_place(item)
@@ -365,7 +441,7 @@ def is_ours(schema: pa.Schema) -> bool:
 
 def _schema(pa: Any) -> pa.Schema:
     text, whole, real = pa.string(), pa.int64(), pa.float64()
-    caption = pa.struct([("text", text), ("source", text), ("language", text)])
+    caption = pa.struct([(name, text) for name in ("text", "source", "language")])
     return pa.schema(
         [
             ("file_name", text),
@@ -383,6 +459,12 @@ def _schema(pa: Any) -> pa.Schema:
             ("reject", text),
         ]
     )
+
+
+def _dropped(pa: Any) -> Any:
+    """The column of captions that are not used; an index without any has none."""
+    fields = [(name, pa.string()) for name in ("text", "source", "language", "reason")]
+    return pa.field("dropped", pa.list_(pa.struct(fields)))
 
 
 def _places(pa: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from reverie.data.alone import alone, exclusively
 from reverie.data.index import MARK_WORDS, SPLITS, Index, Item
 from reverie.errors import InputError
 
@@ -39,13 +40,15 @@ def unmarked(index: Index, by: str) -> list[Item]:
 
 def undo(folder: str | Path, by: str) -> int:
     """Takes back the marks of `by` ("filter" or "dedupe"), and returns how many there were."""
-    index = Index.read(folder)
-    count = sum(item.marked == by for item in index)
-    if count:
-        mark(index, by, {})
-    return count
+    with alone(folder, f"reverie data {by}"):
+        index = Index.read(folder)
+        count = sum(item.marked == by for item in index)
+        if count:
+            mark(index, by, {})
+        return count
 
 
+@exclusively("reverie data filter")
 def keep(
     folder: str | Path,
     *,

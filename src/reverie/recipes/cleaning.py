@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reverie.data.alone import exclusively
 from reverie.data.duplicates import COSINE, DISTANCE, Copy, find_copies, hash_items
 from reverie.data.index import Caption, Index, Item
 from reverie.data.marks import mark, unmarked
@@ -41,6 +42,7 @@ FEW = 8 * TEXTS  # captions that are embedded sooner than workers start
 WAYS = ("both", "hash", "embedding")
 
 
+@exclusively("reverie data score")
 @torch.no_grad()
 def score(
     folder: str | Path,
@@ -113,8 +115,13 @@ def score(
         replace(item, scores=item.scores | {name: mean[item.file_name]}) if item.file_name in mean else item
         for item in fresh
     ]
-    fresh.extra = _with_columns(fresh, {EACH.format(name): each, DONE.format(name): done})
-    fresh.write()
+    import pyarrow as pa
+
+    columns: dict[str, tuple[Any, dict[str, Any]]] = {
+        EACH.format(name): (pa.list_(pa.float64()), each),
+        DONE.format(name): (pa.string(), done),
+    }
+    fresh.with_columns(columns).write()
     return len(each), len(wanted) - len(todo), found.bad
 
 
@@ -149,24 +156,7 @@ def _done(item: Item, key: str, language: str | None) -> str:
     return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
 
 
-def _with_columns(index: Index, columns: dict[str, dict[str, Any]]) -> Any:
-    """The index's unknown columns with these, given by file name; files that are not named keep what they have."""
-    import pyarrow as pa
-
-    names = [item.file_name for item in index]
-    before = [index.extra_of(name) for name in names]
-    table: dict[str, Any] = {"file_name": pa.array(names, pa.string())}
-    for old in index.extra.schema if index.extra is not None else ():
-        if old.name != "file_name" and old.name not in columns:
-            table[old.name] = pa.array([row.get(old.name) for row in before], old.type)
-    for column, values in columns.items():
-        kind = pa.list_(pa.float64()) if column.startswith("caption_scores") else pa.string()
-        table[column] = pa.array(
-            [values.get(name, row.get(column)) for name, row in zip(names, before, strict=True)], kind
-        )
-    return pa.table(table)
-
-
+@exclusively("reverie data dedupe")
 def dedupe(
     folder: str | Path,
     *,

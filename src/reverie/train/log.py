@@ -140,22 +140,15 @@ class Run:
         """Locks the folder against a second trainer; the lock dies with the process."""
         if not self.writes:
             return
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock
-            return
-        handle = (self.folder / LOCK).open("a")
         for again in range(5, -1, -1):  # `reverie runs` looks at the lock for a moment, and is no trainer
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = disk.hold(self.folder / LOCK)
+            if handle is not None:
                 break
-            except OSError as error:
-                if not again:
-                    handle.close()
-                    raise InputError(
-                        f"{self.folder} is in use by another training process; wait for it or name another."
-                    ) from error
-                time.sleep(0.02)
+            if not again:
+                raise InputError(
+                    f"{self.folder} is in use by another training process; wait for it or name another."
+                )
+            time.sleep(0.02)
         self._lock = handle
 
     def check(self) -> None:
