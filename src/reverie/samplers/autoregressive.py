@@ -37,6 +37,15 @@ class Decoder(Protocol):
     def select(self, rows: Tensor, /) -> None: ...
 
 
+def seeds_of(seed: int | Sequence[int], count: int) -> Sequence[int]:
+    """A seed for each of `count` rows: `seed` and those after it, or those given. InputError: too few or many."""
+    if isinstance(seed, int):
+        return range(seed, seed + count)
+    if len(seed) != count:
+        raise InputError(f"there are {len(seed)} seeds for {count} texts: give one for each.")
+    return seed
+
+
 def write(
     decoder: Decoder,
     start: Tensor,

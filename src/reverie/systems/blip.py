@@ -30,7 +30,7 @@ from reverie.encoders.med import Med, MedConfig
 from reverie.encoders.texts import strings
 from reverie.encoders.vit import Vit, VitConfig
 from reverie.errors import InputError
-from reverie.samplers.autoregressive import Sampling, write
+from reverie.samplers.autoregressive import Sampling, seeds_of, write
 
 PAIRS_AT_ONCE = 64
 
@@ -190,24 +190,27 @@ class Blip(Reading):
         temperature: float = 1.0,
         length_penalty: float = 1.0,
         repetition: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> list[str]:
         """What the pictures show, a text for each, which begins with the prompt; None: the model's own, not shown.
 
         beam: the likeliest of a search over `beams`; greedy: the likeliest word each time; nucleus: words drawn among
-        those that together have the probability `p` (samplers/autoregressive.py), picture i with `seed + i`. From
-        `least` to `most` new tokens. A picture's caption does not depend on those beside it. Raises InputError.
+        those that together have the probability `p` (samplers/autoregressive.py), picture i with `seed + i`, or with
+        its own of several seeds. From `least` to `most` new tokens. A picture's caption does not depend on those beside
+        it. Raises InputError.
         """
         self._must("writes")
         start, shown = self._begun(self.config.prompt if prompt is None else prompt, most)
         shown = "" if prompt is None else shown
         texts: list[str] = []
 
+        seeds = seeds_of(seed, len(images))
+
         def describe(features: Tensor) -> None:
-            first = seed + len(texts)
+            own = seeds[len(texts) : len(texts) + len(features)]
             ids = write(
                 self.text.writer(features, most=start.shape[1] + most), start.expand(len(features), -1),
-                sampling=sampling, end=self.config.text.end, most=most, seeds=range(first, first + len(features)),
+                sampling=sampling, end=self.config.text.end, most=most, seeds=own,
                 least=least, beams=beams, p=p, top=top, temperature=temperature, length_penalty=length_penalty,
                 repetition=repetition,
             )  # fmt: skip

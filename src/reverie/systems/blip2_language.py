@@ -27,7 +27,7 @@ from reverie.errors import InputError
 from reverie.nn.frozen import kept_elsewhere
 from reverie.objectives.contrastive import ALONE, Peers
 from reverie.objectives.language import language_loss
-from reverie.samplers.autoregressive import Sampling, write
+from reverie.samplers.autoregressive import Sampling, seeds_of, write
 from reverie.systems.blip2 import AT_ONCE, Sight, SightConfig, Source
 
 
@@ -112,12 +112,12 @@ class Blip2Language(nn.Module):
         least: int = 0,
         most: int = 30,
         p: float = 0.9,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> list[str]:
         """What the language model writes of each picture after `prompt` (None: the model's own), which is not shown.
 
-        From `least` to `most` new tokens; picture i draws by `seed + i` (nucleus). InputError:
-        no tokenizer, another sampling, a length that cannot be written.
+        From `least` to `most` new tokens; picture i draws by `seed + i`, or by its own of several
+        seeds (nucleus). InputError: no tokenizer, another sampling, a length that cannot be written.
         """
         features = self.sight.all_features(images)
         prompt = self.config.prompt if prompt is None else prompt
@@ -183,10 +183,10 @@ class Blip2Language(nn.Module):
         beams: int = 5,
         least: int = 0,
         p: float = 0.9,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> list[str]:
         """What is written after each picture and its prompt; those of one length together, so that none is padded."""
-        rows = self._ids(prompts, whole=True)
+        rows, seeds = self._ids(prompts, whole=True), seeds_of(seed, len(prompts))
         found: dict[int, str] = {}
         for length in sorted({len(row) for row in rows}):
             alike = [i for i, row in enumerate(rows) if len(row) == length]
@@ -197,7 +197,7 @@ class Blip2Language(nn.Module):
                 writer, start = self.language.continued(vectors), start_of(vectors)
                 ids = write(
                     writer, start, sampling=sampling, end=self.config.language.end, most=most, least=least,
-                    beams=beams, p=p, seeds=[seed + i for i in part],
+                    beams=beams, p=p, seeds=[seeds[i] for i in part],
                 )  # fmt: skip
                 found |= dict(zip(part, self._decoded(ids), strict=True))
         return [found[i] for i in range(len(rows))]
