@@ -320,6 +320,8 @@ def _insides(things: Sequence[Seen], regions: Sequence[Region], short: int) -> t
 def assign(cost: np.ndarray, skip: float) -> list[tuple[int, int]]:
     """The pairs (row, column) of the cheapest matching, where leaving a row without a column costs `skip`."""
     rows, columns = cost.shape
+    if columns > rows:  # what is kept track of grows with the columns
+        return sorted((i, j) for j, i in assign(cost.T, skip))
     best: dict[int, tuple[float, tuple[tuple[int, int], ...]]] = {0: (0.0, ())}
     for i in range(rows):
         after: dict[int, tuple[float, tuple[tuple[int, int], ...]]] = {}
