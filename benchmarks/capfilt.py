@@ -1,6 +1,6 @@
 """Does it pay to rewrite and filter captions? 40 % of them are wrong; who learns most from what is left?
 
-    python benchmarks/capfilt.py OUT [--seeds 3] [--count 6000] [--steps 1200] [--tune 200] [--drawing 1500]
+    python benchmarks/capfilt.py OUT [--seeds 3] [--count 6000] [--steps 1200] [--tune 200] [--drawing 5000]
 
 The procedural world, whose truth is known: pictures of one to five like things of six shapes, each with one English
 caption. A tenth of the training pictures, drawn by the seed, is vouched for (source "human"). Of the others ("web")
@@ -78,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1200, help="of each training from scratch")
     parser.add_argument("--tune", type=int, default=200, help="of the captioner's and the filter's training")
-    parser.add_argument("--drawing", type=int, default=1500, help="of each generator's training")
+    parser.add_argument("--drawing", type=int, default=5000, help="of each generator's training")
     parser.add_argument("--only", choices=("blip", "sora"), help="half of the work, such as in two processes")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -156,11 +156,12 @@ class Bench:
             test.folder, [named(item, _plain(scenes[item.file_name])) for item in first.values()]
         )
         self.scenes = [scenes[item.file_name] for item in self.test]
-        setting = {name: getattr(asked, name) for name in ("count", "steps", "tune", "drawing")}
-        self.setting = {**setting, "pictures": len(self.items), "unseen": len(self.test)}
-        for part in ("blip", "sora"):
-            if self.found(part).setdefault("setting", self.setting) != self.setting:
-                raise SystemExit(f"{self.out} is of another setting: give another folder.")
+        same = {"count": asked.count, "steps": asked.steps, "tune": asked.tune}
+        same |= {"pictures": len(self.items), "unseen": len(self.test)}
+        self.setting = {"blip": same, "sora": {**same, "drawing": asked.drawing}}
+        for part, setting in self.setting.items():
+            if self.found(part).get("setting", setting) != setting:
+                raise SystemExit(f"{self.out / part}.json is of another setting: give another folder.")
 
     def found(self, part: str) -> dict[str, Any]:
         file = self.out / f"{part}.json"
@@ -168,7 +169,7 @@ class Bench:
 
     def record(self, part: str, key: str, value: Any) -> None:
         found = self.found(part)
-        found["setting"], found[key] = self.setting, value
+        found["setting"], found[key] = self.setting[part], value
         disk.write_json(self.out / f"{part}.json", found)
         self.report()
 
