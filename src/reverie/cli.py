@@ -21,9 +21,9 @@ from typing import Any
 from reverie.command import Command, asks_for_help, did_you_mean, nearest, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
-from reverie.recipes.asked import Ask, Telling
+from reverie.recipes.asked import Ask, CapFilt, Telling
 
-ASK, TELLING = Ask(), Telling()
+ASK, CAPFILT, TELLING = Ask(), CapFilt(), Telling()
 
 # ---------------------------------------------------------------- data
 
@@ -1192,6 +1192,47 @@ def caption(
     return 0 if told else 2
 
 
+def capfilt(
+    folder: Path,
+    /,
+    *,
+    how: CapFilt = CAPFILT,
+    out: Path | None = None,
+    undo: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Rewrite and filter a folder's captions by what is learnt from those you vouch for, and train on the result.
+
+    A captioner and a filter learn from the captions of --trusted; the captioner writes one for every other file of the
+    training split, and the filter drops the new and the old ones that do not match. The pictures stay as they are, what
+    is dropped stays in the index with its reason, and a page shows both. It goes on where it was stopped.
+
+    Args:
+        folder: A folder that was imported, on a disk of this machine.
+        out: Where the models and the pages go; runs/capfilt-NAME if not given.
+        undo: Take back what this command did to the captions of a folder.
+        workers: Processes that describe and judge, by Ray; without it and --ray all is done in one.
+        ray: The Ray cluster whose workers do it: auto, HOST:PORT, or local for this machine alone.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes import capfilt as recipe
+
+    if undo:
+        print(f"the captions of {recipe.undo(folder):,} files are what they were")
+        return
+    from reverie.train.engine import Engine
+    from reverie.train.parallel import processes
+
+    place = out or Path("runs") / f"capfilt-{folder.resolve().name}"
+    with processes(), _pool(workers, ray, device) as pool:
+        counts = recipe.capfilt(folder, place, how, pool=pool, engine=Engine(device=device))
+    print(", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    print(f"to look at: {place / f'round-{how.rounds}' / 'sheet.html'}")
+    print(f"the model: {place / f'round-{how.rounds}' / 'retrained' / 'model'}")
+
+
 def match(
     picture: Path,
     texts: list[str],
@@ -1870,6 +1911,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "inpaint": inpaint,
     "search": search,
     "caption": caption,
+    "capfilt": capfilt,
     "match": match,
     "ask": ask,
     "chat": chat,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from reverie.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -61,3 +63,57 @@ class Telling:
     most: int = 20
     p: float = 0.9
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapFilt:
+    """How a bootstrap is carried out; it stands in OUT/config.json.
+
+    Args:
+        trusted: Whose captions are vouched for: patterns of caption sources, file sources or file names, such as
+            sidecar:txt or photos/mine/*.
+        start: The Blip to begin with in place of training one; the last one then goes on from it too.
+        rounds: How often to do it all.
+        threshold: The least probability of a match.
+        sampling: nucleus draws captions; beam and greedy take likely ones, which teach less.
+        p: nucleus draws from the likeliest words that together have this probability.
+        most: Tokens of a caption at most.
+        steps: Batches of each training from scratch.
+        batch: Pictures of a step.
+        lr: The highest learning rate of trainings from scratch.
+        tune_steps: Batches of the captioner's and of the filter's training.
+        tune_lr: Their highest learning rate.
+        size: Pixels a side that pictures are seen at, a multiple of the patch.
+        patch: Pixels a side of a patch.
+        width: Channels, a multiple of 64.
+        depth: Blocks of the image tower.
+        strength: How strongly pictures are turned, cropped and tinted in training, 0 for not at all.
+        queue: How many former pictures and texts a batch is also compared with.
+        seed: Another seed, another start, another order and other captions.
+    """
+
+    trusted: tuple[str, ...] = ()
+    start: str = ""
+    rounds: int = 1
+    threshold: float = 0.5
+    sampling: str = "nucleus"
+    p: float = 0.9
+    most: int = 20
+    steps: int = 1500
+    batch: int = 64
+    lr: float = 1e-3
+    tune_steps: int = 300
+    tune_lr: float = 2e-4
+    size: int = 64
+    patch: int = 16
+    width: int = 192
+    depth: int = 5
+    strength: float = 0.5
+    queue: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise InputError(f"rounds is {self.rounds}: give 1 or more.")
+        if not 0 < self.threshold < 1:
+            raise InputError(f"threshold is {self.threshold:g}: give a probability above 0 and below 1.")

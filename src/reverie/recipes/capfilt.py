@@ -7,6 +7,7 @@
     judged       the filter looks at each picture beside that caption and its own       OUT/round-1/judged.jsonl
     the index    what matches stays, what does not is dropped with its reason           FOLDER/metadata.parquet
     retrained    a Blip learns from scratch from what is left                           OUT/round-1/retrained
+    sheet        what became of each file, to look at                                   OUT/round-1/sheet.html
 
 A further round begins with the last one's Blip and judges the captions that were there at first again. Captioner and
 filter share no weights: they would confirm each other's mistakes (table 4). Captions are drawn (nucleus), not searched
@@ -34,7 +35,7 @@ from reverie.data.journal import Journal
 from reverie.data.preparing import Pool
 from reverie.errors import InputError
 from reverie.recipes import blip
-from reverie.recipes.asked import Telling
+from reverie.recipes.asked import CapFilt, Telling
 from reverie.recipes.blip import BlipRun, begin, shape
 from reverie.recipes.parts import at_most, open_index
 from reverie.recipes.writing import judged, written
@@ -54,65 +55,6 @@ VERDICTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class CapFilt:
-    """How a bootstrap is carried out; it stands in OUT/config.json.
-
-    Args:
-        trusted: Whose captions are vouched for: patterns of caption sources, file sources or file names, such as
-            sidecar:txt or photos/mine/*.
-        start: The Blip to begin with in place of training one; the last one then goes on from it too.
-        rounds: How often to do it all.
-        threshold: The least probability of a match.
-        sampling: nucleus draws captions; beam and greedy take likely ones, which teach less.
-        p: nucleus draws from the likeliest words that together have this probability.
-        most: Tokens of a caption at most.
-        steps: Batches of each training from scratch.
-        batch: Pictures of a step.
-        lr: The highest learning rate of trainings from scratch.
-        tune_steps: Batches of the captioner's and of the filter's training.
-        tune_lr: Their highest learning rate.
-        size: Pixels a side that pictures are seen at, a multiple of the patch.
-        patch: Pixels a side of a patch.
-        width: Channels, a multiple of 64.
-        depth: Blocks of the image tower.
-        strength: How strongly pictures are turned, cropped and tinted in training, 0 for not at all.
-        queue: How many former pictures and texts a batch is also compared with.
-        seed: Another seed, another start, another order and other captions.
-    """
-
-    trusted: tuple[str, ...] = ()
-    start: str = ""
-    rounds: int = 1
-    threshold: float = 0.5
-    sampling: str = "nucleus"
-    p: float = 0.9
-    most: int = 20
-    steps: int = 1500
-    batch: int = 64
-    lr: float = 1e-3
-    tune_steps: int = 300
-    tune_lr: float = 2e-4
-    size: int = 64
-    patch: int = 16
-    width: int = 192
-    depth: int = 5
-    strength: float = 0.5
-    queue: int = 1024
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise InputError(f"rounds is {self.rounds}: give 1 or more.")
-        if not 0 < self.threshold < 1:
-            raise InputError(f"threshold is {self.threshold:g}: give a probability above 0 and below 1.")
-        if not self.trusted:
-            raise InputError(
-                "Say whose captions are vouched for, from which the captioner and the filter learn, such as --trusted"
-                " sidecar:txt or --trusted 'photos/mine/*': `reverie data check` lists the sources."
-            )
-
-
 @exclusively("reverie capfilt")
 def capfilt(
     folder: str | Path, out: Path, settings: CapFilt, *, pool: Pool | None = None, engine: Engine = ENGINE
@@ -123,7 +65,14 @@ def capfilt(
     `out`.
     """
     folder, out = Path(folder), Path(out)
+    if not settings.trusted:
+        raise InputError(
+            "Say whose captions are vouched for, from which the captioner and the filter learn, such as --trusted"
+            " sidecar:txt or --trusted 'photos/mine/*': `reverie data check` lists the sources."
+        )
     _same_settings(out, settings)
+    from reverie.recipes.capfilt_sheet import sheet  # it reads what is written here
+
     index = open_index(folder)
     index.refuse_remote()
     index = Index(index.folder, restored(list(index)), extra=index.extra)
@@ -144,6 +93,8 @@ def capfilt(
                 record = look(others, index, place, settings, pool=pool, device=engine.device)
                 decide(index, others, record, settings, number).write()
         kept = Index.read(index.folder)
+        if team().first:
+            disk.write(place / "sheet.html", sheet(kept, others, seed=settings.seed))
         counts = Counter(verdict for item in others if (verdict := verdict_of(kept, item)) is not None)
         say(f"round {number}: " + ", ".join(f"{counts[name]:,} {name}" for name in VERDICTS))
         judged_ones = {item.file_name for item in others}
@@ -249,7 +200,9 @@ def pretrain(index: Index, out: Path, settings: CapFilt, *, val: Index, engine: 
     """A Blip from random weights, or from the settings' start, learns all it can from these captions."""
     if (out / "model").exists():
         return
-    made = partial(shape, size=settings.size, patch=settings.patch, width=settings.width, depth=settings.depth)
+    made = partial(
+        shape, size=settings.size, patch=settings.patch, width=settings.width, depth=settings.depth
+    )
     model = begin(settings.start, index, made, seed=settings.seed)
     config = BlipRun(
         model=model.config, start=settings.start, steps=settings.steps, batch=at_most(settings.batch, len(index)),

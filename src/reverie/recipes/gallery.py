@@ -7,9 +7,6 @@ those who ask their system for less motion.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from reverie.page import document, escaped
 
 PREVIEW_BYTES = 400_000
 _TILE, _GAP, _LINE = 128, 8, 24  # of the contact sheet, in pixels
@@ -134,8 +133,6 @@ footer { margin-top: 4rem; padding-top: 1.4rem; padding-bottom: 4rem; border-top
 
 def page(results: dict[str, Any]) -> str:
     """results.json -> the page, whole."""
-    seal = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{seal}'; base-uri 'none'; form-action 'none'"
     sections = [
         ("drawn", "Drawn", _drawn), ("animated", "Animated", _animated), ("continued", "Continued", _continued),
         ("found", "Found", _found), ("named", "Named", _named),
@@ -143,16 +140,11 @@ def page(results: dict[str, Any]) -> str:
     if "described" in results:
         sections.append(("described", "Described", lambda part: _described(part, results["drawn"])))
     links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
-    body = "".join(
+    main = "".join(
         f'<section id="{name}"><h2>{heading}</h2>{part(results[name])}</section>'
         for name, heading, part in sections
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_text(policy)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>Reverie: a gallery</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+    body = (
         f"<header><h1>Reverie</h1><p>All that you see here was drawn, moved, found and named on this machine in "
         f"{_time(results['seconds'])}, without a network, by {_COUNT[len(results['models'])]} small models trained "
         "from random weights.</p>"
@@ -160,8 +152,9 @@ def page(results: dict[str, Any]) -> str:
         "cosine between a picture and its words in CLIP&rsquo;s space; a rank says where the words come among all the "
         f"labels of the sample folder, 1 being the best. What goes wrong is shown as well.</p>"
         f"<nav>{links}</nav></header>\n"
-        f"<main>{body}</main>\n{_foot(results)}\n</body>\n</html>\n"
+        f"<main>{main}</main>\n{_foot(results)}"
     )
+    return document("Reverie: a gallery", body, _STYLE, images="'self' file:")
 
 
 def _drawn(part: dict[str, Any]) -> str:
@@ -228,7 +221,7 @@ def _found(part: dict[str, Any]) -> str:
         answers = "".join(
             _figure(
                 _image(answer["file"], answer["label"], "middle"),
-                f"{answer['score']:.3f} {_text(answer['label'])}<br>{_text(answer['source'])}"
+                f"{answer['score']:.3f} {escaped(answer['label'])}<br>{escaped(answer['source'])}"
                 + ' <span class="good">tagged so</span>' * answer["says"],
             )
             for answer in query["answers"]
@@ -242,7 +235,7 @@ def _found(part: dict[str, Any]) -> str:
             origin = "drawn above" if picture["source"] == "drawn" else picture["source"]
             asked = (
                 f"{_image(picture['file'], picture['label'] + ', which is looked for', 'little')}<div>"
-                f"<h3>pictures like this one</h3>{_note(_text(picture['label']) + ', ' + _text(origin))}</div>"
+                f"<h3>pictures like this one</h3>{_note(escaped(picture['label']) + ', ' + escaped(origin))}</div>"
             )
         rows.append(
             f'<article class="card query"><div class="asked">{asked}</div><div class="row">{answers}</div></article>'
@@ -257,7 +250,7 @@ def _named(part: dict[str, Any]) -> str:
     cards = []
     for picture in part["pictures"]:
         guesses = "".join(
-            f'<div class="guess"><span{_GOOD * (guess["name"] == picture["label"])}>{_text(guess["name"])}</span>'
+            f'<div class="guess"><span{_GOOD * (guess["name"] == picture["label"])}>{escaped(guess["name"])}</span>'
             f"<span>{guess['probability']:.1%}</span>"
             '<svg class="bar" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
             f'<rect width="{100 * guess["probability"]:.1f}" height="4"/></svg></div>'
@@ -270,11 +263,11 @@ def _named(part: dict[str, Any]) -> str:
         )
         cards.append(
             f'<article class="card named">{_image(picture["file"], picture["label"], "middle")}'
-            f"<div><h3>{_text(picture['label'])}</h3>{_note(verdict)}{guesses}</div></article>"
+            f"<div><h3>{escaped(picture['label'])}</h3>{_note(verdict)}{guesses}</div></article>"
         )
     low, high = part["top1_interval"]
     return (
-        f"<p>{len(cards)} of {part['images']} {_text(part['style'].title())} pictures, drawn by lot; no model "
+        f"<p>{len(cards)} of {part['images']} {escaped(part['style'].title())} pictures, drawn by lot; no model "
         f"saw this style. CLIP chooses among {part['ways']} labels. Over all {part['images']} it is right at once "
         f"in {part['top1']:.0%} (95&nbsp;% interval {low:.0%} to {high:.0%}) and has the right name among its first "
         f'five in {part["top5"]:.0%}.</p><div class="cards">{"".join(cards)}</div>'
@@ -285,7 +278,7 @@ def _described(part: dict[str, Any], drawn: dict[str, Any]) -> str:
     """Captions of a style never trained on; of each prompt the drawings, the best by BLIP framed, CLIP's said."""
     told = "".join(
         f'<article class="card named">{_image(picture["file"], picture["label"], "middle")}<div>'
-        f"<h3{_GOOD * picture['named']}>{_text(picture['caption'])}</h3>{_note(_text(picture['label']))}</div>"
+        f"<h3{_GOOD * picture['named']}>{escaped(picture['caption'])}</h3>{_note(escaped(picture['label']))}</div>"
         "</article>"
         for picture in part["pictures"]
     )
@@ -305,7 +298,7 @@ def _described(part: dict[str, Any], drawn: dict[str, Any]) -> str:
         cards.append(f'<article class="card">{_heading(prompt)}<div class="four">{four}</div></article>')
     low, high = part["named_interval"]
     return (
-        f"<p>BLIP says in its own words what {len(part['pictures'])} {_text(part['style'].title())} pictures show, "
+        f"<p>BLIP says in its own words what {len(part['pictures'])} {escaped(part['style'].title())} pictures show, "
         f"drawn by lot; no model saw this style. Of all {part['images']}, {part['named']:.0%} of the captions contain "
         f"a name of the thing (95&nbsp;% interval {low:.0%} to {high:.0%}), green here.</p>"
         f'<div class="cards">{told}</div>'
@@ -339,7 +332,7 @@ def _foot(results: dict[str, Any]) -> str:
         ),
         ("with", f"Reverie {results['reverie']}, PyTorch {results['torch']}"),
     ]
-    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
+    rows = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts)
     return (
         f'<footer><h2>This run</h2><dl>{rows}</dl><p>All numbers are in <a href="results.json">results.json</a>. The '
         "pictures of the sample folder are Fluent Emoji (Microsoft, MIT), Noto Emoji (Google, Apache-2.0) and Twemoji "
@@ -354,10 +347,6 @@ _GOOD = ' class="good"'
 _COUNT = {2: "two", 3: "three"}
 
 
-def _text(text: object) -> str:
-    return html.escape(str(text), quote=True)
-
-
 def _time(seconds: float) -> str:
     return f"{seconds:.1f}&nbsp;s"
 
@@ -368,7 +357,7 @@ def _note(note: str) -> str:
 
 
 def _image(file: str, alt: str, size: str) -> str:
-    return f'<img class="{size}" src="{_text(file)}" alt="{_text(alt)}" decoding="async">'
+    return f'<img class="{size}" src="{escaped(file)}" alt="{escaped(alt)}" decoding="async">'
 
 
 def _figure(image: str, caption: str, kind: str = "") -> str:
@@ -379,7 +368,7 @@ def _figure(image: str, caption: str, kind: str = "") -> str:
 def _still(moving: str, poster: str, alt: str, size: str) -> str:
     """A moving picture, or its poster where less motion is wanted."""
     return (
-        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{_text(poster)}">'
+        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{escaped(poster)}">'
         f"{_image(moving, alt, size)}</picture>"
     )
 
@@ -397,11 +386,9 @@ def _said(prompt: dict[str, Any], more: str = "") -> str:
 
 
 def _heading(prompt: dict[str, Any]) -> str:
-    meaning = f' <span class="soft">{_text(prompt["meaning"])}</span>' if prompt["meaning"] else ""
+    meaning = f' <span class="soft">{escaped(prompt["meaning"])}</span>' if prompt["meaning"] else ""
     held = ' <span class="tag">never trained on</span>' if prompt["held_out"] else ""
-    return (
-        f'<h3><span lang="{_text(prompt["language"])}">{_text(prompt["prompt"])}</span>{meaning}{held}</h3>'
-    )
+    return f'<h3><span lang="{escaped(prompt["language"])}">{escaped(prompt["prompt"])}</span>{meaning}{held}</h3>'
 
 
 def _opinion(drawing: dict[str, Any], between: str = ", ") -> str:
