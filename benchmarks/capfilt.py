@@ -11,14 +11,16 @@ steps and batches, from one of these:
     all       everything, wrong captions and all
     clip      what `reverie data score` and `reverie data filter --keep` leave, by a CLIP that learnt from all of it;
               the share that is kept is the share that is right, which nobody knows in real life
-    capfilt   what `reverie capfilt` makes of it, whose first stage is the run of `all`
-    beam      the same with captions searched for (beam) in place of drawn (nucleus)
+    match     what CapFilt as in the paper makes of it: the filter's matching alone decides. Its first stage is the run
+              of `all`; captions are drawn (nucleus), and searched for in `match-beam`
+    capfilt   what `reverie capfilt` makes of it: the filter learns from the doubted captions too, and its matching is
+              weighed with likeness on a fifth of what is vouched for; `beam` again searches
     clean     the same pictures with their right captions
 
 and is asked of unseen pictures: to find pictures and captions among each other (recall), and to describe them, which
 the world's reader checks word by word. A small video transformer (the recipe of Sora, of pictures) learns from all,
-clip, capfilt and clean as well, for as many steps each, and the world's judge reads from its pixels whether what a
-caption asks for is there.
+clip, match, capfilt and clean as well, for as many steps each, and the world's judge reads from its pixels whether what
+a caption asks for is there.
 
 One thread. What has been done is kept in OUT: the same command goes on after an interruption. OUT/blip.json,
 OUT/sora.json, OUT/table.md and OUT/capfilt.png (validation on the way, by arm) are written after every run.
@@ -55,8 +57,12 @@ from reverie.recipes.sora_batches import SoraRun
 from reverie.scene import Scene
 from reverie.systems.sora import Sora
 
-ARMS = ("all", "clip", "capfilt", "beam", "clean")
-DRAWN = ("all", "clip", "capfilt", "clean")
+ARMS = ("all", "clip", "match", "match-beam", "capfilt", "beam", "clean")
+DRAWN = ("all", "clip", "match", "capfilt", "clean")
+REWRITTEN = {  # how captions are drawn, and what the filter goes by
+    "match": ("nucleus", "match"), "match-beam": ("beam", "match"),
+    "capfilt": ("nucleus", "both"), "beam": ("beam", "both"),
+}  # fmt: skip
 SIDE, PATCH = 48, 8
 SAID = ("right_all", "said_colour", "said_count", "said_shape")
 SHAPES = {"circle", "square", "triangle", "star", "cross", "ring"}
@@ -173,10 +179,10 @@ class Bench:
         disk.write_json(self.out / f"{part}.json", found)
         self.report()
 
-    def settings(self, seed: int, sampling: str = "nucleus") -> CapFilt:
+    def settings(self, seed: int, sampling: str = "nucleus", judge: str = "both") -> CapFilt:
         return CapFilt(
-            trusted=("human",), sampling=sampling, steps=self.asked.steps, tune_steps=self.asked.tune, size=SIDE,
-            patch=PATCH, width=128, depth=3, strength=0.0, queue=512, most=16, tune_lr=3e-4, seed=seed,
+            trusted=("human",), sampling=sampling, judge=judge, steps=self.asked.steps, tune_steps=self.asked.tune,
+            size=SIDE, patch=PATCH, width=128, depth=3, strength=0.0, queue=512, most=16, tune_lr=3e-4, seed=seed,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what each arm learns from
@@ -200,7 +206,7 @@ class Bench:
         index = Index(folder, items)
         if arm == "clip":
             self.sifted(index, seed, wrong)
-        elif arm in ("capfilt", "beam"):
+        elif arm in REWRITTEN:
             self.bootstrapped(index, arm, seed, wrong)
         else:
             index.write()
@@ -233,19 +239,18 @@ class Bench:
     def bootstrapped(self, index: Index, arm: str, seed: int, wrong: dict[str, str]) -> None:
         """Rewritten and filtered by CapFilt, whose first Blip is that of `all`; its last is trained by `describe`."""
         start = time.process_time()
-        settings = self.settings(seed, "nucleus" if arm == "capfilt" else "beam")
+        settings = self.settings(seed, *REWRITTEN[arm])
         place = self.out / "runs" / f"{arm}-rounds-{seed}"
         before = self.out / "runs" / f"all-{seed}" / "model"
         mine, others = capfilt.parted(index, settings.trusted)
-        for task in ("captioner", "filter"):
-            own = Index(index.folder, mine)
-            shared = (
-                self.out / "runs" / f"{task}-{seed}"
-            )  # both arms have the same captioner and the same filter
-            capfilt.tune(own, before, shared, task, settings, val=_none(index))
+        for task, own in (("captioner", "captioner"), ("filter", f"filter-{settings.judge}")):
             place.mkdir(parents=True, exist_ok=True)
+            shared = self.out / "runs" / f"{own}-{seed}"  # arms that have the same one
+            shared.mkdir(parents=True, exist_ok=True)
             if not (place / task).is_symlink():
                 (place / task).symlink_to(shared.resolve(), target_is_directory=True)
+        capfilt.teach(mine, others, index, before, place, settings, val=_none(index))
+        capfilt.weigh(mine, others, index, place, settings, device="cpu")
         seen = capfilt.look(others, index, place, settings, device="cpu")
         capfilt.decide(index, others, seen, settings, 1).write()
         after = Index.read(index.folder)
@@ -364,7 +369,7 @@ class Bench:
                 lines.append(f"| {arm} ({len(runs)}) | {numbers} |")
         lines += ["", "| filter | wrong ones dropped | right ones dropped | new captions true | those kept true |",
                   "|---|---|---|---|---|"]  # fmt: skip
-        for arm in ("clip", "capfilt", "beam"):
+        for arm in ("clip", *REWRITTEN):
             runs = _of(described, f"filter-{arm}")
             if runs:
                 new = [f"{_mean(runs, k)}" if k in runs[0] else "" for k in ("true_written", "true_kept")]

@@ -1,5 +1,7 @@
 """The bootstrap whole and small: what it leaves in the index, that it goes on after a stop, and can be undone."""
 
+import dataclasses
+
 import pytest
 from PIL import Image
 
@@ -21,6 +23,7 @@ SMALL = CapFilt(
     queue=4,
     most=6,
     strength=0.0,
+    judge="match",
 )
 
 
@@ -85,3 +88,24 @@ def test_whom_to_trust_must_be_said_and_found(folder, tmp_path):
         recipe.capfilt(folder, tmp_path / "run", CapFilt())
     with pytest.raises(InputError, match="fits 0 captioned files"):
         recipe.capfilt(folder, tmp_path / "other", CapFilt(trusted=("nobody",)))
+
+
+def test_the_filter_is_weighed_by_captions_it_did_not_learn_from(tmp_path):
+    place = tmp_path / "walls"
+    for i in range(24):
+        file = place / ("mine" if i < 20 else "web") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * i, 240 - 10 * i, 40)).save(file)
+        file.with_suffix(".txt").write_text(f"wall number {i}")
+    import_folder(place, val=0, quiet=True)
+    settings = dataclasses.replace(SMALL, judge="both")
+    mine, others = recipe.parted(Index.read(place), settings.trusted)
+    assert len(others) == 4
+    assert sum(recipe.capfilt(place, tmp_path / "run", settings).values()) == 4
+    scale = recipe.scale_of(tmp_path / "run" / "round-1", settings)
+    assert scale.weights != (1.0, 0.0)
+    back = recipe.kept_back(mine, settings)
+    assert len(back) == 4
+    assert back == recipe.kept_back(mine[::-1], settings)
+    with pytest.raises(InputError, match="vouch for 20 or more"):
+        recipe.kept_back(mine[:19], settings)

@@ -74,7 +74,9 @@ class CapFilt:
             sidecar:txt or photos/mine/*.
         start: The Blip to begin with in place of training one; the last one then goes on from it too.
         rounds: How often to do it all.
-        threshold: The least probability of a match.
+        judge: both weighs matching and likeness, on vouched-for captions that the filter did not learn from; match is
+            the matching alone, as the paper has it, which takes far more data to be good.
+        threshold: The least probability of a caption that is kept.
         sampling: nucleus draws captions; beam and greedy take likely ones, which teach less.
         p: nucleus draws from the likeliest words that together have this probability.
         most: Tokens of a caption at most.
@@ -95,6 +97,7 @@ class CapFilt:
     trusted: tuple[str, ...] = ()
     start: str = ""
     rounds: int = 1
+    judge: str = "both"
     threshold: float = 0.5
     sampling: str = "nucleus"
     p: float = 0.9
@@ -115,5 +118,7 @@ class CapFilt:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise InputError(f"rounds is {self.rounds}: give 1 or more.")
+        if self.judge not in ("both", "match"):
+            raise InputError(f"judge is {self.judge!r:.40}: choose both or match.")
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold is {self.threshold:g}: give a probability above 0 and below 1.")

@@ -11,6 +11,7 @@ paper_large  the same with ViT-L/16                                 reverie trai
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import Run
 from reverie.train.loop import Player, train
 from reverie.train.optimizers import adamw
-from reverie.train.parallel import peers
+from reverie.train.parallel import peers, team
 from reverie.train.schedule import cosine, exponential
 
 TASKS = ("all", "caption", "retrieval")
@@ -93,6 +94,7 @@ class BlipRun:
     far: bool = True
     length: int = 30  # the most tokens of a text
     seed: int = 0
+    strangers: str = ""  # which texts are compared that belong to no picture
     data: str = ""
 
 
@@ -431,10 +433,14 @@ def fit(
     out: Path,
     *,
     val: Index,
+    strangers: Sequence[str] = (),
     stream: bool = False,
     engine: Engine = ENGINE,
 ) -> Blip:
-    """Train the model, measure it on `val` eight times on the way; the (averaged) weights go to `out/model`."""
+    """Train the model, measure it on `val` eight times on the way; the (averaged) weights go to `out/model`.
+
+    strangers: texts that are wrong for every picture of `index`, of which each step compares a batch.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError(
@@ -443,6 +449,9 @@ def fit(
     pairs = Captioned(index, size=model.config.image.size, stream=stream)
     pairs.check_pairs(config.batch, "BLIP")
     config = dataclasses.replace(config, data=pairs.digest)
+    if strangers:
+        told = hashlib.sha256("\n".join(strangers).encode()).hexdigest()
+        config = dataclasses.replace(config, strangers=told)
     torch.manual_seed(rng.integer(config.seed, "queue"))
     training = engine.place(
         BlipTraining(
@@ -481,8 +490,17 @@ def fit(
         keys, bad = pairs.drawn(step * config.accumulate + micro, config.batch, seed=config.seed)
         phrases = PHRASES if config.phrases else {}
         texts = pairs.told(keys, seed=config.seed, languages=config.languages, phrases=phrases)
+        wrong = {}
+        if strangers:
+            several = torch.randint(
+                len(strangers),
+                (len(keys),),
+                generator=rng.generator(config.seed, "strangers", step, micro, team().rank),
+            )
+            wrong = {"strangers": ids([strangers[i] for i in several.tolist()])}
         return {
             **pairs.seen(keys, seed=config.seed),
+            **wrong,
             "tokens": ids(texts),
             "written": ids([f"{prompt} {text}".strip() for text in texts]),
             "draws": pairs.chances(keys, seed=config.seed),

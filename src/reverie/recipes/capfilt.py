@@ -4,6 +4,7 @@
     captioner    it is tuned to write, on the captions that somebody vouches for        OUT/round-1/captioner
     filter       it is tuned, apart, to find and match, on the same                     OUT/round-1/filter
     written      the captioner draws a caption of every other picture                   OUT/round-1/written.jsonl
+    scale        its two signs are weighed on vouched-for captions that it did not see  OUT/round-1/scale.json
     judged       the filter looks at each picture beside that caption and its own       OUT/round-1/judged.jsonl
     the index    what matches stays, what does not is dropped with its reason           FOLDER/metadata.parquet
     retrained    a Blip learns from scratch from what is left                           OUT/round-1/retrained
@@ -12,6 +13,10 @@
 A further round begins with the last one's Blip and judges the captions that were there at first again. Captioner and
 filter share no weights: they would confirm each other's mistakes (table 4). Captions are drawn (nucleus), not searched
 for: likelier captions are duller, and teach less (table 2). Every stage is found done, or goes on where it was stopped.
+
+Ours beyond the paper, unless `judge` is "match": the filter also learns from the doubted captions, as texts that belong
+to none of the vouched-for pictures, and its matching is weighed with the likeness of its vectors (docs/data.md has what
+that changes).
 """
 
 from __future__ import annotations
@@ -27,18 +32,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import reverie
-from reverie import disk
+from reverie import disk, rng
 from reverie.data.alone import exclusively
 from reverie.data.index import MARK_WORDS, Caption, Dropped, Index, Item, language_of, style_of, synthetic
 from reverie.data.journal import Journal
 from reverie.data.preparing import Pool
 from reverie.errors import InputError
+from reverie.evals.weighing import Scale, logits, weighed
 from reverie.recipes import blip
 from reverie.recipes.asked import CapFilt, Telling
 from reverie.recipes.blip import BlipRun, begin, shape
 from reverie.recipes.parts import at_most, open_index
-from reverie.recipes.writing import judged, written
+from reverie.recipes.writing import Fit, judged, written
 from reverie.systems.blip import Blip
 from reverie.train.engine import ENGINE, Engine
 from reverie.train.log import refuse_difference
@@ -47,6 +55,8 @@ from reverie.train.parallel import team
 NAME = "capfilt"
 BY = f"{MARK_WORDS}{NAME}: "
 COLUMN = "capfilt"  # of the index: what became of a file's captions, and why
+FIFTH, FEWEST = 5, 4  # of what is vouched for one in so many is kept back, and so many at the least
+STRANGERS = 4  # texts of each kind that are shown beside a picture that was kept back
 VERDICTS = {
     "kept": "its captions match, and the new one does not",
     "both": "its captions match, and so does the new one",
@@ -85,11 +95,11 @@ def capfilt(
     kept = index
     for number in range(1, settings.rounds + 1):
         place = out / f"round-{number}"
-        for task in ("captioner", "filter"):
-            tune(Index(index.folder, mine), before, place / task, task, settings, val=val, engine=engine)
+        teach(mine, others, index, before, place, settings, val=val, engine=engine)
         with team().in_turn():
             if team().first:
                 say(f"round {number}: describing and judging {len(others):,} files")
+                weigh(mine, others, index, place, settings, pool=pool, device=engine.device)
                 record = look(others, index, place, settings, pool=pool, device=engine.device)
                 decide(index, others, record, settings, number).write()
         kept = Index.read(index.folder)
@@ -212,10 +222,59 @@ def pretrain(index: Index, out: Path, settings: CapFilt, *, val: Index, engine: 
     blip.fit(config, model, index, out, val=val, engine=engine)
 
 
-def tune(
-    index: Index, start: Path, out: Path, task: str, settings: CapFilt, *, val: Index, engine: Engine = ENGINE
+def teach(
+    mine: Sequence[Item],
+    others: Sequence[Item],
+    index: Index,
+    before: Path,
+    place: Path,
+    settings: CapFilt,
+    *,
+    val: Index,
+    engine: Engine = ENGINE,
 ) -> None:
-    """A copy of the Blip `start` learns to write (captioner), or to find and match (filter), and nothing else."""
+    """The captioner learns from all that is vouched for; the filter from what is not kept to weigh it by."""
+    tune(
+        Index(index.folder, mine), before, place / "captioner", "captioner", settings, val=val, engine=engine
+    )
+    back = {item.file_name for item in kept_back(mine, settings)}
+    doubted = others if settings.judge == "both" else ()
+    learnt = Index(index.folder, [item for item in mine if item.file_name not in back])
+    tune(learnt, before, place / "filter", "filter", settings, doubted=doubted, val=val, engine=engine)
+
+
+def kept_back(mine: Sequence[Item], settings: CapFilt) -> list[Item]:
+    """Of what is vouched for, a fifth that the filter is weighed by. InputError: that is next to nothing."""
+    if settings.judge == "match":
+        return []
+    order = sorted(
+        mine, key=lambda item: (rng.integer(settings.seed, "kept back", item.hash), item.file_name)
+    )
+    back = order[: len(order) // FIFTH]
+    if len(back) < FEWEST:
+        raise InputError(
+            f"{len(mine):,} files are vouched for, a fifth of which is kept back to weigh the filter's signs by: vouch"
+            f" for {FIFTH * FEWEST} or more, or give --judge match."
+        )
+    return back
+
+
+def tune(
+    index: Index,
+    start: Path,
+    out: Path,
+    task: str,
+    settings: CapFilt,
+    *,
+    doubted: Sequence[Item] = (),
+    val: Index,
+    engine: Engine = ENGINE,
+) -> None:
+    """A copy of the Blip `start` learns to write (captioner), or to find and match (filter), and nothing else.
+
+    What is said of the `doubted` files belongs to none of these, which the filter learns too: or it would only know how
+    captions that are well made can be wrong.
+    """
     if (out / "model").exists():
         return
     model = reverie.load(start, trainable=True)
@@ -229,7 +288,62 @@ def tune(
         clip=1.0, ema=0.99, warmup=0, strength=settings.strength, phrases=False, queue=settings.queue,
         length=settings.most + 20, seed=settings.seed,
     )  # fmt: skip
-    blip.fit(config, model, index, out, val=val, engine=engine)
+    strangers = [c.text for item in doubted for c in judgeable(item)]
+    blip.fit(config, model, index, out, val=val, strangers=strangers, engine=engine)
+
+
+def weigh(
+    mine: Sequence[Item],
+    others: Sequence[Item],
+    index: Index,
+    place: Path,
+    settings: CapFilt,
+    *,
+    pool: Pool | None = None,
+    device: str | None = None,
+) -> None:
+    """Finds how much matching and likeness tell, beside captions that are right and others that are not."""
+    back, path = kept_back(mine, settings), place / "scale.json"
+    if not back or path.exists():
+        return
+    strange = [c.text for item in others for c in judgeable(item)]
+    right, asked = {}, {}
+    for item in back:
+        own = right[item.file_name] = list(dict.fromkeys(c.text for c in judgeable(item)))
+        taken = rng.generator(settings.seed, "weighed", item.hash)
+        wrong = [*_some(strange, taken), *_some([c.text for one in back for c in judgeable(one)], taken)]
+        asked[item.file_name] = own + [text for text in dict.fromkeys(wrong) if text not in own]
+    signs, truth = [], []
+    for found, bad, later in judged(asked, index, model=place / "filter" / "model", pool=pool, device=device):
+        for name, fits in found.items():
+            signs += [_signs(fit) for fit in fits]
+            truth += [place < len(right[name]) for place in range(len(fits))]
+        _told(bad | later)
+    if not any(truth) or all(truth):
+        raise InputError(
+            f"{place / 'filter'} has nothing to be weighed by: none of the {len(back):,} files that were kept back can"
+            " be read, or all have one caption: see `reverie data check`."
+        )
+    scale = weighed(torch.tensor(signs, dtype=torch.float64), torch.tensor(truth))
+    disk.write_json(path, dataclasses.asdict(scale))
+
+
+def _some(texts: Sequence[str], generator: torch.Generator) -> list[str]:
+    if not texts:
+        return []
+    return [texts[i] for i in torch.randint(len(texts), (STRANGERS,), generator=generator).tolist()]
+
+
+def _signs(fit: Fit) -> list[float]:
+    return [*logits([fit.match]), fit.likeness]
+
+
+def scale_of(place: Path, settings: CapFilt) -> Scale:
+    """By which the filter in `place` decides."""
+    if settings.judge == "match":
+        return Scale(weights=(1.0, 0.0), bias=0.0)
+    found = json.loads((place / "scale.json").read_text(encoding="utf-8"))
+    return Scale(weights=tuple(found["weights"]), bias=found["bias"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,19 +384,27 @@ def look(
         for item in items
         if item.file_name in new and fits.of(item) is None
     }
-    for probabilities, bad, later in judged(
+    for found_fits, bad, later in judged(
         wanted, index, model=place / "filter" / "model", pool=pool, device=device
     ):
         fits.add(
-            (named[name], {"fits": dict(zip(wanted[name], own, strict=True))})
-            for name, own in probabilities.items()
+            (named[name], {"fits": {t: _signs(fit) for t, fit in zip(wanted[name], own, strict=True)}})
+            for name, own in found_fits.items()
         )
         _told(bad | later)
+    scale = scale_of(place, settings)
     return {
-        item.file_name: Look(text=new[item.file_name], fits=row["fits"])
+        item.file_name: Look(text=new[item.file_name], fits=_weighed(row["fits"], scale))
         for item in items
         if item.file_name in new and (row := fits.of(item)) is not None
     }
+
+
+def _weighed(signs: dict[str, list[float]], scale: Scale) -> dict[str, float]:
+    if not signs:
+        return {}
+    found = scale.probability(torch.tensor(list(signs.values()), dtype=torch.float64))
+    return dict(zip(signs, found.tolist(), strict=True))
 
 
 def _told(left_out: dict[str, str]) -> None:
@@ -328,7 +450,7 @@ def ruled(item: Item, look: Look, threshold: float, number: int) -> tuple[Item, 
     dropped = [
         Dropped(
             text=c.text, source=c.source, language=c.language,
-            reason=f"{BY}round {number}: matches with probability {fits[c]:.3f}, below {threshold:g}",
+            reason=f"{BY}round {number}: right with probability {fits[c]:.3f}, below {threshold:g}",
         )
         for c in fits
         if c not in good

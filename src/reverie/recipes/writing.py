@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ def unpacked(rows: Tensor) -> list[str]:
 # ---------------------------------------------------------------- judgements
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a text fits a picture: the probability of a match, and the cosine of their vectors."""
+
+    match: float
+    likeness: float
+
+
 def judged(
     texts: Mapping[str, Sequence[str]],
     index: Index,
@@ -156,8 +165,8 @@ def judged(
     pool: Pool | None = None,
     device: str | None = None,
     quiet: bool = False,
-) -> Iterator[tuple[dict[str, list[float]], dict[str, str], dict[str, str]]]:
-    """Share by share: of each file (name -> texts) the probability that each text fits it, and as `written` the rest.
+) -> Iterator[tuple[dict[str, list[Fit]], dict[str, str], dict[str, str]]]:
+    """Share by share: of each file (name -> texts) how each text fits it, and as `written` the rest.
 
     Of a clip the middle frame is looked at. InputError: a model that does not match.
     """
@@ -171,8 +180,11 @@ def judged(
     for share in prepared(
         jobs, start, pool=pool, share=SHARE, threads=1 if pool is None else None, label="judging", quiet=quiet
     ):
-        found = share.tensors["fits"].tolist() if share.good else []
-        fits = {job[0]: row[: len(job) - 1] for job, row in zip(share.good, found, strict=True)}
+        fits: dict[str, list[Fit]] = {}
+        for row, job in enumerate(share.good):
+            count = len(job) - 1
+            both = (share.tensors[name][row, :count].tolist() for name in ("match", "likeness"))
+            fits[job[0]] = [Fit(match=m, likeness=c) for m, c in zip(*both, strict=True)]
         yield (fits, *_why(share))
 
 
@@ -182,7 +194,7 @@ def judges(model: str, folder: str, key: str, device: str | None) -> Judges:
 
 
 class Judges:
-    """The preparation of judgements: jobs are a file's name and texts, rows their probabilities, then NaN."""
+    """The preparation of judgements: jobs are a file's name and texts; rows of each sign, then NaN."""
 
     def __init__(self, system: Any, media: Callable[[str], Path | Part]) -> None:
         self.system, self.media = system, media
@@ -195,11 +207,21 @@ class Judges:
     def make(self, loaded: Iterable[tuple[Image.Image, tuple[str, ...]]]) -> dict[str, Tensor]:
         several = list(loaded)
         shown = [picture for picture, texts in several for _ in texts]
-        fits = self.system.match(shown, [text for _, texts in several for text in texts]).float().cpu()
-        out = torch.full((len(several), max(len(texts) for _, texts in several)), torch.nan)
-        for row, one in zip(out, fits.split([len(texts) for _, texts in several]), strict=True):
-            row[: len(one)] = one
-        return {"fits": out}
+        said = [text for _, texts in several for text in texts]
+        match = self.system.match(shown, said)
+        vectors = self.system.embed_image([picture for picture, _ in several])
+        counts = torch.tensor([len(texts) for _, texts in several], device=vectors.device)
+        likeness = (vectors.repeat_interleave(counts, 0) * self.system.embed_text(said)).sum(1)
+        found = {"match": match, "likeness": likeness}
+        return {name: _rows(values.float().cpu(), counts.tolist()) for name, values in found.items()}
+
+
+def _rows(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Values in rows of so many each, filled up with NaN."""
+    out = torch.full((len(counts), max(counts)), torch.nan)
+    for row, one in zip(out, values.split(list(counts)), strict=True):
+        row[: len(one)] = one
+    return out
 
 
 def _why(share: Share) -> tuple[dict[str, str], dict[str, str]]:

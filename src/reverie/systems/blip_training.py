@@ -7,8 +7,8 @@
 
 A batch: `image b 3 h w` in [-1, 1], `tokens b n`, `label b` (items with equal labels are right for each other),
 `draws b 2` uniform numbers that choose the hard negatives, `alpha` the weight of the soft targets; optionally
-`written b m`, what is written if it is not the same as is read, and `given`, how many of its first tokens are a prompt,
-which is not learnt.
+`written b m`, what is written if it is not the same as is read, `given`, how many of its first tokens are a prompt,
+which is not learnt, and `strangers k n`, texts that belong to none of the pictures.
 
 Fine-tuning for captions has only the last loss, for retrieval only the first two (appendix B).
 
@@ -100,26 +100,42 @@ class BlipTraining(nn.Module):
     def _reading(self, batch: Mapping[str, Any], features: Tensor, peers: Peers) -> dict[str, Tensor]:
         blip, tokens, label = self.blip, batch["tokens"], batch["label"]
         image, text = blip.image_vector(features), blip.text_vector(tokens)
+        strange = batch.get("strangers", tokens[:0])
         with torch.no_grad():
             slow_image = self.slow.image_vector(self.slow.see(batch["image"]))
             slow_text = self.slow.text_vector(tokens)
             images, texts, labels = peers.gather(slow_image), peers.gather(slow_text), peers.gather(label)
             self.fresh.append((images, texts, labels))
             right = label[:, None] == torch.cat([labels, self.label_queue])
-        ask = {"temperature": blip.temperature.clamp(*TEMPERATURES), "right": right, "alpha": batch["alpha"]}
-        to_text, by_image = distilled_info_nce(image, torch.cat([texts, self.text_queue]), slow_image, **ask)
-        to_image, by_text = distilled_info_nce(text, torch.cat([images, self.image_queue]), slow_text, **ask)
+            unknown = self.slow.text_vector(strange) if len(strange) else texts[:0]
+            nobody = torch.zeros(len(label), len(strange), dtype=torch.bool, device=label.device)
+        ask = {"temperature": blip.temperature.clamp(*TEMPERATURES), "alpha": batch["alpha"]}
+        to_text, by_image = distilled_info_nce(
+            image,
+            torch.cat([texts, self.text_queue, unknown]),
+            slow_image,
+            right=torch.cat([right, nobody], 1),
+            **ask,
+        )
+        to_image, by_text = distilled_info_nce(
+            text, torch.cat([images, self.image_queue]), slow_text, right=right, **ask
+        )
 
         others = peers if self.far else ALONE
         first = 0 if self.far else peers.rank * len(label)
         near = slice(first, first + len(label) * others.count)  # of the queue there are only vectors
-        text_of, has_text = hard_negatives(by_image[:, near], right[:, near], batch["draws"][:, 0])
+        alike = torch.cat([by_image[:, near], by_image[:, right.shape[1] :]], 1)
+        text_of, has_text = hard_negatives(
+            alike, torch.cat([right[:, near], nobody], 1), batch["draws"][:, 0]
+        )
         image_of, has_image = hard_negatives(by_text[:, near], right[:, near], batch["draws"][:, 1])
         own = self._as_long(tokens, others)
         all_features, all_tokens = others.gather(features), others.gather(own)
+        all_tokens, strange = self._level(all_tokens, strange)
+        own, _ = self._level(own, all_tokens)
         logits = blip.matches(
             torch.cat([features, features, all_features[image_of]]),
-            torch.cat([own, all_tokens[text_of], own]),
+            torch.cat([own, torch.cat([all_tokens, strange])[text_of], own]),
         )
         belongs = torch.arange(len(logits), device=label.device) < len(label)
         real = torch.cat([torch.ones_like(has_text), has_text, has_image])
@@ -166,6 +182,11 @@ class BlipTraining(nn.Module):
             self.place += len(labels)
         self.place %= max(size, 1)
         self.fresh.clear()
+
+    def _level(self, tokens: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Both padded to the longer."""
+        pad, longest = self.blip.config.text.pad, max(tokens.shape[1], others.shape[1])
+        return tuple(F.pad(x, (0, longest - x.shape[1]), value=pad) for x in (tokens, others))  # type: ignore[return-value]
 
     def _as_long(self, tokens: Tensor, peers: Peers) -> Tensor:
         """Padded to the longest of all processes."""
