@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.chat_server import Server
 
 OFFLINE = Path(__file__).parent / "offline"
 
@@ -44,3 +45,13 @@ def fp32() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reverie.train.precision.cpu_has_bf16", lambda: False)
         yield
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("REVERIE_CHAT_KEY", raising=False)
+    made = Server()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()

@@ -4,67 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import Image
+from tests.chat_server import failed, said
 
 from reverie import cli
 from reverie.chat import Endpoint, ask, message, unread
 from reverie.errors import InputError
-
-
-class Server:
-    """Answers each request with the next of `replies`: (status, body, headers), or a function of the request."""
-
-    def __init__(self):
-        self.seen, self.replies, owner = [], [], self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                owner.seen.append((self.path, dict(self.headers), json.loads(body)))
-                reply = owner.replies.pop(0) if owner.replies else said("hello")
-                status, content, headers = reply() if callable(reply) else reply
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.base = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
-
-
-def said(text, **headers) -> tuple[int, bytes, dict[str, str]]:
-    return (
-        200,
-        json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode(),
-        headers,
-    )
-
-
-def failed(status: int, words: str = "", **headers) -> tuple[int, bytes, dict[str, str]]:
-    return status, json.dumps({"error": {"message": words}}).encode() if words else b"oops", headers
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("REVERIE_CHAT_KEY", raising=False)
-    made = Server()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 def test_it_asks_as_openai_would_be_asked(server, monkeypatch):

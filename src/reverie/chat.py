@@ -2,7 +2,7 @@
 
 Nothing is sent anywhere unless an `Endpoint` is named, and then to that address alone: redirections are refused. A
 message may carry pictures, which go along as data URLs. Answers are kept in a file, if one is named, and not asked for
-again. They are a stranger's words: what would steer a terminal is taken out of them.
+again. They are a stranger's words: what would steer a terminal is taken out of them. Several threads may ask at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -37,6 +38,39 @@ STEERS = re.compile(  # escape sequences whole; other control characters, and th
 )
 
 Message = dict[str, Any]
+
+
+class Spent(InputError):
+    """What may be asked has been asked."""
+
+
+class Meter:
+    """Counts what is sent and what it cost, of all threads.
+
+    requests, tokens: how many at most, None for no end; the tokens are those that the server says it used, so that the
+    request that goes beyond them is the last one.
+    """
+
+    def __init__(self, *, requests: int | None = None, tokens: int | None = None) -> None:
+        for name, most in (("requests", requests), ("tokens", tokens)):
+            if most is not None and most < 1:
+                raise InputError(f"a budget of {most} {name} asks nothing: give 1 or more, or leave it out.")
+        self.most_requests, self.most_tokens = requests, tokens
+        self.requests = self.tokens = 0
+        self._lock = threading.Lock()
+
+    def send(self) -> None:
+        """One request more. Spent: it would be one too many."""
+        with self._lock:
+            if self.most_requests is not None and self.requests >= self.most_requests:
+                raise Spent(f"the budget of {self.most_requests:,} requests is spent.")
+            if self.most_tokens is not None and self.tokens >= self.most_tokens:
+                raise Spent(f"the budget of {self.most_tokens:,} tokens is spent ({self.tokens:,}).")
+            self.requests += 1
+
+    def paid(self, tokens: int) -> None:
+        with self._lock:
+            self.tokens += tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +120,29 @@ def ask(
     *,
     temperature: float = 0.0,
     most: int = 512,
-    wait: Callable[[float], None] = time.sleep,
+    wait: Callable[[float], Any] = time.sleep,
     tell: Callable[[str], None] = lambda text: None,
+    good: Callable[[str], bool] = lambda answer: True,
+    meter: Meter | None = None,
 ) -> str:
     """The endpoint's answer, stripped. `most` tokens at most; `wait` pauses between tries, of which `tell` is told.
 
-    InputError: it cannot be reached, refuses, or does not answer with text; or the cache is another kind of file.
+    An answer that is not `good` is not kept. Spent: the `meter` allows no more. InputError: it cannot be reached,
+    refuses, or does not answer with text; or the cache is another kind of file.
+    refuses, or does not answer with text; or the cache is another kind of file.
     """
     asked = {
         "model": endpoint.model, "messages": list(messages), "temperature": temperature, "max_tokens": most
     }  # fmt: skip
     text = json.dumps(asked, sort_keys=True)
     key = hashlib.sha256(f"{endpoint.base.rstrip('/')}\n{text}".encode()).hexdigest()
-    if endpoint.cache is not None and (found := _kept(endpoint.cache)[0].get(key)) is not None:
+    if endpoint.cache is not None and (found := _known(endpoint.cache).get(key)) is not None:
         return _clean(found)
-    answer = _text(endpoint, _sent(endpoint, text.encode(), wait, tell))
-    if endpoint.cache is not None:
+    meter = meter or Meter()
+    body = _sent(endpoint, text.encode(), wait, tell, meter)
+    meter.paid(_cost(body))
+    answer = _text(endpoint, body)
+    if endpoint.cache is not None and good(answer):
         _keep(endpoint.cache, key, answer)
     return answer
 
@@ -117,7 +158,11 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 
 def _sent(
-    endpoint: Endpoint, body: bytes, wait: Callable[[float], None], tell: Callable[[str], None]
+    endpoint: Endpoint,
+    body: bytes,
+    wait: Callable[[float], Any],
+    tell: Callable[[str], None],
+    meter: Meter,
 ) -> bytes:
     """What came back, after as many tries as it needs."""
     address = f"{endpoint.base.rstrip('/')}/chat/completions"
@@ -127,6 +172,7 @@ def _sent(
     opener = urllib.request.build_opener(_Stay)
     for number in range(endpoint.tries):
         last, pause = number == endpoint.tries - 1, endpoint.pause * 2**number
+        meter.send()
         request = urllib.request.Request(address, data=body, headers=headers)
         try:
             with opener.open(request, timeout=endpoint.timeout) as answer:
@@ -224,6 +270,14 @@ def _text(endpoint: Endpoint, body: bytes) -> str:
     raise InputError(f"{endpoint.base} gives an empty answer: ask otherwise, or take another model.")
 
 
+def _cost(body: bytes) -> int:
+    """The tokens that the server says an answer took; 0 if it does not say."""
+    try:
+        return max(int(json.loads(body)["usage"]["total_tokens"]), 0)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
+
+
 def _clean(said: str) -> str:
     return STEERS.sub("", said).strip()
 
@@ -275,14 +329,33 @@ def _kept(cache: Path) -> tuple[dict[str, str], int]:
     return found, bad
 
 
+_read: dict[Path, tuple[int, dict[str, str]]] = {}  # cache -> its bytes when it was read, and what it held
+_lock = threading.Lock()  # of caches: one thread reads or writes at a time
+
+
+def _known(cache: Path) -> dict[str, str]:
+    """Key -> answer, read again only if somebody else wrote."""
+    with _lock:
+        size = cache.stat().st_size if cache.is_file() else -1
+        if cache not in _read or _read[cache][0] != size:
+            _read[cache] = size, _kept(cache)[0]
+        return _read[cache][1]
+
+
 def _keep(cache: Path, key: str, answer: str) -> None:
     """One line more, written at once."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"key": key, "answer": answer}) + "\n"
-    with cache.open("ab") as file:
-        if file.tell() and not _ends_a_line(cache):
-            line = "\n" + line  # after a line that was torn
-        file.write(line.encode())
+    with _lock:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with cache.open("ab") as file:
+            before = file.tell()
+            if before and not _ends_a_line(cache):
+                line = "\n" + line  # after a line that was torn
+            file.write(line.encode())
+        size, known = _read.get(cache, (0, {}))
+        if max(size, 0) == before:  # nobody else wrote meanwhile
+            known[key] = answer
+            _read[cache] = before + len(line.encode()), known
 
 
 def _ends_a_line(path: Path) -> bool:

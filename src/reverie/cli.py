@@ -21,9 +21,9 @@ from typing import Any
 from reverie.command import Command, asks_for_help, did_you_mean, nearest, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
-from reverie.recipes.asked import Ask, CapFilt, Telling
+from reverie.recipes.asked import Ask, CapFilt, Captioning, Chat, Telling
 
-ASK, CAPFILT, TELLING = Ask(), CapFilt(), Telling()
+ASK, CAPFILT, CAPTIONING, CHAT, TELLING = Ask(), CapFilt(), Captioning(), Chat(), Telling()
 
 # ---------------------------------------------------------------- data
 
@@ -1158,22 +1158,41 @@ def caption(
     /,
     *,
     model: str = "blip-stickers",
+    how: Captioning = CAPTIONING,
     telling: Telling = TELLING,
+    via: Chat = CHAT,
+    show: bool = False,
     several: int = 1,
     batch: int = 16,
     json: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
     device: str | None = None,
 ) -> int:
-    """Say in words what pictures show; of a clip its middle frame.
+    """Say in words what pictures and clips show: of a folder in its index, beside the captions that are there.
+
+    A folder is described by a model of this machine or by a chat endpoint that takes pictures, and what is written
+    carries its style and writer as its source. A stop loses nothing: the same command goes on. Files, or a folder with
+    --show, are described in lines and nothing is kept.
 
     Args:
-        files: Pictures and clips, or folders of them.
-        model: A shipped name or a folder; anything that describes pictures.
-        several: So many captions of each, with --sampling nucleus.
-        batch: Pictures at a time.
+        files: A folder; or pictures and clips, or several folders, to show the captions of.
+        model: A shipped name or a folder of anything that describes pictures; or as the endpoint calls it.
+        show: Print the captions of a folder, and keep none.
+        several: Shown: so many captions of each, with --sampling nucleus.
+        batch: Shown: pictures at a time.
         json: One JSON document in place of lines.
+        workers: Processes that describe a folder, by Ray; without it and --ray all is done in one.
+        ray: The Ray cluster whose workers do it: auto, HOST:PORT, or local for this machine alone.
         device: Where to compute, such as cpu or cuda; the GPU if there is one.
     """
+    if len(files) == 1 and files[0].is_dir() and not show and several == 1:
+        return _caption_folder(files[0], model, how, telling, via, json, workers, ray, device)
+    if (how, via, workers, ray) != (CAPTIONING, CHAT, None, None):
+        raise InputError(
+            "style, trigger, hints, frames, tags, endpoint and workers are for a folder's index: give one folder,"
+            " without --show and --several."
+        )
     from reverie.recipes.measure_captions import Bad, describe
 
     bad: list[Bad] = []
@@ -1190,6 +1209,44 @@ def caption(
         left_out = [{"path": one.path, "reason": one.reason} for one in bad]
         _print_json({"model": model, "pictures": told, "left_out": left_out})
     return 0 if told else 2
+
+
+def _caption_folder(
+    folder: Path,
+    model: str,
+    how: Captioning,
+    telling: Telling,
+    via: Chat,
+    json: bool,
+    workers: int | None,
+    ray: str | None,
+    device: str | None,
+) -> int:
+    from dataclasses import asdict
+
+    from reverie.recipes.captioning import caption as write
+
+    if via.endpoint is None and via != CHAT:
+        raise InputError(
+            "key, timeout, concurrency, budget and side are of an endpoint: name one, or leave them out."
+        )
+    if via.endpoint is not None and model == "blip-stickers":
+        raise InputError(f"say which model of {via.endpoint} shall describe, with --model.")
+    with _pool(workers, ray, device) as pool:
+        done = write(folder, model=model, how=how, telling=telling, via=via, pool=pool, device=device)
+    for name, why in list(done.failed.items())[:5]:
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    if len(done.failed) > 5:
+        print(f"left out: {len(done.failed) - 5:,} more, which --json lists", file=sys.stderr)
+    if json:
+        _print_json(asdict(done))
+    else:
+        cost = f"; {done.requests:,} requests, {done.tokens:,} tokens" if via.endpoint else ""
+        counts = (
+            f"{done.written:,} written, {done.had:,} there, {len(done.failed):,} failed, {done.left:,} left"
+        )
+        print(f"{done.source}: {counts}{cost}")
+    return 0 if done.written or done.had else 2
 
 
 def capfilt(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from reverie import rng
 from reverie.data.index import Caption, Item
-from reverie.data.wording import PHRASES, draw_caption
+from reverie.data.wording import PHRASES, draw_caption, lacking, mix_of
+from reverie.errors import InputError
 
 
 def item(*captions: tuple[str, ...]) -> Item:
@@ -127,3 +128,50 @@ def test_a_label_is_likelier_than_an_alias():
     drawn = wordings(item(("rocket", "label"), ("spaceship", "alias"), ("sky, up", "tags")), 2000)
     label, alias = (sum(n for text, n in drawn.items() if word in text) for word in ("rocket", "spaceship"))
     assert label > 2 * alias > 0
+
+
+MIXED = item(
+    ("by hand", "sidecar:txt"), ("s", "synthetic:short:m"), ("l", "synthetic:long:m"), ("a, b", "synthetic:tags:m")
+)  # fmt: skip
+
+
+def test_a_mix_draws_kinds_by_their_shares():
+    drawn = wordings(MIXED, 4000, mix=mix_of("human=1,short=2,long=5,dropped=2"))
+    for text, share in (("by hand", 0.1), ("s", 0.2), ("l", 0.5), ("", 0.2)):
+        assert drawn[text] / 4000 == pytest.approx(share, abs=0.025)
+    assert set(wordings(MIXED, 50, mix=mix_of("tags=1"))) <= {"a", "b", "a, b", "b, a"}
+
+
+def test_dalle3_is_95_long_of_100():
+    drawn = wordings(MIXED, 4000, mix=mix_of("dalle3"))
+    assert drawn.keys() == {"by hand", "l"}
+    assert drawn["l"] / 4000 == pytest.approx(0.95, abs=0.012)
+
+
+def test_what_a_file_lacks_is_dealt_among_what_it_has():
+    only = item(("by hand", "sidecar:txt"))
+    assert wordings(only, 50, mix=mix_of("dalle3")) == {"by hand": 50}
+    assert wordings(only, 50, mix=mix_of("long=1")) == {"by hand": 50}
+    dropped = wordings(only, 2000, mix=mix_of("long=1,dropped=1"))[""]
+    assert dropped / 2000 == pytest.approx(0.5, abs=0.04)
+    assert lacking([only, MIXED], mix_of("long=1,dropped=1")) == 1
+
+
+def test_without_a_mix_nothing_changes():
+    plain = [draw_caption(ROCKET, rng.generator(3, "caption", i)) for i in range(200)]
+    mixed = [draw_caption(ROCKET, rng.generator(3, "caption", i), mix=mix_of("human=1")) for i in range(200)]
+    assert plain == mixed
+
+
+@pytest.mark.parametrize(
+    "words", ["loud=1", "human", "human=x", "human=-1", "human=1,human=2", "human=nan", "human=inf", "long=0"]
+)
+def test_a_mix_that_is_none_is_named(words):
+    with pytest.raises(InputError, match="mix is"):
+        mix_of(words)
+
+
+def test_a_training_that_compares_drops_no_words():
+    with pytest.raises(InputError, match="leave dropped out"):
+        mix_of("human=1,dropped=1", dropped=False)
+    assert mix_of("human=1,dropped=0", dropped=False) == {"human": 1.0}

@@ -57,6 +57,7 @@ from reverie.media import LIMITS, SUFFIXES, Limits, MediaError, Part, decode_arr
 from reverie.progress import track
 from reverie.rng import integer
 
+NO_CAPTION = "no caption"  # begins the reason of files without words
 TEXTS = (".txt", ".caption")
 SIDECARS = (*TEXTS, ".json", ".cls")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -716,7 +717,7 @@ def _finish(
     if reject is None and need_captions and not captions and not dropped:
         stem = PurePosixPath(item.file_name).stem
         reject = (
-            f"no caption: write one into {stem}.txt, a metadata table, or name the folder after its class"
+            f"{NO_CAPTION}: write one into {stem}.txt, a metadata table, or name the folder after its class"
         )
     if reject is None and old is not None and old.marked:
         reject = old.reject

@@ -84,6 +84,11 @@ def style_of(source: str) -> str | None:
     return style if source.startswith(SYNTHETIC) and style in STYLES else None
 
 
+def lists_tags(source: str) -> bool:
+    """Whether captions of this source are tags with commas between them, whoever gave them."""
+    return source == "tags" or source.endswith(":tags") or style_of(source) == "tags"
+
+
 def language_of(text: str) -> str:
     """By script: kana, hangul, Han, or else English."""
     return next((language for language, script in _SCRIPTS.items() if script.search(text)), "en")

@@ -66,6 +66,70 @@ class Telling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Captioning:
+    """Which captions a folder gets.
+
+    Args:
+        style: short, long or tags. A model of this machine chooses tags among those that the folder's files have.
+        trigger: What every caption begins with, such as the name of what will be taught with them.
+        hints: What is known of a file, its label and tags, is told to the endpoint; a model of this machine has it
+            added behind its caption.
+        frames: Of a clip so many, evenly from first to last, are looked at and what they show is merged.
+        tags: How many tags a model of this machine chooses.
+        again: Write anew what this writer wrote in this style before.
+        missing: Only files without any caption.
+        split: Only train, val or test.
+    """
+
+    style: str = "short"
+    trigger: str = ""
+    hints: bool = False
+    frames: int = 3
+    tags: int = 5
+    again: bool = False
+    missing: bool = False
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.style not in ("short", "long", "tags"):
+            raise InputError(f"style is {self.style!r:.40}: choose short, long or tags.")
+        if self.split not in (None, "train", "val", "test"):
+            raise InputError(f"split is {self.split!r:.40}: choose train, val or test, or leave it out.")
+        for name in ("frames", "tags"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """The endpoint that captions in place of a model of this machine. Its answers are kept, and not paid for twice.
+
+    Args:
+        endpoint: The address of a chat up to /v1 that takes pictures, such as http://localhost:8000/v1; without it
+            nothing is sent.
+        key: The environment variable that holds the endpoint's key, if it needs one.
+        timeout: Seconds that an answer may take; it is asked for four times.
+        concurrency: Requests at a time.
+        budget: Requests at most; the same command goes on later.
+        budget_tokens: Tokens at most, as the endpoint counts them.
+        side: Pixels of the longer side of the pictures that are sent, at most.
+    """
+
+    endpoint: str | None = None
+    key: str = "REVERIE_CHAT_KEY"
+    timeout: float = 60.0
+    concurrency: int = 4
+    budget: int | None = None
+    budget_tokens: int | None = None
+    side: int = 768
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "side"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CapFilt:
     """How a bootstrap is carried out; it stands in OUT/config.json.
 

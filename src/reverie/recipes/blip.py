@@ -93,6 +93,7 @@ class BlipRun:
     smoothing: float = 0.1
     far: bool = True
     length: int = 30  # the most tokens of a text
+    mix: str = ""  # how often captions of each kind are told (data/wording.py)
     seed: int = 0
     strangers: str = ""  # which texts are compared that belong to no picture
     data: str = ""
@@ -133,6 +134,7 @@ def tiny(
     queue: int = 1024,
     start: str = "",
     stream: bool = False,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Blip:
@@ -148,6 +150,7 @@ def tiny(
         queue: How many former pictures and texts a batch is also compared with.
         start: The Blip to go on from, or a CLIP whose image tower to begin with, such as clip-stickers.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
@@ -159,7 +162,7 @@ def tiny(
         )
     config = BlipRun(
         model=model.config, start=start, steps=steps, batch=at_most(batch, len(train_set)), lr=lr, schedule="cosine",
-        floor=0.01, warmup=min(100, steps // 4), clip=1.0, ema=0.999, queue=queue, seed=seed,
+        floor=0.01, warmup=min(100, steps // 4), clip=1.0, ema=0.999, queue=queue, mix=mix, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, val=index.select(split="val"), stream=stream, engine=engine)
 
@@ -177,6 +180,7 @@ def stickers(
     queue: int = 4096,
     sources: tuple[str, ...] = (),
     start: str = "clip-stickers",
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Blip:
@@ -196,6 +200,7 @@ def stickers(
         queue: How many former pictures and texts a batch is also compared with.
         sources: Only these styles; all if not given.
         start: The Blip to go on from, or the CLIP whose image tower to begin with; "" for random weights.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
@@ -203,7 +208,7 @@ def stickers(
     model = begin(start, train_set, partial(shape, width=width, depth=depth), seed=seed)
     config = BlipRun(
         model=model.config, start=start, steps=steps, batch=batch, lr=lr, schedule="cosine", floor=0.01, warmup=100,
-        clip=1.0, ema=0.999, strength=strength, languages={"en": 0.85, "zh": 0.15}, queue=queue, seed=seed,
+        clip=1.0, ema=0.999, strength=strength, languages={"en": 0.85, "zh": 0.15}, queue=queue, mix=mix, seed=seed,
     )  # fmt: skip
     held = captioned(plain_stickers(index).select(split="test", sources=("twemoji",)))
     return fit(config, model, train_set, out, val=held, engine=engine)
@@ -221,6 +226,7 @@ def world(
     lr: float = 1e-3,
     english: float = 0.8,
     queue: int = 1024,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Blip:
@@ -239,6 +245,7 @@ def world(
         lr: The highest learning rate.
         english: The share of captions in English; the rest are in Chinese.
         queue: How many former pictures and texts a batch is also compared with.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another world, another start and another order.
     """
     index = open_world(data, count, moving, hidden, seed=seed)
@@ -246,7 +253,8 @@ def world(
     model = begin("", train_set, partial(shape, patch=8, length=64), seed=seed)  # things are small
     config = BlipRun(
         model=model.config, steps=steps, batch=batch, lr=lr, schedule="cosine", floor=0.01, warmup=100, clip=1.0,
-        ema=0.999, strength=0.0, languages={"en": english, "zh": 1 - english}, queue=queue, length=64, seed=seed,
+        ema=0.999, strength=0.0, languages={"en": english, "zh": 1 - english}, queue=queue, length=64, mix=mix,
+        seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, val=index.select(split="val"), engine=engine)
 
@@ -266,6 +274,7 @@ def finetune(
     strength: float = 0.5,
     queue: int = 1024,
     stream: bool = False,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Blip:
@@ -288,6 +297,7 @@ def finetune(
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         queue: How many former pictures and texts a batch is also compared with.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another order.
     """
     if task not in TASKS:
@@ -304,7 +314,7 @@ def finetune(
     config = BlipRun(
         model=model.config, start=start, task=task, steps=steps, batch=at_most(batch, len(train_set)), lr=lr,
         weight_decay=weight_decay, schedule="cosine", warmup=warmup, clip=1.0, ema=0.99, strength=strength,
-        phrases=False, queue=queue, length=min(30, model.config.text.length), seed=seed,
+        phrases=False, queue=queue, length=min(30, model.config.text.length), mix=mix, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, val=index.select(split="val"), stream=stream, engine=engine)
 
@@ -317,6 +327,7 @@ def paper_base(
     batch: int = 2880,
     lr: float = 3e-4,
     start: str = "",
+    mix: str = "",
     stream: bool = False,
     engine: Engine = ENGINE,
 ) -> Blip:
@@ -329,9 +340,12 @@ def paper_base(
         batch: Pictures of a step, over all processes.
         lr: The highest learning rate.
         start: The Blip to go on from; random weights if not given.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
-    return _paper(data, out, BASE, steps=steps, batch=batch, lr=lr, start=start, stream=stream, engine=engine)
+    return _paper(
+        data, out, BASE, steps=steps, batch=batch, lr=lr, start=start, mix=mix, stream=stream, engine=engine
+    )
 
 
 def paper_large(
@@ -342,6 +356,7 @@ def paper_large(
     batch: int = 2400,
     lr: float = 2e-4,
     start: str = "",
+    mix: str = "",
     stream: bool = False,
     engine: Engine = ENGINE,
 ) -> Blip:
@@ -354,10 +369,11 @@ def paper_large(
         batch: Pictures of a step, over all processes.
         lr: The highest learning rate.
         start: The Blip to go on from; random weights if not given.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
     return _paper(
-        data, out, LARGE, steps=steps, batch=batch, lr=lr, start=start, stream=stream, engine=engine
+        data, out, LARGE, steps=steps, batch=batch, lr=lr, start=start, mix=mix, stream=stream, engine=engine
     )
 
 

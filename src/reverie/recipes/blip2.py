@@ -77,6 +77,7 @@ class Blip2Run:
     strength: float = 1.0  # of the views, 0 for none
     languages: dict[str, float] | None = None
     length: int = 32  # the most tokens of a text
+    mix: str = ""  # how often captions of each kind are told (data/wording.py)
     seed: int = 0
     data: str = ""
 
@@ -96,6 +97,7 @@ def stage1(
     strength: float = 0.5,
     languages: tuple[str, ...] = (),
     stream: bool = False,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Blip2:
@@ -117,6 +119,7 @@ def stage1(
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         languages: Only captions in these languages, such as en; all if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     index = plain_stickers(open_index(data))
@@ -131,7 +134,7 @@ def stage1(
     model = begin(tower, train_set, shape, leave=leave, vocab=4096, length=48, languages=languages, seed=seed)
     config = Blip2Run(
         model=model.config, steps=steps, batch=at_most(batch, len(train_set)), lr=lr, warmup=min(100, steps // 4),
-        floor=0.01, clip=1.0, ema=0.999, strength=strength, languages=_only(languages), seed=seed,
+        floor=0.01, clip=1.0, ema=0.999, strength=strength, languages=_only(languages), mix=mix, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, val=index.select(split="val"), stream=stream, engine=engine)
 
@@ -148,6 +151,7 @@ def stage2(
     strength: float = 0.5,
     languages: tuple[str, ...] = (),
     stream: bool = False,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Blip2Language:
@@ -164,6 +168,7 @@ def stage2(
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         languages: Only captions in these languages, such as en; all if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     index = plain_stickers(open_index(data))
@@ -172,7 +177,7 @@ def stage2(
     config = Blip2Run(
         model=model.config, start=first, steps=steps, batch=at_most(batch, len(train_set)), lr=lr,
         warmup=min(100, steps // 4), floor=0.05, clip=1.0, ema=0.999, strength=strength, languages=_only(languages),
-        seed=seed,
+        mix=mix, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, val=index.select(split="val"), stream=stream, engine=engine)
 
@@ -186,6 +191,7 @@ def paper_stage1(
     batch: int = 1680,
     lr: float = 1e-4,
     leave: int = 0,
+    mix: str = "",
     stream: bool = False,
     engine: Engine = ENGINE,
 ) -> Blip2:
@@ -199,6 +205,7 @@ def paper_stage1(
         batch: Pictures of a step, over all processes.
         lr: The highest learning rate.
         leave: Blocks of the tower that are left out at its end.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
     index = open_index(data)
@@ -206,7 +213,7 @@ def paper_stage1(
     model = begin(
         tower, train_set, {"dropout": 0.1}, leave=leave, vocab=30_523, length=512, languages=(), seed=0
     )
-    config = Blip2Run(model=model.config, steps=steps, batch=batch, lr=lr)
+    config = Blip2Run(model=model.config, steps=steps, batch=batch, lr=lr, mix=mix)
     return fit(config, model, train_set, out, val=index.select(split="val"), stream=stream, engine=engine)
 
 
@@ -219,6 +226,7 @@ def paper_stage2(
     steps: int = 80_000,
     batch: int = 1920,
     lr: float = 1e-4,
+    mix: str = "",
     stream: bool = False,
     engine: Engine = ENGINE,
 ) -> Blip2Language:
@@ -232,13 +240,14 @@ def paper_stage2(
         steps: How many batches to learn from.
         batch: Pictures of a step, over all processes.
         lr: The highest learning rate.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
     index = open_index(data)
     train_set = captioned(index.select(split="train"))
     model = second(first, language, seed=0)
     config = Blip2Run(
-        model=model.config, start=first, steps=steps, batch=batch, lr=lr, floor=0.5
+        model=model.config, start=first, steps=steps, batch=batch, lr=lr, floor=0.5, mix=mix
     )  # 5e-5 at the end
     return fit(config, model, train_set, out, val=index.select(split="val"), stream=stream, engine=engine)
 
@@ -335,7 +344,7 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Any:
     """Train what is not frozen of either stage, measure it on `val`; the averaged weights go to `out/model`."""
-    pairs = Captioned(index, size=config.model.sight.image.size, stream=stream)
+    pairs = Captioned(index, size=config.model.sight.image.size, stream=stream, mix=config.mix)
     if isinstance(model, Blip2):
         pairs.check_pairs(config.batch, "first stage")
     config = dataclasses.replace(config, data=pairs.digest)

@@ -37,7 +37,17 @@ import torch
 import reverie
 from reverie import disk, rng
 from reverie.data.alone import exclusively
-from reverie.data.index import MARK_WORDS, Caption, Dropped, Index, Item, language_of, style_of, synthetic
+from reverie.data.index import (
+    MARK_WORDS,
+    Caption,
+    Dropped,
+    Index,
+    Item,
+    language_of,
+    lists_tags,
+    style_of,
+    synthetic,
+)
 from reverie.data.journal import Journal
 from reverie.data.preparing import Pool
 from reverie.errors import InputError
@@ -235,7 +245,13 @@ def teach(
 ) -> None:
     """The captioner learns from all that is vouched for; the filter from what is not kept to weigh it by."""
     tune(
-        Index(index.folder, mine), before, place / "captioner", "captioner", settings, val=val, engine=engine
+        Index(index.folder, list(mine)),
+        before,
+        place / "captioner",
+        "captioner",
+        settings,
+        val=val,
+        engine=engine,
     )
     back = {item.file_name for item in kept_back(mine, settings)}
     doubted = others if settings.judge == "both" else ()
@@ -414,9 +430,7 @@ def _told(left_out: dict[str, str]) -> None:
 
 def judgeable(item: Item) -> list[Caption]:
     """The captions of a file that the filter reads: sentences, not lists of tags."""
-    return [
-        c for c in item.captions if c.text.strip() and c.source != "tags" and style_of(c.source) != "tags"
-    ]
+    return [c for c in item.captions if c.text.strip() and not lists_tags(c.source)]
 
 
 # ---------------------------------------------------------------- the index

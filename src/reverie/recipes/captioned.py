@@ -13,9 +13,9 @@ from reverie.data.augment import draws
 from reverie.data.index import Index
 from reverie.data.pixels import Bad, Size
 from reverie.data.streaming import open_pixels
-from reverie.data.wording import PHRASES, draw_caption
+from reverie.data.wording import PHRASES, draw_caption, mix_of
 from reverie.errors import InputError
-from reverie.recipes.parts import digest, my_share
+from reverie.recipes.parts import digest, my_share, tell_lacking
 from reverie.train.parallel import team
 
 Keys = list[tuple[int, int]]  # epoch and item of each place of a batch
@@ -24,11 +24,11 @@ Keys = list[tuple[int, int]]  # epoch and item of each place of a batch
 class Captioned:
     """The items of an index that can be read and have a caption; of several processes, the first one decodes.
 
-    InputError: there are none.
+    mix: how often captions of each kind are told (data/wording.py). InputError: there are none.
     """
 
-    def __init__(self, index: Index, *, size: Size, stream: bool = False):
-        self.index = index
+    def __init__(self, index: Index, *, size: Size, stream: bool = False, mix: str = ""):
+        self.index, self.mix = index, mix_of(mix, dropped=False)
         with team().in_turn():
             self.pixels = open_pixels(index, size=size, stream=stream)
         self.good = [i for i in self.pixels.good if index[i].captions]
@@ -36,6 +36,7 @@ class Captioned:
             raise InputError(
                 f"no picture in {index.folder} has a caption: run `reverie data check` to see why."
             )
+        tell_lacking((index[i] for i in self.good), self.mix)
         self.digest = digest(index, self.good)
         names = sorted({self._name(i) for i in self.good})
         self._label = {name: number for number, name in enumerate(names)}
@@ -65,7 +66,11 @@ class Captioned:
         """One wording of each item, as `draw_caption` draws it."""
         return [
             draw_caption(
-                self.index[i], rng.generator(seed, "caption", epoch, i), languages=languages, phrases=phrases
+                self.index[i],
+                rng.generator(seed, "caption", epoch, i),
+                languages=languages,
+                phrases=phrases,
+                mix=self.mix,
             )
             for epoch, i in keys
         ]

@@ -85,6 +85,7 @@ class ClipRun:
     lora: int = 0  # rank of the adapters, which alone are trained (2106.09685); 0: all weights are
     alpha: float = 0.0  # of the adapters
     layer_decay: float = 1.0  # of the learning rate from block to block
+    mix: str = ""  # how often captions of each kind are told (data/wording.py)
     seed: int = 0
     data: str = ""  # a digest of what it learns from
 
@@ -142,6 +143,7 @@ def tiny(
     unmasked: float = 0.1,
     start: str = "",
     stream: bool = False,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -162,6 +164,7 @@ def tiny(
         unmasked: The share of the steps, the last ones, in which nothing is left out.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
@@ -169,7 +172,7 @@ def tiny(
     model = begin(start, train_set, partial(shape, size=size, loss=loss), seed=seed)
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=at_most(batch, len(train_set)), chunk=chunk, lr=lr,
-        drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
+        drop=drop, drop_text=drop_text, unmasked=unmasked, mix=mix, seed=seed,
     )  # fmt: skip
     return fit(
         config, model, train_set, out, measures=val_of(index), memory=memory, stream=stream, engine=engine
@@ -194,6 +197,7 @@ def stickers(
     drop_text: float = 0.0,
     unmasked: float = 0.1,
     start: str = "",
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -218,6 +222,7 @@ def stickers(
         drop_text: The share of the words that is left out at random.
         unmasked: The share of the steps, the last ones, in which nothing is left out.
         start: The CLIP to go on from (its name or folder), with its own shape and words; random weights if not given.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     index = open_index(data)
@@ -225,7 +230,7 @@ def stickers(
     model = begin(start, train_set, partial(shape, width=width, depth=depth, loss=loss), seed=seed)
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=strength,
-        languages={"en": 0.85, "zh": 0.15}, drop=drop, drop_text=drop_text, unmasked=unmasked, seed=seed,
+        languages={"en": 0.85, "zh": 0.15}, drop=drop, drop_text=drop_text, unmasked=unmasked, mix=mix, seed=seed,
     )  # fmt: skip
     held = plain_stickers(index).select(split="test", sources=("twemoji",))
     measures = {"twemoji": partial(zero_shot_of, val=held)} if any(item.label for item in held) else {}
@@ -245,6 +250,7 @@ def world(
     memory: str = "",
     lr: float = 1e-3,
     english: float = 0.8,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -264,6 +270,7 @@ def world(
         memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         lr: The highest learning rate.
         english: The share of captions in English; the rest are in Chinese.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another world, another start and another order.
     """
     index = open_world(data, count, moving, hidden, seed=seed)
@@ -271,7 +278,7 @@ def world(
     model = begin("", train_set, partial(shape, length=40), seed=seed)
     config = ClipRun(
         model=model.config, steps=steps, batch=batch, chunk=chunk, lr=lr, strength=0.0,
-        languages={"en": english, "zh": 1 - english}, seed=seed,
+        languages={"en": english, "zh": 1 - english}, mix=mix, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, measures=val_of(index), memory=memory, engine=engine)
 
@@ -285,6 +292,7 @@ def paper_b32(
     chunk: int = 0,
     memory: str = "",
     accumulate: int = 1,
+    mix: str = "",
     stream: bool = False,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -298,12 +306,13 @@ def paper_b32(
         chunk: Pictures embedded at a time, each twice, so that a batch beyond the memory fits. 0: all.
         memory: Choose the chunk for this much memory, such as 6GB: free, or a laptop, workstation or server.
         accumulate: Batches of a step.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         stream: Decode pictures whenever they are asked for, and keep no pixels on the disk.
     """
     tokenizer = Bpe.clip()
     config = ClipRun(
         model=ClipConfig(), steps=steps, batch=batch, chunk=chunk, accumulate=accumulate, lr=5e-4, weight_decay=0.2,
-        warmup=2000, ema=0.0, strength=0.0,
+        warmup=2000, ema=0.0, strength=0.0, mix=mix
     )  # fmt: skip
     index = open_index(data)
     torch.manual_seed(rng.integer(config.seed, "weights"))
@@ -354,7 +363,7 @@ def fit(
     """
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    pairs = Captioned(index, size=config.model.image.size, stream=stream)
+    pairs = Captioned(index, size=config.model.image.size, stream=stream, mix=config.mix)
     pairs.check_pairs(config.batch, "CLIP")
     config = dataclasses.replace(config, data=pairs.digest)
     whole_from = _whole_from(config)

@@ -48,6 +48,7 @@ def finetune(
     strength: float = 0.5,
     drop: float = 0.0,
     unmasked: float = 0.1,
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -75,6 +76,7 @@ def finetune(
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         drop: The share of the patches that is left out at random.
         unmasked: The share of the steps, the last ones, in which nothing is left out.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another order and other adapters.
     """
     if not 0 <= blend <= 1:
@@ -93,7 +95,7 @@ def finetune(
     config = ClipRun(
         model=model.config, start=start, steps=steps, batch=at_most(batch, len(train_set)), chunk=chunk, lr=lr,
         warmup=max(steps // 10, 1), strength=strength, drop=drop, unmasked=unmasked, lock=lock, lora=lora,
-        alpha=alpha, layer_decay=layer_decay, seed=seed,
+        alpha=alpha, layer_decay=layer_decay, mix=mix, seed=seed,
     )  # fmt: skip
 
     def finish(model: Clip, out: Path) -> None:

@@ -27,12 +27,22 @@ from reverie.data.dropping import drawn_share, kept_count, kept_tokens
 from reverie.data.index import Index
 from reverie.data.packing import Plan, bucketed, drawn_area, packed
 from reverie.data.pixels import Native, Pixels
-from reverie.data.wording import draw_caption
+from reverie.data.wording import draw_caption, mix_of
 from reverie.encoders.navit import NavitConfig
 from reverie.errors import InputError
 from reverie.media import whole_patches
 from reverie.recipes import clip
-from reverie.recipes.parts import averaged, decoded, digest, heads_of, keep, name_bad, open_index, seldom
+from reverie.recipes.parts import (
+    averaged,
+    decoded,
+    digest,
+    heads_of,
+    keep,
+    name_bad,
+    open_index,
+    seldom,
+    tell_lacking,
+)
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.train.ema import Ema
 from reverie.train.engine import ENGINE, Engine
@@ -66,6 +76,7 @@ class NativeRun:
     warmup: int = 100
     ema: float = 0.999
     strength: float = 0.0  # of the views
+    mix: str = ""  # how often captions of each kind are told (data/wording.py)
     seed: int = 0
     data: str = ""  # a digest of what it learns from
 
@@ -107,6 +118,7 @@ def native(
     strength: float = 0.0,
     loss: str = "softmax",
     start: str = "",
+    mix: str = "",
     seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Clip:
@@ -131,6 +143,7 @@ def native(
         strength: How strongly pictures are turned, cropped and tinted, 0 for not at all.
         loss: softmax compares each picture with all of the step (CLIP), sigmoid each pair by itself (SigLIP).
         start: The CLIP of this kind to go on from (its name or folder), with its own shape and words.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     _alone()
@@ -144,7 +157,7 @@ def native(
         )
     config = NativeRun(
         model=model.config, start=start, steps=steps, budget=budget, packs=packs, chunk=chunk, buckets=buckets,
-        smallest=smallest, drop=drop, lr=lr, warmup=min(100, steps // 5), strength=strength, seed=seed,
+        smallest=smallest, drop=drop, lr=lr, warmup=min(100, steps // 5), strength=strength, mix=mix, seed=seed,
     )  # fmt: skip
     return fit(config, model, train_set, out, measures=clip.val_of(index), engine=engine)
 
@@ -167,6 +180,8 @@ class Source:
         self.index, self.config, self.image, self.tokenizer = index, config, image, tokenizer
         self.pixels: Pixels = decoded(index, size=Native(patch=image.patch, area=image.area), fit="squash")
         self.good = [i for i in self.pixels.good if index[i].captions]
+        self.mix = mix_of(config.mix, dropped=False)
+        tell_lacking((index[i] for i in self.good), self.mix)
         if not self.good:
             raise InputError(
                 f"no picture in {index.folder} has a caption: run `reverie data check` to see why."
@@ -240,7 +255,9 @@ class Source:
         keys = [(epoch, i) for epoch, _, i in pack]
         seed = self.config.seed
         rgba = [self._resized(self.pixels[i][0], self._sizes(epoch)[place]) for epoch, place, i in pack]
-        texts = [draw_caption(self.index[i], rng.generator(seed, "caption", e, i)) for e, i in keys]
+        texts = [
+            draw_caption(self.index[i], rng.generator(seed, "caption", e, i), mix=self.mix) for e, i in keys
+        ]
         found: dict[str, Any] = {
             "rgba": rgba,
             "draws": draws(seed, keys),

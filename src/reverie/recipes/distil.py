@@ -56,7 +56,7 @@ def sora(
     data: Path, out: Path, *, teacher: str, student_steps: int = 4, teacher_steps: int = 24,
     guidance: float | None = None, steps: int = 600, batch: int = 24, clips: int = 1, own: float = 0.5,
     sources: tuple[str, ...] = (), vary: float | None = None, english: float | None = None, lr: float = 3e-4,
-    seed: int = 0,
+    mix: str = "", seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A student that draws in few steps and without guidance what its teacher draws in many.
@@ -78,6 +78,7 @@ def sora(
         english: The share of captions in English, the rest being Chinese; as the teacher's run had it if not given, or
             0.8 where that run is not beside the teacher.
         lr: The highest learning rate.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another order.
     """
     master = reverie.load(teacher)
@@ -102,7 +103,7 @@ def sora(
     items = SoraRun(
         model=model, start=teacher, steps=steps, batch=batch, clips=moving, clip_frames=model.frames,
         lr=lr, warmup=min(50, steps // 10), ema=max(1 - 20 / max(steps, 40), 0.9), drop=0.0,
-        seed=seed, **drawn,
+        mix=mix, seed=seed, **drawn,
     )  # fmt: skip
     config = DistilRun(
         items=items, teacher=teacher, weights=hash_of(master), inside=teacher_steps // student_steps,

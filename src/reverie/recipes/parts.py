@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from reverie.codecs.vae import Vae
 from reverie.codecs.video_vae import VideoVae
 from reverie.data.embeddings import media_below
 from reverie.data.importers import import_folder
-from reverie.data.index import FILE, Index
+from reverie.data.index import FILE, Index, Item
 from reverie.data.latents import Latents
 from reverie.data.order import batch_ids
 from reverie.data.pixels import Pixels, cache_of
 from reverie.data.remote import address, local
 from reverie.data.streaming import Streamed
+from reverie.data.wording import DROPPED, lacking
 from reverie.data.world import write as write_world
 from reverie.errors import InputError
 from reverie.output import Made
@@ -59,6 +60,16 @@ def open_index(data: Path) -> Index:
             file=sys.stderr,
         )
     return index
+
+
+def tell_lacking(items: Iterable[Item], mix: Mapping[str, float]) -> None:
+    """Says how many have no caption of the kinds that a mix tells."""
+    if mix and team().first and (count := lacking(items, mix)):
+        kinds = ", ".join(kind for kind in mix if kind != DROPPED)
+        print(
+            f"{count:,} files have no caption of the mix ({kinds}) and are told by what they have",
+            file=sys.stderr,
+        )
 
 
 def open_world(

@@ -110,7 +110,7 @@ AMOUNTS = {
 def tiny(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 600, batch: int | None = None,
     clips: int | None = None, size: int = 64, native: str = "", budget: int | None = None, lr: float = 1e-3,
-    masked: bool = False, seed: int = 0,
+    masked: bool = False, mix: str = "", seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """A small model from random weights on any captioned folder; its text tower is that of a CLIP.
@@ -128,6 +128,7 @@ def tiny(
         budget: Tokens of a pack or bucket, with native, 1,024 if not given: these take the place of batch and clips.
         lr: The highest learning rate.
         masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     amounts = AMOUNTS["sora-tiny"].asked(native, batch=batch, clips=clips, budget=budget)
@@ -136,7 +137,7 @@ def tiny(
     if not index.select(video=True):
         amounts["clips"] = 0
     config = SoraRun(
-        model=shape(reader, size=size, masked=masked), clip=clip, steps=steps, native=native, lr=lr, seed=seed,
+        model=shape(reader, size=size, masked=masked), clip=clip, steps=steps, native=native, lr=lr, mix=mix, seed=seed,
         **amounts,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
@@ -146,7 +147,7 @@ def stickers(
     data: Path, out: Path, *, clip: str = "clip-stickers", steps: int = 6000, batch: int | None = None,
     clips: int | None = None, lr: float = 1e-3, size: int = 128, clip_size: int = 96, frames: int = 24, codec: str = "",
     latents: bool = False, native: str = "", budget: int | None = None, start: str = "",
-    width: int = TINY[1], depth: int = TINY[0], masked: bool = False, seed: int = 0,
+    width: int = TINY[1], depth: int = TINY[0], masked: bool = False, mix: str = "", seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The shipped `sora-stickers`: Fluent's 3-D stickers and their animations, without skin-tone variants.
@@ -171,6 +172,7 @@ def stickers(
         width: Channels, a multiple of 64.
         depth: Blocks.
         masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     amounts = AMOUNTS["sora-stickers"].asked(native, batch=batch, clips=clips, budget=budget)
@@ -183,7 +185,7 @@ def stickers(
     config = SoraRun(
         model=model, clip=clip, codec=codec, latents=latents, start=start, steps=steps, lr=lr,
         clip_frames=9 if codec else frames, vary=0 if latents else 0.4, native=native,
-        languages={"en": 0.8, "zh": 0.2}, seed=seed, **amounts,
+        languages={"en": 0.8, "zh": 0.2}, mix=mix, seed=seed, **amounts,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=PROMPTS, engine=engine)
 
@@ -191,8 +193,8 @@ def stickers(
 def dit(
     data: Path, out: Path, *, clip: str, codec: str = "", latents: bool = False, scale: str = "XL", size: int = 256,
     steps: int = 400_000, batch: int | None = None, clips: int | None = None, native: str = "",
-    budget: int | None = None, packs: int | None = None, lr: float = 1e-4, masked: bool = False, seed: int = 0,
-    engine: Engine = ENGINE,
+    budget: int | None = None, packs: int | None = None, lr: float = 1e-4, masked: bool = False, mix: str = "",
+    seed: int = 0, engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """Any captioned folder at DiT's sizes and learning rate (2212.09748, table 1 and section 4). Not yet run by us.
 
@@ -213,6 +215,7 @@ def dit(
         packs: Packs of a step, with native, 1 if not given: a multiple of the processes.
         lr: The highest learning rate.
         masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
     """
     if scale not in DIT:
@@ -224,8 +227,8 @@ def dit(
         amounts["clips"] = 0
     config = SoraRun(
         model=shape(reader, size=size, codec=codec, sizes=DIT[scale], masked=masked), clip=clip, codec=codec,
-        latents=latents, steps=steps, clip_frames=9 if codec else 8, native=native, lr=lr, ema=0.9999, seed=seed,
-        **amounts,
+        latents=latents, steps=steps, clip_frames=9 if codec else 8, native=native, lr=lr, ema=0.9999, mix=mix,
+        seed=seed, **amounts,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index), engine=engine)
 
@@ -234,7 +237,7 @@ def world(
     data: Path, out: Path, *, clip: str, count: int = 8000, moving: int = 800, hidden: int = 200, size: int = 64,
     patch: int = 16, width: int = TINY[1], depth: int = TINY[0], frames: int = 16, steps: int = 3000,
     batch: int = 64, clips: int = 3, lr: float = 1e-3, english: float = 0.8, masked: bool = False,
-    seed: int = 0,
+    mix: str = "", seed: int = 0,
     engine: Engine = ENGINE,
 ) -> Sora:  # fmt: skip
     """The procedural world, which is drawn first if it is not there.
@@ -257,6 +260,7 @@ def world(
         lr: The highest learning rate.
         english: The share of captions in English; the rest are in Chinese.
         masked: Learn from whole pictures and from some of their patches, which takes about twice as long a step.
+        mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another world, another start and another order.
     """
     if not 8 <= frames <= 64:
@@ -268,7 +272,7 @@ def world(
     )
     config = SoraRun(
         model=model, clip=clip, steps=steps, batch=batch, clips=clips, lr=lr, warmup=min(100, max(steps // 10, 1)),
-        languages={"en": english, "zh": 1 - english}, seed=seed,
+        languages={"en": english, "zh": 1 - english}, mix=mix, seed=seed,
     )  # fmt: skip
     return fit(config, reader, index, out, prompts=_some_captions(index, 16), engine=engine)
 

@@ -23,9 +23,9 @@ from reverie.data.index import Index
 from reverie.data.latents import Latents
 from reverie.data.packing import Plan, bucketed, packed
 from reverie.data.pixels import Native, Pixels
-from reverie.data.wording import draw_caption
+from reverie.data.wording import draw_caption, mix_of
 from reverie.errors import InputError
-from reverie.recipes.parts import decoded, digest, my_share
+from reverie.recipes.parts import decoded, digest, my_share, tell_lacking
 from reverie.recipes.search import key_of
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.batches import moved
@@ -67,6 +67,7 @@ class SoraRun:
     budget: int = 0  # tokens of a pack
     packs: int = 1  # of a step
     languages: dict[str, float] | None = None
+    mix: str = ""  # how often captions of each kind are told (data/wording.py)
     seed: int = 0
     data: tuple[str, ...] = ()  # digests of the pictures and the clips that it learns from
 
@@ -96,6 +97,8 @@ class Source:
 
     def __init__(self, index: Index, config: SoraRun, model: Sora, *, frames: int):
         self.index, self.config, self.model, self.frames = index, config, model, frames
+        self.mix = mix_of(config.mix)
+        tell_lacking(index, self.mix)
         self.home = next(model.parameters()).device
         self.size = config.model.size if frames == 1 else config.model.clip_size or config.model.size
         self.pixels: Pixels | Latents
@@ -287,7 +290,7 @@ class Source:
             "latents": latents,
             "normal": flat[0],
             "noise": flat[1:].reshape(latents.shape),
-            "text": draw_caption(self.index[i], words, languages=self.config.languages),
+            "text": draw_caption(self.index[i], words, languages=self.config.languages, mix=self.mix),
             "drop": torch.tensor(self._draw("drop", epoch, i) < self.config.drop),
             "known": torch.zeros(latents.shape[1], dtype=torch.bool),
             "id": self.index[i].file_name,

@@ -1,6 +1,7 @@
 """What models write and say of many files, in shares: here, or by workers over Ray.
 
     written    a caption of each file; of a clip those of several frames, merged
+    tagged     the words of a list that are most like each file
     judged     how well each of some texts fits its file
 
 A file's caption depends on its bytes, the model and the settings, and not on those beside it: it is drawn with a seed
@@ -26,7 +27,7 @@ from reverie.data.index import Index, Item, language_of
 from reverie.data.preparing import Pool, Share, prepared
 from reverie.media import Part, decode_array
 from reverie.recipes.asked import Telling
-from reverie.recipes.parts import capable
+from reverie.recipes.parts import capable, check_embeds
 from reverie.recipes.search import everywhere, key_of, media_of, seen, the_same
 
 SHARE = 32  # files: what a stop loses
@@ -130,6 +131,65 @@ def tell(system: Any, shown: Sequence[Image.Image], telling: Telling, seed: int 
     )  # fmt: skip
     assert len(found) == len(shown), (len(found), len(shown))
     return [plain(text) for text in found]
+
+
+def tagged(
+    items: Sequence[Item],
+    index: Index,
+    *,
+    model: str | Path,
+    words: Sequence[str],
+    count: int,
+    pool: Pool | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Iterator[tuple[dict[str, str], dict[str, str], dict[str, str]]]:
+    """As `written`: the `count` of these words whose vectors are most like the file's, the likest first.
+
+    Of a clip the middle frame is looked at. InputError: a model that does not compare.
+    """
+    start: Callable[[], Tags]
+    if pool is None:
+        system = capable(model, "embed_text", device=device)
+        start = partial(Tags, system, media_of(index.folder, index), tuple(words), count)
+    else:
+        key = key_of(capable(model, "embed_text", device="cpu"))
+        start = partial(tags, everywhere(model), everywhere(index.folder), key, tuple(words), count, device)
+    jobs = [(item.file_name,) for item in items]
+    for share in prepared(
+        jobs, start, pool=pool, share=SHARE, threads=1 if pool is None else None, label="tagging", quiet=quiet
+    ):
+        rows = share.tensors["chosen"].tolist() if share.good else []
+        found = {job[0]: ", ".join(words[i] for i in row) for job, row in zip(share.good, rows, strict=True)}
+        yield (found, *_why(share))
+
+
+def tags(model: str, folder: str, key: str, words: tuple[str, ...], count: int, device: str | None) -> Tags:
+    """A worker's own tagger, which must be what `key` says."""
+    system = the_same(capable(model, "embed_text", device=device), model, key)
+    return Tags(system, media_of(seen(folder)), words, count)
+
+
+class Tags:
+    """The preparation of tags: jobs are a file's name, rows the places of the chosen words."""
+
+    def __init__(
+        self, system: Any, media: Callable[[str], Path | Part], words: tuple[str, ...], count: int
+    ) -> None:
+        check_embeds(system)
+        self.system, self.media, self.count = system, media, min(count, len(words))
+        with torch.no_grad():
+            self.vectors = torch.cat(
+                [system.embed_text(list(words[i : i + 256])) for i in range(0, len(words), 256)]
+            )
+
+    def load(self, job: tuple[str]) -> Image.Image:
+        return pictures(self.media(job[0]))[0]
+
+    @torch.no_grad()
+    def make(self, loaded: Iterable[Image.Image]) -> dict[str, Tensor]:
+        like = self.system.embed_image(list(loaded)) @ self.vectors.mT
+        return {"chosen": like.float().topk(self.count, 1).indices.cpu()}
 
 
 def packed(texts: Sequence[str]) -> Tensor:
