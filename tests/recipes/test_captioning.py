@@ -142,7 +142,7 @@ def test_frames_of_a_clip_are_sent_together_and_hints_are_told(folder, server):
     assert content[0]["text"].startswith("These are 3 frames of one clip")
     assert "what moves" in content[0]["text"]
     assert content[0]["text"].endswith("Known about it: sunrise; red; dawn.")
-    chat(folder, server, Captioning(style="long"), prompt="Only the colours.")
+    chat(folder, server, Captioning(style="long", again=True), prompt="Only the colours.")
     assert server.seen[-1][2]["messages"][0]["content"][0]["text"].endswith("Only the colours.")
 
 

@@ -79,7 +79,8 @@ def draw_caption(
     told by what it has. A language is drawn by the weights `languages` (default: the languages of the item's captions,
     equally). A caption that is a list of tags is cut to one to three of them in random order and used a quarter of the
     time, mostly behind a proper caption. Of proper captions a label is drawn six times as often as another, and a label
-    or alias stands in one of the `phrases` of its language. A vocabulary of many wordings is learnt slowly (docs/log.md).
+    or alias stands in one of the `phrases` of its language. A vocabulary of many wordings is learnt slowly
+    (docs/log.md).
     """
     u = torch.rand(8, generator=generator).tolist()
     worded = [caption for caption in item.captions if caption.text.replace(",", " ").strip()]
