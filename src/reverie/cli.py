@@ -128,9 +128,7 @@ def data_report(
     from reverie.recipes.data_report import report
 
     looking = None if no_model else model
-    written = report(
-        folder, out, model=looking, sample=sample, language=language, seed=seed, device=device
-    )
+    written = report(folder, out, model=looking, sample=sample, language=language, seed=seed, device=device)
     for path in written:
         print(path)
 

@@ -23,8 +23,8 @@ WIDE = 100  # times the least value; what reaches further is counted in the loga
 LISTED = 40  # words, captions, labels, sources
 WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my", "bo")
 KINDS = {None: "people's", "short": "synthetic, short", "long": "synthetic, long", "tags": "synthetic, tags"}
-SMALL = frozenset(
-    "a an and are as at be by for from has have in into is it its of on or that the their there this to with".split()
+SMALL = {"a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "has", "have", "in", "into", "is", "it", "its",
+         "of", "on", "or", "that", "the", "their", "there", "this", "to", "with"}  # fmt: skip
 )
 
 Counts = tuple[tuple[str, int], ...]  # what, and how often, the commonest first
@@ -104,7 +104,9 @@ class Contents:
     sources_of_captions: tuple[Wording, ...]
     kinds: tuple[Wording, ...]
     dropped: tuple[Reason, ...]
-    words: dict[str, Counts]  # by language: in how many files the commonest are; pairs of letters without spaces
+    words: dict[
+        str, Counts
+    ]  # by language: in how many files the commonest are; pairs of letters without spaces
     repeated: Counts  # captions that more than one file has: how many have it
 
     sources: Counts
@@ -278,7 +280,9 @@ def _copies(items: Sequence[Item]) -> tuple[tuple[str, ...], ...]:
     for item in items:
         if item.hash:
             same[item.hash].append(item.file_name)
-    return tuple(sorted((tuple(group) for group in same.values() if len(group) > 1), key=lambda g: (-len(g), g)))
+    return tuple(
+        sorted((tuple(group) for group in same.values() if len(group) > 1), key=lambda g: (-len(g), g))
+    )
 
 
 def _scores(items: Sequence[Item]) -> tuple[Score, ...]:
@@ -356,6 +360,8 @@ def _words_of(caption: Caption) -> set[str]:
 
 def _repeated(items: Sequence[Item]) -> Counts:
     counts = Counter(
-        text for item in items for text in {" ".join((caption.text or "").split()) for caption in item.captions}
+        text
+        for item in items
+        for text in {" ".join((caption.text or "").split()) for caption in item.captions}
     )
     return _commonest(Counter({text: count for text, count in counts.items() if count > 1 and text}))

@@ -19,7 +19,7 @@ GRAIN = 1e-4  # the spread of the start; small, so that neighbours decide and no
 
 
 def principal(vectors: Tensor, axes: int) -> Tensor:
-    """The coordinates of vectors `n d` along their `axes` principal axes, in double: `n axes`, zeros where none is left.
+    """The coordinates of vectors `n d` along their `axes` principal axes, in double: `n axes`, zeros where none is.
 
     The sign of an axis is that which makes the largest part of it positive, so the same vectors give the same picture.
     """
@@ -44,7 +44,9 @@ def tsne(
     assert n > 0, "nothing has no place"
     reduced = principal(vectors, axes)
     start = reduced[:, :2] / reduced[:, 0].std(correction=0).clamp_min(1e-12)
-    start += 0.01 * torch.randn(n, 2, dtype=torch.double, generator=rng.generator(seed, "tsne"))  # parts what is equal
+    start += 0.01 * torch.randn(
+        n, 2, dtype=torch.double, generator=rng.generator(seed, "tsne")
+    )  # parts what is equal
     if n < 5:  # too few for neighbourhoods
         return (start - start.mean(0)).float()
     joint = _joint(reduced, min(perplexity, (n - 1) / 3)).float()
@@ -54,9 +56,13 @@ def tsne(
     for step in range(steps):
         early = step < EARLY
         square = page.square().sum(1)
-        near = torch.addmm(square[:, None] + square, page, page.T, alpha=-2).clamp_min_(0).add_(1).reciprocal_()
+        near = (
+            torch.addmm(square[:, None] + square, page, page.T, alpha=-2).clamp_min_(0).add_(1).reciprocal_()
+        )
         near.fill_diagonal_(0)
-        force = torch.sub(joint, near, alpha=1 / (float(near.sum()) * (EXAGGERATION if early else 1.0))).mul_(near)
+        force = torch.sub(joint, near, alpha=1 / (float(near.sum()) * (EXAGGERATION if early else 1.0))).mul_(
+            near
+        )
         pull = (EXAGGERATION if early else 1.0) * 4 * (force.sum(1, keepdim=True) * page - force @ page)
         gains = torch.where(pull.sign() != speed.sign(), gains + 0.2, gains * 0.8).clamp_min_(0.01)
         speed = (0.5 if early else 0.8) * speed - rate * gains * pull
@@ -72,7 +78,9 @@ def _joint(points: Tensor, perplexity: float) -> Tensor:
     far = (square[:, None] + square - 2 * points @ points.T).clamp_min(0)
     far = far / far.sum().clamp_min(1e-300) * n * (n - 1)  # whatever the scale of the vectors
     own = torch.eye(n, dtype=torch.bool)
-    far = far - far.masked_fill(own, torch.inf).amin(1, keepdim=True)  # so that the nearest counts, however far
+    far = far - far.masked_fill(own, torch.inf).amin(
+        1, keepdim=True
+    )  # so that the nearest counts, however far
     low, high = torch.full((n, 1), -40.0).double(), torch.full((n, 1), 40.0).double()
     for _ in range(60):  # the logarithm of 1 / (2 sigma^2), by halving
         middle = (low + high) / 2

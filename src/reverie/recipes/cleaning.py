@@ -92,9 +92,7 @@ def score(
             f"The embeddings kept in {found.place} are broken: delete that folder and score again."
         )
     items = {item.file_name: item for item in todo}
-    each = cosines(
-        clip, items, found, language=language, pool=pool, model=model, device=device, quiet=quiet
-    )
+    each = cosines(clip, items, found, language=language, pool=pool, model=model, device=device, quiet=quiet)
     done = {file_name: _done(items[file_name], key, language) for file_name in each}
     fresh = Index.read(folder)  # somebody may have written it meanwhile
     mean = {file_name: statistics.mean(s for s in own if s is not None) for file_name, own in each.items()}

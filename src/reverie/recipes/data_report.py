@@ -116,7 +116,9 @@ def report(
 def drawn(index: Index, count: int, seed: int) -> list[Item]:
     """`count` of the accepted items, by lot; fewer are the first of more."""
     accepted = [item for item in index if item.reject is None]
-    return sorted(accepted, key=lambda item: (rng.integer(seed, "report", item.file_name), item.file_name))[:count]
+    return sorted(accepted, key=lambda item: (rng.integer(seed, "report", item.file_name), item.file_name))[
+        :count
+    ]
 
 
 def look_at(
@@ -135,7 +137,9 @@ def look_at(
     """
     some = drawn(index, sample, seed)
     if model is None or not some:
-        kept = {i.file_name: s for i in index if i.reject is None and (s := kept_scores(index, i)) is not None}
+        kept = {
+            i.file_name: s for i in index if i.reject is None and (s := kept_scores(index, i)) is not None
+        }
         return _look(index, None, kept, (), {})
     clip = capable(model, "embed_text", device=device)
     key = key_of(clip)
@@ -149,7 +153,9 @@ def look_at(
     names = list(dict.fromkeys([*(item.file_name for item in some[:MAPPED]), *todo]))
     try:
         found = embed_pictures(clip, index.folder, names, index=index, present=every_file(index), quiet=quiet)
-    except MediaError as error:  # a tar that is gone says nothing of its files, and the rest of the page stands
+    except (
+        MediaError
+    ) as error:  # a tar that is gone says nothing of its files, and the rest of the page stands
         return _look(index, str(model), kept, (), {}, why_not=str(error))
     fits = kept | cosines(clip, todo, found, language=language, quiet=quiet)
     rows = torch.bincount(found.file, minlength=len(found.names)).tolist()
