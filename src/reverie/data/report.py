@@ -25,7 +25,6 @@ WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my", "bo")
 KINDS = {None: "people's", "short": "synthetic, short", "long": "synthetic, long", "tags": "synthetic, tags"}
 SMALL = {"a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "has", "have", "in", "into", "is", "it", "its",
          "of", "on", "or", "that", "the", "their", "there", "this", "to", "with"}  # fmt: skip
-)
 
 Counts = tuple[tuple[str, int], ...]  # what, and how often, the commonest first
 

@@ -65,12 +65,17 @@ section { margin-top: 2.6rem; padding-top: 1.6rem; border-top: 1px solid var(--l
 .list span { font-variant-numeric: tabular-nums; color: var(--soft); }
 .bar { grid-column: 1 / -1; width: 100%; height: 4px; margin-top: 2px; background: var(--pale); border-radius: 2px; }
 .bar rect { fill: var(--accent); }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-top: .9rem; }
+code { font-size: .92em; background: var(--pale); border-radius: 4px; padding: 0 .3em; }
+h3 + .pictures { margin-top: .4rem; }
+section > h3 { margin: 1.6rem 0 .3rem; font-size: 1.02rem; }
+.alone { font-size: 1.3rem; margin: 0; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
 th { font-weight: 500; color: var(--soft); text-align: right; }
 td { text-align: right; border-top: 1px solid var(--line); }
 th, td { padding: .25rem .5rem; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere;
+  width: 100%; min-width: 9rem; }
 details { margin-top: .45rem; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 details ul { margin: .3rem 0 .6rem; padding-left: 1.2rem; font-size: .82rem; color: var(--soft); max-height: 24rem;
@@ -154,7 +159,7 @@ def _files(contents: Contents, look: Look) -> str:
         parts.append(f"<h3>Rejected</h3>{_reasons(contents.rejected)}")
     if contents.marked:
         parts.append(
-            f'<h3>Marked</h3><p class="soft">Sound files that are left out, which --undo takes back.</p>'
+            f'<h3>Marked</h3><p class="soft">Sound files that are left out, which <code>--undo</code> takes back.</p>'
             f"{_reasons(contents.marked)}"
         )
     if look.unread:
@@ -202,7 +207,7 @@ def _captions(contents: Contents) -> str:
     tables = (
         ("Language", contents.languages), ("Kind", contents.kinds), ("Source", contents.sources_of_captions),
     )  # fmt: skip
-    parts.append(f'<div class="card wide grid">{"".join(_table(head, rows) for head, rows in tables)}</div>')
+    parts += [f'<div class="card wide">{_table(head, rows)}</div>' for head, rows in tables if rows]
     lists = [
         _list(f"Words: {language}", counts, contents.accepted)
         for language, counts in [*contents.words.items()][:6]
@@ -275,11 +280,11 @@ def _copies(contents: Contents) -> str:
     if contents.duplicates:
         leaks = f", {contents.leaks:,} of them leaks of what is held out into training" * bool(contents.leaks)
         parts.append(
-            f"<p>`reverie data dedupe` has marked {contents.duplicates:,} near duplicates{leaks}.</p>"
+            f"<p><code>reverie data dedupe</code> has marked {contents.duplicates:,} near duplicates{leaks}.</p>"
         )
     else:
         parts.append(
-            '<p class="soft">No near duplicates are marked; `reverie data dedupe` looks for them.</p>'
+            '<p class="soft">No near duplicates are marked; <code>reverie data dedupe</code> looks for them.</p>'
         )
     return "".join(parts)
 
@@ -289,7 +294,7 @@ def _fit(look: Look, items: Mapping[str, Item], shown: Mapping[str, str]) -> str
         return f'<p class="warn">{_own(look.why_not)}</p>'
     if look.pairs is None:
         return ""
-    who = _own(look.model) if look.model else "the model of `reverie data score`"
+    who = _own(look.model) if look.model else "the model of <code>reverie data score</code>"
 
     def cards(pairs: Sequence[Pair]) -> str:
         return _pictures(
@@ -412,16 +417,18 @@ def _chart(
     """A card with a histogram; nothing where there is nothing to draw."""
     if spread is None:
         return ""
-    facts = " · ".join(
-        f"{word} {unit(value)}"
-        for word, value in (
-            ("least", spread.least), ("median", spread.median), ("mean", spread.mean), ("most", spread.most),
-        )
+    ends = (
+        ("least", spread.least), ("median", spread.median), ("mean", spread.mean), ("most", spread.most),
     )  # fmt: skip
     if spread.least == spread.most:
-        facts = f"{unit(spread.least)}, all {spread.count:,}" if spread.count > 1 else unit(spread.least)
+        drawn, facts = (
+            f'<p class="alone">{unit(spread.least)}</p>',
+            f"of {'all ' * (spread.count > 1)}{spread.count:,}",
+        )
+    else:
+        drawn = histogram(spread, unit)
+        facts = " · ".join(f"{word} {unit(value)}" for word, value in ends)
     facts = "<br>".join(filter(None, [facts, "on a logarithmic scale" * spread.log, escaped(note)]))
-    drawn = histogram(spread, unit)
     return f'<div class="card"><h3>{_own(cut(title, 60))}</h3>{drawn}<p class="facts">{facts}</p></div>'
 
 
