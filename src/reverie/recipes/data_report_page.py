@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from PIL import Image
 
 from reverie.data.index import Index, Item
-from reverie.data.report import Contents, Counts, Reason, Score, Spread, Wording
+from reverie.data.report import Contents, Counts, Reason, Score, Spread, Wording, reasons
 from reverie.page import document, escaped, inlined
 from reverie.progress import size
 from reverie.recipes.data_report import Look, Pair, cell_of, drawn_map
@@ -25,6 +25,7 @@ SIDE = 112  # pixels of a picture on a card
 NAMES = 100  # files that a list shows
 GROUPS = 30  # reasons, sources of captions, scores that are shown
 BARS = 15  # lines of a list with bars
+NONE = "none"  # a label or source that is not told
 TEXT = 220  # characters of a caption
 
 _STYLE = """
@@ -61,7 +62,7 @@ section { margin-top: 2.6rem; padding-top: 1.6rem; border-top: 1px solid var(--l
 .chart .median { stroke: var(--ink); stroke-dasharray: 2 2; opacity: .6; }
 .list { margin: 0; padding: 0; list-style: none; font-size: .85rem; line-height: 1.35; }
 .list li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0 .8rem; margin-top: .4rem; }
-.list bdi { overflow-wrap: anywhere; }
+.list bdi { overflow-wrap: anywhere; text-align: left; }
 .list span { font-variant-numeric: tabular-nums; color: var(--soft); }
 .bar { grid-column: 1 / -1; width: 100%; height: 4px; margin-top: 2px; background: var(--pale); border-radius: 2px; }
 .bar rect { fill: var(--accent); }
@@ -87,6 +88,7 @@ details ul { margin: .3rem 0 .6rem; padding-left: 1.2rem; font-size: .82rem; col
   border: 1px solid var(--line); object-fit: contain; }
 .none { background: var(--pale); padding: .5rem; font-size: .75rem; overflow: hidden; overflow-wrap: anywhere; }
 figcaption { font-size: .8rem; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere; }
+figcaption bdi { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; overflow: hidden; }
 figcaption .soft { font-size: .72rem; display: block; }
 .map { display: block; max-width: 100%; height: auto; margin-top: .8rem; }
 .map rect { fill: transparent; stroke-width: 2; }
@@ -132,7 +134,7 @@ def page(
 
 def _summary(contents: Contents) -> str:
     kinds = [(contents.pictures, "picture"), (contents.clips, "clip"), (contents.captions, "caption")]
-    parts = [f"{count:,} {word}{'s' * (count != 1)}" for count, word in kinds if count]
+    parts = [_many(count, word) for count, word in kinds if count]
     if not contents.accepted:
         return f"None of the {contents.total:,} files is accepted: below is why."
     lost = contents.total - contents.accepted
@@ -147,7 +149,7 @@ def _files(contents: Contents, look: Look) -> str:
         (f"{contents.total:,}", "files in the index"), (f"{contents.accepted:,}", "accepted"),
         (f"{contents.left_out:,}", "rejected"), (f"{contents.set_aside:,}", "marked"),
         (f"{contents.pictures:,}", "pictures"), (f"{contents.clips:,}", "clips"),
-        (weight(contents.bytes), "accepted, together"),
+        (weight(contents.bytes), "of accepted files"),
     ]  # fmt: skip
     told = "".join(
         f'<div class="card"><b>{value}</b><span class="soft">{word}</span></div>' for value, word in tiles
@@ -165,7 +167,8 @@ def _files(contents: Contents, look: Look) -> str:
     if look.unread:
         parts.append(
             "<h3>Not to be read now</h3>"
-            + _reasons([Reason(reason="of those that were looked at", files=look.unread)])
+            + '<p class="soft">Of the files that the model looked at.</p>'
+            + _reasons(reasons(look.unread))
         )
     return "".join(parts)
 
@@ -194,8 +197,8 @@ def _captions(contents: Contents) -> str:
     if not contents.captions and not contents.dropped:
         return "<p>No accepted file has a caption.</p>"
     parts = [
-        f"<p>{contents.captions:,} captions, {contents.distinct:,} of them different; "
-        f"{contents.without_captions:,} files have none.</p>"
+        f"<p>{_many(contents.captions, 'caption')}, {contents.distinct:,} of them different; files without any: "
+        f"{contents.without_captions:,}.</p>"
     ]
     charts = [_chart("captions of a file", contents.captions_each)]
     for group in (*contents.languages[:6], *(contents.kinds if len(contents.kinds) > 1 else ())):
@@ -223,7 +226,7 @@ def _captions(contents: Contents) -> str:
     if contents.dropped:
         parts.append(
             '<h3>Dropped captions</h3><p class="soft">Nobody learns from them; they stay in the index.</p>'
-            f"{_reasons(contents.dropped, 'captions')}"
+            f"{_reasons(contents.dropped, 'caption')}"
         )
     return "".join(parts)
 
@@ -265,7 +268,7 @@ def _copies(contents: Contents) -> str:
         return ""
     files = sum(map(len, contents.copies))
     parts = [
-        f"<p>{files:,} accepted files share their bytes with another, in {len(contents.copies):,} groups.</p>"
+        f"<p>{files:,} accepted files have the bytes of another: {_many(len(contents.copies), 'group')}.</p>"
         if contents.copies
         else "<p>No accepted file is there twice, byte for byte.</p>"
     ]
@@ -280,7 +283,7 @@ def _copies(contents: Contents) -> str:
     if contents.duplicates:
         leaks = f", {contents.leaks:,} of them leaks of what is held out into training" * bool(contents.leaks)
         parts.append(
-            f"<p><code>reverie data dedupe</code> has marked {contents.duplicates:,} near duplicates{leaks}.</p>"
+            f"<p><code>reverie data dedupe</code> has marked {_many(contents.duplicates, 'near duplicate')}{leaks}.</p>"
         )
     else:
         parts.append(
@@ -303,8 +306,8 @@ def _fit(look: Look, items: Mapping[str, Item], shown: Mapping[str, str]) -> str
         )
 
     return (
-        f"<p>The cosine of each caption with its picture, by {who}: {look.pairs.count:,} captions of "
-        f"{look.files:,} files. Of each file one caption at most is shown.</p>"
+        f"<p>The cosine of each caption with its picture, by {who}: {_many(look.pairs.count, 'caption')} of "
+        f"{_many(look.files, 'file')}. Of each file one caption at most is shown.</p>"
         f'<div class="grid">{_chart("cosine of caption and picture", look.pairs)}</div>'
         f"<h3>Least fitting</h3>{cards(look.worst)}<h3>Most fitting</h3>{cards(look.best)}"
     )
@@ -336,11 +339,11 @@ def _map(look: Look, items: Mapping[str, Item], draw: Draw, quiet: bool) -> str:
     )
     width, height = sheet.size
     return (
-        f"<p>{len(look.map):,} files by what {_own(look.model)} sees in them (t-SNE): what lies together looks alike "
-        "to it; distances between groups mean little. Each stands on the nearest free place. Frames are coloured by "
+        f"<p>{_many(len(look.map), 'file')} by what {_own(look.model)} sees in them (t-SNE): what lies together looks "
+        "alike to it; distances between groups mean little. Each stands on the nearest free place. Frames are coloured by "
         f'{what}.</p><div class="legend">{legend}</div>'
         f'<svg class="map" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="a map of {len(look.map):,} files"><image href="{address}" width="{width}" height="{height}"/>'
+        f'aria-label="a map of files"><image href="{address}" width="{width}" height="{height}"/>'
         f"{frames}</svg>"
     )
 
@@ -349,13 +352,14 @@ def colours(items: Sequence[Item]) -> tuple[str, list[tuple[str, int]]]:
     """What tells these files apart by colour, and its values, commonest first: labels if few, sources, or splits."""
     for what in ("label", "source"):
         counts = Counter(_group(item, what) for item in items)
-        if 1 < len(counts) <= (len(INK) if what == "label" else 4 * len(INK)):
+        few = len(counts) <= (len(INK) if what == "label" else 4 * len(INK))
+        if few and len(counts) > 1 and 2 * counts[NONE] < len(items):
             return what, counts.most_common()
     return "split", Counter(_group(item, "split") for item in items).most_common()
 
 
 def _group(item: Item, what: str) -> str:
-    return str(getattr(item, what) or "none")
+    return str(getattr(item, what) or NONE)
 
 
 # --- small pieces ---------------------------------------------------------------------------------------------------
@@ -366,6 +370,10 @@ def number(value: float) -> str:
     if abs(value) < 1e15 and (value == round(value) or abs(value) >= 1000):
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def weight(count: float) -> str:
@@ -423,7 +431,7 @@ def _chart(
     if spread.least == spread.most:
         drawn, facts = (
             f'<p class="alone">{unit(spread.least)}</p>',
-            f"of {'all ' * (spread.count > 1)}{spread.count:,}",
+            f"all {spread.count:,} alike" if spread.count > 1 else "one alone",
         )
     else:
         drawn = histogram(spread, unit)
@@ -512,20 +520,20 @@ def _table(head: str, rows: Sequence[Wording]) -> str:
     )
 
 
-def _reasons(reasons: Sequence[Reason], what: str = "files") -> str:
+def _reasons(found: Sequence[Reason], what: str = "file") -> str:
     """Each reason with what it concerns, folded; of reasons of one, the file's name beside it."""
     parts = []
-    for one in reasons[:GROUPS]:
+    for one in found[:GROUPS]:
         same = all(detail == one.reason for _, detail in one.files)
         lines = [name if same else f"{name}: {detail}" for name, detail in one.files]
         parts.append(_folded(one.reason, lines, what))
-    return "".join(parts) + _more(len(reasons), GROUPS)
+    return "".join(parts) + _more(len(found), GROUPS)
 
 
-def _folded(title: str, lines: Sequence[str], what: str = "groups") -> str:
+def _folded(title: str, lines: Sequence[str], what: str = "group") -> str:
     shown = "".join(f"<li>{_own(cut(line, 300))}</li>" for line in lines[:NAMES])
     return (
-        f'<details><summary>{_own(cut(title, 160))} <span class="soft">{len(lines):,} {what}</span></summary>'
+        f'<details><summary>{_own(cut(title, 160))} <span class="soft">{_many(len(lines), what)}</span></summary>'
         f"<ul>{shown}</ul>{_more(len(lines), NAMES)}</details>"
     )
 
