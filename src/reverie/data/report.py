@@ -77,7 +77,10 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What an index holds. All but the first four numbers, `rejected` and `marked` is of accepted files."""
+    """What an index holds; all but the first four numbers, `rejected` and `marked` is of accepted files.
+
+    folder: the name of its folder, or its address.
+    """
 
     folder: str
     total: int
@@ -138,7 +141,7 @@ def contents_of(index: Index) -> Contents:
     copies = _copies(accepted)
     splits = {item.file_name: item.split for item in accepted}
     return Contents(
-        folder=index.folder.resolve().name,
+        folder=index.folder.resolve().name if index.origin is None else str(index.origin),
         total=len(index),
         accepted=len(accepted),
         left_out=len(unsound),
@@ -212,16 +215,20 @@ def _bars(values: np.ndarray, scale: float, log: bool) -> tuple[tuple[float, flo
     if whole and high - low < BARS:
         return tuple((at, at, int((values == at).sum())) for at in np.arange(low, high + 1).tolist())
     own, counts = np.unique(values, return_counts=True)
-    if len(own) == 1 or (len(own) <= FEW and 4 * len(own) <= len(values)):
+    if len(own) == 1 or (len(own) <= FEW and 2 * len(own) <= len(values)):
         return tuple((at, at, count) for at, count in zip(own.tolist(), counts.tolist(), strict=True))
     if log:
         edges = np.exp(np.linspace(np.log(low), np.log(high), BARS + 1))
-        edges[0], edges[-1] = low, high  # but for rounding
+        edges[0], edges[-1] = low, high
     elif whole:
         step = -(-(high - low + 1) // BARS)
         edges = np.arange(low, high + step + 1, step)
     else:
         edges = np.linspace(low / scale, high / scale, BARS + 1) * scale
+        edges[0], edges[-1] = low, high
+    edges = np.unique(
+        edges if whole and not log else edges.clip(low, high)
+    )  # rounding may disorder the narrowest
     place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
     counts = np.bincount(place, minlength=len(edges) - 1)
     return tuple(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))

@@ -186,7 +186,7 @@ def _words(model: str, key: str, device: str | None) -> _Words:
 
 
 def _counts(caption: Caption, language: str | None) -> bool:
-    return bool(caption.text.strip()) and language in (None, caption.language)
+    return bool((caption.text or "").strip()) and language in (None, caption.language)
 
 
 def _texts(item: Item, language: str | None) -> list[str]:

@@ -116,7 +116,7 @@ def page(
         ("origin", "Sources, labels, licences", _origin(contents)),
         ("scores", "Scores", _scores(contents.scores)),
         ("copies", "Copies", _copies(contents)),
-        ("fit", "Which captions fit", _fit(look, items, shown)),
+        ("fit", "Which captions fit", _fit(contents, look, items, shown)),
         ("map", "Map", _map(look, items, draw, quiet)),
     ]
     there = [(name, heading, body) for name, heading, body in sections if body]
@@ -292,7 +292,7 @@ def _copies(contents: Contents) -> str:
     return "".join(parts)
 
 
-def _fit(look: Look, items: Mapping[str, Item], shown: Mapping[str, str]) -> str:
+def _fit(contents: Contents, look: Look, items: Mapping[str, Item], shown: Mapping[str, str]) -> str:
     if look.why_not:
         return f'<p class="warn">{_own(look.why_not)}</p>'
     if look.pairs is None:
@@ -305,9 +305,10 @@ def _fit(look: Look, items: Mapping[str, Item], shown: Mapping[str, str]) -> str
             for pair in pairs
         )
 
+    some = f" of {contents.accepted:,}, drawn by lot or scored before" * (look.files < contents.accepted)
     return (
         f"<p>The cosine of each caption with its picture, by {who}: {_many(look.pairs.count, 'caption')} of "
-        f"{_many(look.files, 'file')}. Of each file one caption at most is shown.</p>"
+        f"{_many(look.files, 'file')}{some}. Of each file one caption at most is shown.</p>"
         f'<div class="grid">{_chart("cosine of caption and picture", look.pairs)}</div>'
         f"<h3>Least fitting</h3>{cards(look.worst)}<h3>Most fitting</h3>{cards(look.best)}"
     )
@@ -340,8 +341,8 @@ def _map(look: Look, items: Mapping[str, Item], draw: Draw, quiet: bool) -> str:
     width, height = sheet.size
     return (
         f"<p>{_many(len(look.map), 'file')} by what {_own(look.model)} sees in them (t-SNE): what lies together looks "
-        "alike to it; distances between groups mean little. Each stands on the nearest free place. Frames are coloured by "
-        f'{what}.</p><div class="legend">{legend}</div>'
+        "alike to it; distances between groups mean little. Each stands on the nearest free place. Frames are coloured "
+        f'by {what}.</p><div class="legend">{legend}</div>'
         f'<svg class="map" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="a map of files"><image href="{address}" width="{width}" height="{height}"/>'
         f"{frames}</svg>"
@@ -374,6 +375,11 @@ def number(value: float) -> str:
 
 def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _share(count: int, total: int) -> str:
+    share = count / max(total, 1)
+    return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
 
 
 def weight(count: float) -> str:
@@ -492,7 +498,7 @@ def _list(title: str, counts: Counts, total: int) -> str:
     """A card with names, how often each is there, and bars."""
     most = max((count for _, count in counts), default=1)
     rows = "".join(
-        f"<li>{_own(cut(name, 120))}<span>{count:,} · {count / max(total, 1):.1%}</span>"
+        f"<li>{_own(cut(name, 120))}<span>{count:,} · {_share(count, total)}</span>"
         '<svg class="bar" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect width="{100 * count / most:.1f}" height="4"/></svg></li>'
         for name, count in counts[:BARS]
