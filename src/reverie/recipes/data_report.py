@@ -72,7 +72,6 @@ class Look:
     map: tuple[Place, ...]
     columns: int
     rows: int
-    why_not: str | None = None  # nothing could be looked at
 
 
 def report(
@@ -177,7 +176,6 @@ def _look(
     unread: tuple[tuple[str, str], ...],
     vectors: Mapping[str, torch.Tensor],
     *,
-    why_not: str | None = None,
     seed: int = 0,
 ) -> Look:
     pairs = [
@@ -205,7 +203,6 @@ def _look(
         map=tuple(places),
         columns=columns,
         rows=rows,
-        why_not=why_not,
     )
 
 

@@ -293,8 +293,6 @@ def _copies(contents: Contents) -> str:
 
 
 def _fit(contents: Contents, look: Look, items: Mapping[str, Item], shown: Mapping[str, str]) -> str:
-    if look.why_not:
-        return f'<p class="warn">{_own(look.why_not)}</p>'
     if look.pairs is None:
         return ""
     who = _own(look.model) if look.model else "the model of <code>reverie data score</code>"
@@ -390,7 +388,7 @@ def weight(count: float) -> str:
 def cut(text: str | None, most: int = TEXT) -> str:
     """One line of at most so many characters."""
     line = " ".join((text or "")[: 20 * most].split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
 
 
 def _own(text: object) -> str:
