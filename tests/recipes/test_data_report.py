@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -14,12 +15,13 @@ from PIL import Image
 from reverie.cli import main
 from reverie.data.importers import import_folder
 from reverie.data.index import Caption, Index
+from reverie.data.report import spread
 from reverie.data.shards import pack
 from reverie.errors import InputError
 from reverie.recipes import data_report as recipe
 from reverie.recipes.cleaning import score
 from reverie.recipes.data_report import report
-from reverie.recipes.data_report_page import colours, cut, number, weight
+from reverie.recipes.data_report_page import colours, cut, histogram, number, weight
 
 EVIL = (
     "</title><script>alert(1)</script><img src=x onerror=alert(2)> \x00\x1b[31m \u202e ' \" & ]]> --> 𓀀 שלום"
@@ -304,6 +306,24 @@ def test_numbers_as_people_write_them():
     assert [weight(v) for v in (162, 5000, 2.5e6)] == ["162 B", "5 kB", "2.5 MB"]
     assert cut("a  b\nc" * 3, 5) == "a b…"
     assert cut(None) == ""
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0, 5e-324],
+        [-1e308, 1e308],
+        [5e-324, 1e308],
+        [1.0, 1.0 + 2**-52],
+        [1, 2, 1000],
+        [3.5] * 9 + [4.5] * 9,
+    ],
+    ids=str,
+)
+def test_any_numbers_can_be_drawn(values):
+    drawn = histogram(spread(values))
+    assert drawn.count("<rect") == len(spread(values).bars)
+    assert not {"nan", "inf"} & set(re.findall(r"[a-z]+", drawn))
 
 
 def test_middle_frames_stand_for_clips(folder, tmp_path):

@@ -162,6 +162,8 @@ def kept_scores(
     scores = row.get(EACH.format(name))
     if not isinstance(scores, list) or len(scores) != len(item.captions):
         return None
+    if not all(score is None or isinstance(score, float) for score in scores):
+        return None  # somebody else's column of this name
     if key is not None and row.get(DONE.format(name)) != _done(item, key, language):
         return None
     return scores

@@ -150,12 +150,7 @@ def look_at(
     }
     todo = {item.file_name: item for item in some if item.captions and item.file_name not in kept}
     names = list(dict.fromkeys([*(item.file_name for item in some[:MAPPED]), *todo]))
-    try:
-        found = embed_pictures(clip, index.folder, names, index=index, present=every_file(index), quiet=quiet)
-    except (
-        MediaError
-    ) as error:  # a tar that is gone says nothing of its files, and the rest of the page stands
-        return _look(index, str(model), kept, (), {}, why_not=str(error))
+    found = embed_pictures(clip, index.folder, names, index=index, present=every_file(index), quiet=quiet)
     fits = kept | cosines(clip, todo, found, language=language, quiet=quiet)
     rows = torch.bincount(found.file, minlength=len(found.names)).tolist()
     mapped = {item.file_name for item in some[:MAPPED]}

@@ -483,11 +483,10 @@ def _along(spread: Spread) -> float:
     """Where along the bars the median stands, in [0, 1]."""
     for i, (low, high, _) in enumerate(spread.bars):
         if spread.median <= high:
-            part = (
-                math.log(spread.median / low) / math.log(high / low)
-                if spread.log
-                else (spread.median / 2 - low / 2) / (high / 2 - low / 2)  # a half, so that nothing overflows
-            )
+            if spread.log:
+                part = math.log(spread.median / low) / math.log(high / low)
+            else:  # halves, so that nothing overflows
+                part = (spread.median / 2 - low / 2) / ((high / 2 - low / 2) or 1.0)
             return (i + min(max(part, 0.0), 1.0)) / len(spread.bars)
     return 1.0
 
