@@ -98,6 +98,41 @@ def data_show(
     print(contact_sheet(Index.read(folder), out, count=count, size=size, columns=columns, seed=seed))
 
 
+def data_report(
+    folder: Path,
+    /,
+    *,
+    out: Path = Path("report.html"),
+    model: str = "clip-stickers",
+    no_model: bool = False,
+    sample: int = 5000,
+    language: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Write all there is to know of a dataset as one page: counts, sizes, captions, scores, copies, a map.
+
+    The page holds its pictures and needs no network; the numbers go into a .json beside it. Nothing in the folder is
+    changed, but embeddings are kept there as for search.
+
+    Args:
+        folder: A folder that was imported.
+        out: Where the page goes; its numbers beside it.
+        model: The CLIP that says which captions fit and what is alike: a shipped name or a folder.
+        no_model: Only what the index says, which takes seconds.
+        sample: At most so many files are looked at by the model, drawn by lot; all are counted.
+        language: Only captions in this language are compared with their pictures, such as en; all if not given.
+        seed: Another seed, another choice.
+        device: Where to compute, such as cpu or cuda; the GPU if there is one.
+    """
+    from reverie.recipes.data_report import report
+
+    looking = None if no_model else model
+    written = report(folder, out, model=looking, sample=sample, language=language, seed=seed, device=device)
+    for path in written:
+        print(path)
+
+
 def data_shrink(
     folder: Path,
     out: Path,
@@ -1941,6 +1976,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data import": data_import,
     "data check": data_check,
     "data show": data_show,
+    "data report": data_report,
     "data score": data_score,
     "data embed": data_embed,
     "data encode": data_encode,

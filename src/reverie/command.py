@@ -111,7 +111,7 @@ class Command:
         for part in self.parameters:
             if part.kind is part.KEYWORD_ONLY:
                 flags[_flag(part)] = part
-                if part.annotation is bool:
+                if part.annotation is bool and not part.name.startswith("no_"):
                     flags[f"--no-{_flag(part)[2:]}"] = part
         places = [part for part in self.parameters if part.kind is part.POSITIONAL_ONLY]
         takes = " ".join(part.name.upper() for part in places) or "nothing"
@@ -257,7 +257,7 @@ def _for_tyro(part: Parameter, told: str) -> Any:
     long to import as all the rest takes; so tuples are told to it, and None comes first."""
     from typing import Annotated, Union
 
-    from tyro.conf import Positional, arg
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
     from tyro.constructors import PrimitiveConstructorSpec
 
     kind: Any = _plain(part.annotation)
@@ -273,6 +273,8 @@ def _for_tyro(part: Parameter, told: str) -> Any:
         )]  # fmt: skip
     elif kind is not part.annotation:
         kind = Union[None, kind]  # noqa: UP007  (of this spelling tyro asks None first)
+    if part.name.startswith("no_"):
+        kind = Annotated[kind, FlagCreatePairsOff]  # there is no --no-no-model
     shown = part.default in (None, "", (), part.empty)
     kind = Annotated[kind, arg(help=told, help_behavior_hint="" if shown else None)]
     return Annotated[kind, Positional] if part.kind is part.POSITIONAL_ONLY else kind

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import io
+import re
 
 from PIL import Image
 
@@ -24,8 +25,12 @@ def document(title: str, body: str, style: str, *, images: str = "data:") -> str
 
 
 def escaped(text: object) -> str:
-    """Text that stands for itself, in a page and in an attribute."""
-    return html.escape(str(text), quote=True)
+    """Text that stands for itself, in a page and in an attribute; what HTML or UTF-8 cannot hold becomes U+FFFD."""
+    return html.escape(_UNSPEAKABLE.sub("\ufffd", str(text)), quote=True)
+
+
+# Control characters but for tab and the ends of lines, halves of surrogate pairs, and what is no character.
+_UNSPEAKABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def inlined(picture: Image.Image, side: int = 160) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from reverie.data.alone import exclusively
 from reverie.data.duplicates import COSINE, DISTANCE, Copy, find_copies, hash_items
+from reverie.data.embeddings import Embeddings
 from reverie.data.index import Caption, Index, Item
 from reverie.data.marks import mark, unmarked
 from reverie.data.pixels import Bad
@@ -90,24 +91,8 @@ def score(
         raise InputError(
             f"The embeddings kept in {found.place} are broken: delete that folder and score again."
         )
-    texts = sorted({text for item in todo for text in _texts(item, language)})
-    far = pool if len(texts) > FEW else None
-    start = partial(_Words, clip) if far is None else partial(_words, everywhere(model), key, device)
-    vectors: dict[str, Tensor] = {}
-    for share in prepared(
-        [(text,) for text in texts], start, pool=far, share=TEXTS, threads=1, label="reading", quiet=quiet
-    ):
-        if share.killed:
-            raise InputError(f"The captions cannot be embedded: {next(iter(share.killed.values()))}.")
-        vectors |= {text: own for (text,), own in zip(share.good, share.tensors["words"], strict=True)}
-    rows = torch.bincount(found.file, minlength=len(found.names)).tolist()
     items = {item.file_name: item for item in todo}
-    each: dict[str, list[float | None]] = {}
-    for file_name, own in zip(found.names, found.vectors.split(rows), strict=True):
-        item = items[file_name]
-        wording = torch.stack([vectors[text] for text in _texts(item, language)])
-        cosines = iter((wording @ own.float().T).amax(1).tolist())
-        each[file_name] = [next(cosines) if _counts(c, language) else None for c in item.captions]
+    each = cosines(clip, items, found, language=language, pool=pool, model=model, device=device, quiet=quiet)
     done = {file_name: _done(items[file_name], key, language) for file_name in each}
     fresh = Index.read(folder)  # somebody may have written it meanwhile
     mean = {file_name: statistics.mean(s for s in own if s is not None) for file_name, own in each.items()}
@@ -123,6 +108,65 @@ def score(
     }
     fresh.with_columns(columns).write()
     return len(each), len(wanted) - len(todo), found.bad
+
+
+@torch.no_grad()
+def cosines(
+    clip: Any,
+    items: Mapping[str, Item],
+    found: Embeddings,
+    *,
+    language: str | None = None,
+    pool: Pool | None = None,
+    model: str | Path = "",
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, list[float | None]]:
+    """Of each item, by file name, the cosine of each caption with its picture, of a clip with the frame that fits best.
+
+    In the order of `captions`, None for one that is not counted. found: embeddings by `clip`, of these and of others;
+    what has none has no cosines. language, pool, model, device: as `score` has them.
+    """
+    shown = [items[name] for name in found.names if name in items]
+    texts = sorted({text for item in shown for text in _texts(item, language)})
+    key = key_of(clip)
+    far = pool if len(texts) > FEW else None
+    start = partial(_Words, clip) if far is None else partial(_words, everywhere(model), key, device)
+    vectors: dict[str, Tensor] = {}
+    for share in prepared(
+        [(text,) for text in texts], start, pool=far, share=TEXTS, threads=1, label="reading", quiet=quiet
+    ):
+        if share.killed:
+            raise InputError(f"The captions cannot be embedded: {next(iter(share.killed.values()))}.")
+        vectors |= {text: own for (text,), own in zip(share.good, share.tensors["words"], strict=True)}
+    rows = torch.bincount(found.file, minlength=len(found.names)).tolist()
+    each: dict[str, list[float | None]] = {}
+    for file_name, own in zip(found.names, found.vectors.split(rows), strict=True):
+        if file_name in items and (texts := _texts(items[file_name], language)):
+            wording = torch.stack([vectors[text] for text in texts])
+            best = iter((wording @ own.float().T).amax(1).tolist())
+            each[file_name] = [
+                next(best) if _counts(c, language) else None for c in items[file_name].captions
+            ]
+    return each
+
+
+def kept_scores(
+    index: Index, item: Item, *, name: str = "clip", key: str | None = None, language: str | None = None
+) -> list[float | None] | None:
+    """What `score` has written of an item's captions, one for each; None: nothing that is still true.
+
+    key: only what the model of this fingerprint wrote, of these captions, counting those in `language`.
+    """
+    row = index.extra_of(item.file_name)
+    scores = row.get(EACH.format(name))
+    if not isinstance(scores, list) or len(scores) != len(item.captions):
+        return None
+    if not all(score is None or isinstance(score, float) for score in scores):
+        return None  # somebody else's column of this name
+    if key is not None and row.get(DONE.format(name)) != _done(item, key, language):
+        return None
+    return scores
 
 
 class _Words:
@@ -144,7 +188,7 @@ def _words(model: str, key: str, device: str | None) -> _Words:
 
 
 def _counts(caption: Caption, language: str | None) -> bool:
-    return bool(caption.text.strip()) and language in (None, caption.language)
+    return bool((caption.text or "").strip()) and language in (None, caption.language)
 
 
 def _texts(item: Item, language: str | None) -> list[str]:
