@@ -229,6 +229,7 @@ def test_captions_with_any_characters_survive_the_round_trip(folder, server):
     [
         ("...", "short", "no word"),
         ("As an AI language model, I cannot", "long", "refusal"),
+        ("Sorry, but no.", "short", "refusal"),
         ("对不起，我无法查看图片。", "short", "refusal"),
         ("the same thing " * 100, "long", "repeats"),
         ("<html><body>502</body></html>", "short", "plain text"),
@@ -244,8 +245,6 @@ def test_what_no_caption_is(answer, style, why):
     "answer", ["Sorry-looking dog on a wall", "A sign that reads 'I can't stop'", "2 < 3 on a board"]
 )
 def test_what_a_caption_may_be(answer):
-    if answer.startswith("Sorry"):
-        pytest.skip("a caption that begins with sorry is taken for a refusal")
     assert fault(answer, "short") is None
     assert tidy(answer, "short") == answer
 
