@@ -55,9 +55,10 @@ TASKS = {
 CLIP = "These are {n} frames of one clip, in order. "
 MOVES = " Say also what moves, how, and what changes."
 REFUSALS = re.compile(
-    r"^\W*(?:(?:i'?m|i am)\s+(?:very\s+)?(?:sorry|unable|not able)|sorry(?=[,.!]|\s+(?:but|i)\b)|i (?:can(?:no|')t|am unable to|won't)\b"
-    r"|as an ai\b|i apologi[sz]e|unfortunately,? i\b|i do(?:n't| not) see (?:an?|any) (?:image|picture)"
-    r"|no image (?:was|is|has)|抱歉|对不起|很抱歉|我无法|申し訳|죄송)",
+    r"^\W*(?:(?:i'?m|i am)\s+(?:very\s+)?(?:sorry|unable|not able)|sorry(?=[,.!]|\s+(?:but|i)\b)"
+    r"|i (?:can(?:no|')t|am unable to|won't)\b|as an ai\b|i apologi[sz]e|unfortunately,? i\b"
+    r"|i do(?:n't| not) see (?:an?|any) (?:image|picture)|no image (?:was|is|has)"
+    r"|抱歉|对不起|很抱歉|我无法|申し訳|죄송)",
     re.IGNORECASE,
 )
 
