@@ -34,8 +34,10 @@ _UNSPEAKABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufd
 
 
 def inlined(picture: Image.Image, side: int = 160) -> str:
-    """A picture of at most `side` pixels, as an address that holds it."""
-    small = picture.convert("RGB")
+    """A picture of at most `side` pixels, on white, as an address that holds it."""
+    whole = picture.convert("RGBA")
+    small = Image.new("RGB", whole.size, "white")
+    small.paste(whole, mask=whole.getchannel("A"))
     small.thumbnail((side, side))
     small.save(file := io.BytesIO(), format="WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
