@@ -64,6 +64,18 @@ def _vae() -> type[nn.Module]:
     return Vae
 
 
+def _dvae() -> type[nn.Module]:
+    from reverie.codecs.dvae import Dvae
+
+    return Dvae
+
+
+def _vq() -> type[nn.Module]:
+    from reverie.codecs.vq import VqVae
+
+    return VqVae
+
+
 def _dit() -> type[nn.Module]:
     from reverie.systems.dit import DiffusionTransformer
 
@@ -112,6 +124,8 @@ SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "sit": _sit,
     "mdt": _mdt,
     "vae": _vae,
+    "dvae": _dvae,
+    "vq": _vq,
     "wan": _wan,
     "video-vae": _video_vae,
     "classifier": _classifier,
@@ -145,6 +159,10 @@ RECIPES: dict[str, str] = {
     "dit-imagenet": "reverie.recipes.dit:imagenet",
     "video-vae-stickers": "reverie.recipes.video_vae:stickers",
     "video-vae-world": "reverie.recipes.video_vae:world",
+    "dvae-tiny": "reverie.recipes.picture_codes:dvae",
+    "dvae-paper": "reverie.recipes.picture_codes:paper_dvae",
+    "vqgan-tiny": "reverie.recipes.picture_codes:vqgan",
+    "vqgan-paper": "reverie.recipes.picture_codes:paper_vqgan",
     "judge-stickers": "reverie.recipes.judge:stickers",
 }
 

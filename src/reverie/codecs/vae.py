@@ -109,9 +109,9 @@ class Middle(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """`b 3 h w` -> mean and log variance, `b 2c h/s w/s`."""
+    """`b 3 h w` -> mean and log variance, `b 2c h/s w/s`; or `out` channels, whatever they mean."""
 
-    def __init__(self, config: VaeConfig):
+    def __init__(self, config: VaeConfig, *, out: int | None = None):
         super().__init__()
         widths, count = config.widths, len(config.widths)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
         )  # fmt: skip
         self.middle = Middle(widths[-1], config)
         self.norm = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.out = nn.Conv2d(widths[-1], 2 * config.channels, 3, padding=1)
+        self.out = nn.Conv2d(widths[-1], out or 2 * config.channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
