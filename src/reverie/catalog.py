@@ -94,6 +94,18 @@ def _sit() -> type[nn.Module]:
     return Sit
 
 
+def _dalle() -> type[nn.Module]:
+    from reverie.systems.dalle import Dalle
+
+    return Dalle
+
+
+def _maskgit() -> type[nn.Module]:
+    from reverie.systems.maskgit import MaskGit
+
+    return MaskGit
+
+
 def _classifier() -> type[nn.Module]:
     from reverie.systems.classifier import Classifier
 
@@ -122,6 +134,8 @@ SYSTEMS: dict[str, Callable[[], type[nn.Module]]] = {
     "sora": _sora,
     "dit": _dit,
     "sit": _sit,
+    "dalle": _dalle,
+    "maskgit": _maskgit,
     "mdt": _mdt,
     "vae": _vae,
     "dvae": _dvae,
@@ -159,6 +173,10 @@ RECIPES: dict[str, str] = {
     "dit-imagenet": "reverie.recipes.dit:imagenet",
     "video-vae-stickers": "reverie.recipes.video_vae:stickers",
     "video-vae-world": "reverie.recipes.video_vae:world",
+    "dalle-tiny": "reverie.recipes.dalle:tiny",
+    "dalle-stickers": "reverie.recipes.dalle:stickers",
+    "dalle-world": "reverie.recipes.dalle:world",
+    "dalle-paper": "reverie.recipes.dalle:paper",
     "dvae-tiny": "reverie.recipes.picture_codes:dvae",
     "dvae-paper": "reverie.recipes.picture_codes:paper_dvae",
     "vqgan-tiny": "reverie.recipes.picture_codes:vqgan",

@@ -181,17 +181,30 @@ class Bpe:
             }  # fmt: skip
             disk.write(Path(path).with_name("tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
 
-    def encode(self, texts: Sequence[str], *, length: int | None = None) -> Tensor:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        length: int | None = None,
+        dropout: float = 0.0,
+        generators: Sequence[torch.Generator] = (),
+    ) -> Tensor:
         """Texts to tokens, int64 `b n`.
 
         n is `length`, or without it that of the longest text. A text that does not fit loses its last tokens,
-        never the end token.
+        never the end token. With `dropout`, each merge is left out with that probability each time that it could be
+        made (BPE-dropout, Provilkov et al. 2019, 1910.13267), by a generator for each text.
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, not the text {texts[:40]!r}: write [text]")
         if length is not None and length < 2:
             raise InputError(f"length {length} has no room for the start and the end token: use 2 or more")
-        rows = [[self.start, *ids, self.end] for ids in self._ids(texts)]
+        if dropout:
+            assert len(generators) == len(texts), "one generator for each text"
+            found = [self._dropped(text, dropout, one) for text, one in zip(texts, generators, strict=True)]
+        else:
+            found = self._ids(texts)
+        rows = [[self.start, *ids, self.end] for ids in found]
         if length is None:
             length = max(map(len, rows), default=2)
         tokens = torch.full((len(rows), length), self.pad, dtype=torch.long)
@@ -216,6 +229,31 @@ class Bpe:
                 ids += self._special(part) if i % 2 else next(encoded).ids
             rows.append(ids)
         return rows
+
+    def _dropped(self, text: str, dropout: float, generator: torch.Generator) -> list[int]:
+        """The tokens of a text without specials, each merge left out with that probability at each turn."""
+        ids = self._backend.get_vocab()
+        found: list[int] = []
+        for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(clean(text)):
+            parts = [*word[:-1], word[-1] + FINAL]
+            while len(parts) > 1:
+                # Merges are numbered in their order, so the first is the one with the lowest token.
+                pairs = [
+                    (ids.get(a + b, self.vocab), i)
+                    for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+                ]
+                draws = torch.rand(len(pairs), generator=generator).tolist()
+                kept = [
+                    pair
+                    for pair, u in zip(pairs, draws, strict=True)
+                    if pair[0] < self.vocab and u >= dropout
+                ]
+                if not kept:
+                    break
+                _, i = min(kept)
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            found += [ids[part] for part in parts]
+        return found
 
     def _special(self, run: str) -> list[int]:
         return [self.start if name == START else self.end for name in re.findall(r"<\|\w+\|>", run)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -28,6 +29,7 @@ EDGE = 0.1  # e
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DvaeConfig:
+    kind: Literal["dvae"] = "dvae"
     vocab: int = 8192
     width: int = 256  # channels at full size; they double with each group
     groups: int = 4  # each but the last halves the side
@@ -155,7 +157,12 @@ def gumbel(shape: Sequence[int], seeds: Sequence[int], device: torch.device | st
 def check_picture(image: Tensor, stride: int) -> None:
     """InputError: no pictures `b 3 h w` whose sides are multiples of the stride."""
     sides = image.shape[-2:]
-    if image.ndim != 4 or image.shape[1] != 3 or not len(image) or any(s < stride or s % stride for s in sides):
+    if (
+        image.ndim != 4
+        or image.shape[1] != 3
+        or not len(image)
+        or any(s < stride or s % stride for s in sides)
+    ):
         raise InputError(
             f"picture of shape {tuple(image.shape)} cannot be encoded: give `b 3 h w` with sides that are multiples of"
             f" {stride}."
@@ -165,8 +172,10 @@ def check_picture(image: Tensor, stride: int) -> None:
 def check_codes(codes: Tensor, vocab: int) -> None:
     """InputError: no codes `b h w` of this vocabulary."""
     if codes.ndim != 3 or codes.is_floating_point() or not codes.numel():
-        raise InputError(f"codes of shape {tuple(codes.shape)}, {codes.dtype}, cannot be decoded: give int64 `b h w`.")
-    if codes.is_meta or (0 <= int(codes.min()) and int(codes.max()) < vocab):
+        raise InputError(
+            f"codes of shape {tuple(codes.shape)}, {codes.dtype}, cannot be decoded: give int64 `b h w`."
+        )
+    if codes.is_meta or (int(codes.min()) >= 0 and int(codes.max()) < vocab):
         return
     raise InputError(
         f"codes from {int(codes.min())} to {int(codes.max())} are not of this codec, which has {vocab}: take the codec"

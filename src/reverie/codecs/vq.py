@@ -27,6 +27,7 @@ from reverie.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VqConfig:
+    kind: Literal["vq"] = "vq"
     vocab: int = 1024
     dim: int = 256  # numbers of a vector of the codebook
     channels: int = 256  # between the networks and the codebook
@@ -122,7 +123,9 @@ class MovingCodebook(nn.Module):
         self.decay, self.patience = decay, patience
         self.register_buffer("counts", torch.zeros(vocab))
         self.register_buffer("sums", torch.zeros(vocab, dim))
-        self.register_buffer("idle", torch.full((vocab,), patience))  # all begin at features of the first batch
+        self.register_buffer(
+            "idle", torch.full((vocab,), patience)
+        )  # all begin at features of the first batch
 
     @torch.no_grad()
     def advance(self, codebook: Tensor, features: Tensor, codes: Tensor, generator: torch.Generator) -> int:

@@ -1,7 +1,7 @@
 """How much of a codebook is used: a code that is never chosen costs memory and tells nothing.
 
-    usage        the share of the codes that occur at all
-    perplexity   exp of the entropy of how often each occurs: so many codes, equally frequent, would tell as much
+usage        the share of the codes that occur at all
+perplexity   exp of the entropy of how often each occurs: so many codes, equally frequent, would tell as much
 """
 
 from __future__ import annotations

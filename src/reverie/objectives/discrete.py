@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 
-def logit_laplace(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """-ln f(x) of colours in (0, 1), the mean over all numbers, in nats; all of one shape.
+def logit_laplace(x: Tensor, mean: Tensor, log_scale: Tensor, *, least: float = 0.0) -> Tensor:
+    """-ln f(x) of colours in (0, 1), the mean over all numbers, in nats; all of one shape. b is `least` or more.
 
     f(x | m, b) = exp(-|logit(x) - m| / b) / (2 b x (1 - x)), DALL-E's appendix A.3: its mass lies inside (0, 1), as
     that of colours, which the Laplace and the normal distributions do not know.
     """
+    if least > 0:
+        log_scale = log_scale.clamp(min=math.log(least))
     apart = (torch.logit(x) - mean).abs() * (-log_scale).exp()
     return (apart + math.log(2) + log_scale + x.log() + torch.log1p(-x)).mean()
 

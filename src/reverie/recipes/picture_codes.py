@@ -71,6 +71,9 @@ class Relaxed:
     ramp: int = 5000  # steps until it weighs so much
     last: float = 1 / 16  # the temperature that is reached, from 1 on
     cool: int = 150_000  # after so many steps
+    least: float = (
+        0.0  # the smallest scale b: what is flat would else be learnt ever more exactly, and nothing besides
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +114,8 @@ class CodecRun:
 
 def dvae(
     data: Path, out: Path, *, vocab: int = 1024, width: int = 32, groups: int = 3, depth: int = 1, steps: int = 3000,
-    batch: int = 32, size: int = 64, lr: float = 2e-3, beta: float = 0.1, world: int = 0, sources: str = "",
-    seed: int = 0, engine: Engine = ENGINE,
+    batch: int = 32, size: int = 64, lr: float = 2e-3, beta: float = 1.0, least: float = 0.1, world: int = 0,
+    sources: str = "", seed: int = 0, engine: Engine = ENGINE,
 ) -> Dvae:  # fmt: skip
     """A small discrete autoencoder as DALL-E's, from random weights.
 
@@ -128,6 +131,7 @@ def dvae(
         size: Pixels a side, a multiple of the stride.
         lr: The highest learning rate.
         beta: Weight of the divergence of the choice from the uniform one.
+        least: The smallest scale of the likelihood, which flat colours would else drive to nothing.
         world: Learn from so many pictures of the procedural world, drawn first if they are not there.
         sources: Learn from these sources of the index alone, with commas between them.
         seed: Another seed, another start and another order.
@@ -135,7 +139,7 @@ def dvae(
     index = _pictures(data, world, sources, seed)
     config = CodecRun(
         model=DvaeConfig(vocab=vocab, width=width, groups=groups, depth=depth, begin=2 * width),
-        learns=Relaxed(beta=beta, ramp=steps // 5, cool=steps * 3 // 4),
+        learns=Relaxed(beta=beta, ramp=steps // 5, cool=steps * 3 // 4, least=least),
         steps=steps, batch=batch, size=size, lr=lr, seed=seed,
     )  # fmt: skip
     model = fit(config, index, out, engine=engine)
@@ -357,7 +361,9 @@ class Learner(nn.Module):
     def __init__(self, config: CodecRun):
         super().__init__()
         self.config = config
-        self.codec: Codec = Dvae(config.model) if isinstance(config.model, DvaeConfig) else VqVae(config.model)
+        self.codec: Codec = (
+            Dvae(config.model) if isinstance(config.model, DvaeConfig) else VqVae(config.model)
+        )
         learns = config.learns
         follows = isinstance(learns, Coded) and learns.decay > 0
         self.moving = None
@@ -383,9 +389,14 @@ class Learner(nn.Module):
         assert isinstance(codec, Dvae)
         logits = codec.logits(image)
         seeds = [int(seed) for seed in batch["seeds"].tolist()]
-        choice = soft_choice(logits.float(), gumbel(logits.shape[1:], seeds, logits.device), batch["temperature"])
+        choice = soft_choice(
+            logits.float(), gumbel(logits.shape[1:], seeds, logits.device), batch["temperature"]
+        )
         mean, scale = codec.draw(choice)
-        likelihood = logit_laplace(squeezed(image), mean.float(), scale.float())
+        assert isinstance(self.config.learns, Relaxed)
+        likelihood = logit_laplace(
+            squeezed(image), mean.float(), scale.float(), least=self.config.learns.least
+        )
         apart = from_uniform(logits)
         loss = likelihood + batch["beta"] / (3 * codec.stride**2) * apart
         with torch.no_grad():
@@ -408,7 +419,9 @@ class Learner(nn.Module):
         if self.features is not None:
             found["perceptual"] = perceptual(drawn, image, self.features)
             main = main + learns.perceptual * found["perceptual"]
-        found["commitment"] = commitment(features, vectors, beta=learns.commitment, learned=self.moving is None)
+        found["commitment"] = commitment(
+            features, vectors, beta=learns.commitment, learned=self.moving is None
+        )
         loss = main + found["commitment"]
         if self._judge and batch["step"] >= learns.adversarial_from:
             logits = self._judge[0](drawn[:, :, None])
@@ -452,7 +465,10 @@ class Source:
     def batch(self, step: int, micro: int) -> dict[str, Any]:
         """Of `step`, counted from 0."""
         config = self.config
-        keys = [(epoch, self.good[place]) for epoch, place in my_share(step, config.batch, len(self.good), config.seed)]
+        keys = [
+            (epoch, self.good[place])
+            for epoch, place in my_share(step, config.batch, len(self.good), config.seed)
+        ]
         keys, bad = self.pixels.ready(keys, self.good)
         batch = {
             "image": on_white(torch.stack([self.pixels[i][0] for _, i in keys])),
@@ -470,7 +486,10 @@ class Source:
 
     def evenly(self, count: int) -> Tensor:
         """At most `count` pictures, spread over all: `n 3 h w`."""
-        some = [self.good[i * len(self.good) // min(count, len(self.good))] for i in range(min(count, len(self.good)))]
+        some = [
+            self.good[i * len(self.good) // min(count, len(self.good))]
+            for i in range(min(count, len(self.good)))
+        ]
         return on_white(torch.stack([self.pixels[i][0] for i in some]))
 
 

@@ -109,29 +109,45 @@ def nucleus(
     Before that logits are divided by the temperature, and only the `top` likeliest are left. Each row has a generator
     of its own, one of `generators`, so that what is drawn for it does not depend on which rows stand beside it.
     """
-    if not 0 < p <= 1:
-        raise InputError(f"p {p} is no share of the probability: give one above 0, up to 1.")
-    if not temperature > 0:
-        raise InputError(f"temperature {temperature} cannot be drawn at: give one above 0, or take greedy.")
-    if top is not None and top < 1:
-        raise InputError(f"top {top} leaves no token to draw: give 1 or more.")
+    _check_drawn(p, top, temperature)
     assert len(generators) == len(start), "one generator for each row"
 
     def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
-        kept = logits.shape[-1] if top is None else min(top, logits.shape[-1])
-        ordered = (logits / temperature).sort(dim=-1, descending=True, stable=True)
-        shares = ordered.values[:, :kept].double().softmax(-1)
-        sums = shares.cumsum(-1)
-        shares = shares.masked_fill(
-            sums - shares >= p, 0
-        )  # those before have p already; the first always stays
-        sums = shares.cumsum(-1)
         draws = [torch.rand((), dtype=torch.float64, generator=generators[row]) for row in rows]
-        places = torch.searchsorted(sums, torch.stack(draws).to(sums)[:, None] * sums[:, -1:], right=True)
-        last = (shares > 0).sum(-1, keepdim=True) - 1  # rounding may put a draw behind all of them
-        return ordered.indices.gather(-1, places.minimum(last))[:, 0]
+        return _drawn(logits, torch.stack(draws), p=p, top=top, temperature=temperature)
 
     return _one_by_one(decoder, start, choose, end=end, most=most, least=least, repetition=repetition)
+
+
+def draw_codes(
+    decoder: Decoder,
+    start: Tensor,
+    *,
+    count: int,
+    generators: Sequence[torch.Generator],
+    p: float = 1.0,
+    top: int | None = None,
+    temperature: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """`count` codes of each row, `r count`, drawn as `nucleus` draws; there is no end before that.
+
+    The decoder knows what comes before `start r n`, of which n may be 0: a text. Each row has a generator of its own.
+    """
+    _check_drawn(p, top, temperature)
+    assert len(generators) == len(start), "one generator for each row"
+    draws = torch.stack([torch.rand(count, dtype=torch.float64, generator=one) for one in generators]).to(
+        start.device
+    )
+    written = start.new_empty(len(start), count)
+    newest = start
+    for at in range(count):
+        chosen = _drawn(decoder(newest).float(), draws[:, at], p=p, top=top, temperature=temperature)
+        written[:, at] = chosen
+        newest = chosen[:, None]
+        if progress:
+            progress(at + 1, count)
+    return written
 
 
 def beam(
@@ -242,6 +258,35 @@ def _penalised(scores: Tensor, tokens: Tensor, repetition: float) -> Tensor:
         return scores.clone()
     found = scores.gather(1, tokens)
     return scores.scatter(1, tokens, torch.where(found < 0, found * repetition, found / repetition))
+
+
+def _drawn(logits: Tensor, draws: Tensor, *, p: float, top: int | None, temperature: float) -> Tensor:
+    """A token of each row, `r`, from `logits r v` by the uniform numbers `draws r`."""
+    if p == 1 and top is None:  # nothing to sort
+        sums = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        places = torch.searchsorted(sums, draws.to(sums)[:, None] * sums[:, -1:], right=True)
+        return places.clamp(max=logits.shape[-1] - 1)[:, 0]
+    kept = logits.shape[-1] if top is None else min(top, logits.shape[-1])
+    if top is None:
+        values, indices = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    else:
+        values, indices = (logits / temperature).topk(kept, dim=-1)
+    shares = values.double().softmax(-1)
+    sums = shares.cumsum(-1)
+    shares = shares.masked_fill(sums - shares >= p, 0)  # those before have p already; the first always stays
+    sums = shares.cumsum(-1)
+    places = torch.searchsorted(sums, draws.to(sums)[:, None] * sums[:, -1:], right=True)
+    last = (shares > 0).sum(-1, keepdim=True) - 1  # rounding may put a draw behind all of them
+    return indices.gather(-1, places.minimum(last))[:, 0]
+
+
+def _check_drawn(p: float, top: int | None, temperature: float) -> None:
+    if not 0 < p <= 1:
+        raise InputError(f"p {p} is no share of the probability: give one above 0, up to 1.")
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature {temperature} cannot be drawn at: give one above 0, or take greedy.")
+    if top is not None and top < 1:
+        raise InputError(f"top {top} leaves no token to draw: give 1 or more.")
 
 
 def _check(start: Tensor, most: int, least: int, repetition: float) -> None:
