@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from reverie.errors import InputError
+from reverie.nn.attention import SelfAttention
 from reverie.nn.block import Block
 from reverie.nn.keyvalues import Past
 from reverie.nn.linear import Linear
@@ -122,7 +123,8 @@ class CausalCodes(nn.Module):
         super().__init__()
         self.config = config
         self.entrance = Entrance(config)
-        kinds = patterns(config.depth) if config.attention == "sparse" else ("full",) * config.depth
+        full: tuple[Pattern, ...] = ("full",) * config.depth
+        kinds = patterns(config.depth) if config.attention == "sparse" else full
         self.blocks = nn.ModuleList(PatternBlock(config, kind) for kind in kinds)
         self.norm = nn.LayerNorm(config.width)
         self.say_words = Linear(config.width, config.words)
@@ -197,7 +199,7 @@ class MaskedCodes(nn.Module):
         return self.say_codes(self.norm(x[:, self.config.length :]))
 
 
-def _begin(attention: nn.Module, mlp: Mlp, config: CodeTransformerConfig) -> None:
+def _begin(attention: SelfAttention | PatternAttention, mlp: Mlp, config: CodeTransformerConfig) -> None:
     """GPT-2's initialisation: what is added to the stream is smaller, the more layers add to it."""
     inner = 0.02 / (2 * config.depth) ** 0.5
     for layer, deviation in (
@@ -207,7 +209,7 @@ def _begin(attention: nn.Module, mlp: Mlp, config: CodeTransformerConfig) -> Non
         (mlp.down, inner),
     ):
         nn.init.normal_(layer.weight, std=deviation)  # type: ignore[arg-type]  # a linear layer
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(layer.bias)
 
 
 def flat(codes: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ and appendix A), as OpenAI released it.
     picture --- convolutions, halved by max pooling --- logits over the vocabulary, one choice for each place --- codes
     codes --- convolutions, doubled --- mean and log scale of a logit-Laplace distribution of each colour --- picture
 
-While it learns, a choice is soft: a Gumbel-softmax of the logits (Jang et al. 2016, 1611.01144), whose temperature falls.
+While it learns, a choice is soft: a Gumbel-softmax of the logits (Jang et al. 2016, 1611.01144), whose temperature
+falls.
 
-Convention: pictures are in [-1, 1]. Inside, colours lie in [e, 1 - e], e = 0.1, where the logit-Laplace distribution has
-its mass: phi(x) = (1 - 2e) x + e of colours x in [0, 1] (`squeezed`).
+Convention: pictures are in [-1, 1]. Inside, colours lie in [e, 1 - e], e = 0.1, where the logit-Laplace distribution
+has its mass: phi(x) = (1 - 2e) x + e of colours x in [0, 1] (`squeezed`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class DvaeConfig:
     def __post_init__(self) -> None:
         if min(self.vocab, self.groups, self.depth, self.begin) < 1 or self.width < 4 or self.width % 4:
             raise InputError(
-                f"vocab {self.vocab}, groups {self.groups}, depth {self.depth} and begin {self.begin} must be 1 or more,"
-                f" and width {self.width} a multiple of 4."
+                f"vocab {self.vocab}, groups {self.groups}, depth {self.depth} and begin {self.begin} must be 1 or"
+                f" more, and width {self.width} a multiple of 4."
             )
 
 

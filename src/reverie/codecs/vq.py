@@ -5,9 +5,9 @@
     codes --- vectors --- codecs/vae.py's decoder --- picture
 
 Gradients pass the choice as if it were not there (straight-through). The codebook follows the features that chose it,
-as a moving average (1711.00937, appendix A.1); a vector that none chooses any more begins anew at a feature of the batch
-(Jukebox, 2005.00341, section 3): `MovingCodebook`. Or it learns by gradients, as VQGAN's does. With `choice="argmax"` a
-1 x 1 convolution says how likely each code is, as in taming-transformers' Gumbel models.
+as a moving average (1711.00937, appendix A.1); a vector that none chooses any more begins anew at a feature of the
+batch (Jukebox, 2005.00341, section 3): `MovingCodebook`. Or it learns by gradients, as VQGAN's does. With
+`choice="argmax"` a 1 x 1 convolution says how likely each code is, as in taming-transformers' Gumbel models.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ DALL-E (Ramesh et al. 2021, 2102.12092, appendix A): the negative evidence lower
 
     -ln p(x | choice) + beta KL(q(choice | x) || uniform)
 
-and VQ-VAE (van den Oord et al. 2017, 1711.00937, equation 3): |sg(features) - vectors|^2 + beta |features - sg(vectors)|^2.
+and VQ-VAE (van den Oord et al. 2017, 1711.00937, equation 3):
+
+    |sg(features) - vectors|^2 + beta |features - sg(vectors)|^2
 """
 
 from __future__ import annotations
@@ -34,6 +36,6 @@ def from_uniform(logits: Tensor) -> Tensor:
 
 
 def commitment(features: Tensor, vectors: Tensor, *, beta: float = 0.25, learned: bool = False) -> Tensor:
-    """beta |features - sg(vectors)|^2, the mean; with `learned`, also |sg(features) - vectors|^2, which moves vectors."""
+    """beta |features - sg(vectors)|^2, the mean; with `learned` also what moves the vectors to the features."""
     loss = beta * (features - vectors.detach()).square().mean()
     return loss + (features.detach() - vectors).square().mean() if learned else loss

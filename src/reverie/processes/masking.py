@@ -1,7 +1,7 @@
-"""Between codes and nothing: how much of a picture's codes is hidden (MaskGIT, Chang et al. 2022, 2202.04200, section 3.1).
+"""Between codes and nothing: how much of a picture is hidden (MaskGIT, Chang et al. 2022, 2202.04200, section 3.1).
 
-Convention: `r` in [0, 1] is how far a picture has come: at 0 everything is hidden, at 1 nothing. `share(r)` of the codes
-are hidden; it falls from 1 to 0. Training draws r uniformly, sampling goes through it in steps.
+Convention: `r` in [0, 1] is how far a picture has come: at 0 everything is hidden, at 1 nothing. `share(r)` of the
+codes are hidden; it falls from 1 to 0. Training draws r uniformly, sampling goes through it in steps.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     world     the procedural world, scored by its exact judge       reverie train dalle-world FOLDER --codec CODEC
     paper     any captioned folder, at the paper's size             reverie train dalle-paper FOLDER --codec CODEC
 
-The codec is one that recipes/picture_codes.py trained, or a published one; it is frozen, and becomes a part of the model.
+The codec is one that recipes/picture_codes.py trained, or a published one; it is frozen and becomes a part of the
+model.
 Pictures become codes once, before the first step. Every draw is keyed by (seed, purpose, epoch, item).
 """
 
@@ -283,7 +284,9 @@ def fit(
     if config.batch < 1:
         raise InputError(f"batch is {config.batch}: give 1 or more.")
     torch.manual_seed(rng.integer(config.seed, "weights"))
-    model: Any = Dalle(config.model, tokenizer) if isinstance(config.model, DalleConfig) else MaskGit(config.model, tokenizer)  # fmt: skip
+    by_code = isinstance(config.model, DalleConfig)
+    network: Any = Dalle if by_code else MaskGit
+    model = network(config.model, tokenizer)
     model.codec.load_state_dict(codec.state_dict())
     model = engine.place(model)
     player = Player(
@@ -425,8 +428,8 @@ def _codec(folder: str) -> Dvae | VqVae:
     codec = reverie.load(folder)
     if not isinstance(codec, Dvae | VqVae):
         raise InputError(
-            f"{folder} is a {type(codec).__name__}, which makes no codes: give a codec such as `reverie train dvae-tiny`"
-            " makes."
+            f"{folder} is a {type(codec).__name__}, which makes no codes: give a codec such as `reverie train"
+            " dvae-tiny` makes."
         )
     return codec
 
@@ -438,5 +441,5 @@ def _texts(index: Index, languages: Mapping[str, float] | None) -> list[str]:
 
 def _some_captions(index: Index) -> list[str]:
     """A caption of each of 16 pictures, spread over all."""
-    items = [item for item in index if item.captions and not item.is_video]
+    items = [item for item in index if item.captions and item.frames == 1]
     return [item.captions[0].text for item in items[:: max(len(items) // 16, 1)][:16]]

@@ -368,7 +368,8 @@ class Learner(nn.Module):
         follows = isinstance(learns, Coded) and learns.decay > 0
         self.moving = None
         if follows:
-            assert isinstance(self.codec, VqVae) and isinstance(learns, Coded)
+            assert isinstance(self.codec, VqVae)
+            assert isinstance(learns, Coded)
             self.codec.codebook.requires_grad_(False)
             self.moving = MovingCodebook(
                 self.codec.vocab, self.codec.config.dim, decay=learns.decay, patience=learns.patience
@@ -406,7 +407,8 @@ class Learner(nn.Module):
     def _coded(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """L1, L2, perceptual, commitment, and what the discriminator holds against it, weighed at the last layer."""
         codec, learns, image = self.codec, self.config.learns, batch["image"]
-        assert isinstance(codec, VqVae) and isinstance(learns, Coded)
+        assert isinstance(codec, VqVae)
+        assert isinstance(learns, Coded)
         features = codec.features(image).float()
         codes = codec.chosen(features)
         if self.moving is not None:

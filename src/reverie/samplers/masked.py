@@ -1,8 +1,8 @@
 """Pictures of codes in a few steps, many codes at once: MaskGIT's parallel decoding (2202.04200, section 3.2).
 
 At each step the network guesses every hidden code; the guesses that it is surest of stay, as many as the schedule asks
-for, and the others are hidden again. Confidence is the logarithm of a guess's probability and Gumbel noise, which weighs
-less and less: at first what stays is left to chance, so that pictures vary.
+for, and the others are hidden again. Confidence is the logarithm of a guess's probability and Gumbel noise, which
+weighs less and less: at first what stays is left to chance, so that pictures vary.
 
 `predict(codes b n, hidden b n) -> logits b n v`.
 """

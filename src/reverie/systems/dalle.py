@@ -4,10 +4,10 @@
                                             +--- CausalCodes --- the next word, the next code --- codec --- picture
     text --- tokens, each position's padding +
 
-A text and a picture are one sequence, and the network says what comes next. The loss of the words counts an eighth, that
-of the codes seven eighths. A picture is drawn code by code; its upper part may be given, and the best of many is chosen
-by a CLIP (`reverie sample --best-of`). With words left out now and then in training, guidance leads away from the
-picture of no words.
+A text and a picture are one sequence, and the network says what comes next. The loss of the words counts an eighth,
+that of the codes seven eighths. A picture is drawn code by code; its upper part may be given, and the best of many is
+chosen by a CLIP (`reverie sample --best-of`). With words left out now and then in training, guidance leads away from
+the picture of no words.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
                                                          +--- MaskedCodes --- the hidden codes --- codec --- picture
     text --- tokens, each position's padding ------------+
 
-The network sees the whole picture but for what is hidden, and guesses that. A picture is drawn in a few steps, many codes
-at once (samplers/masked.py); any part of it may be given. The words are those of DALL-E's sequence (systems/dalle.py), in
-the place of the paper's class.
+The network sees the whole picture but for what is hidden, and guesses that. A picture is drawn in a few steps, many
+codes at once (samplers/masked.py); any part of it may be given. The words are those of DALL-E's sequence
+(systems/dalle.py), in the place of the paper's class.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,9 @@ class PictureLanguage(nn.Module):
                 raise InputError(f"keep is {keep}, but there is no picture to keep of: give one.")
             return torch.zeros(count, 0, dtype=torch.long, device=self.device)
         keep = self.size[0] // 2 // stride * stride if keep is None else keep
-        if not isinstance(keep, Integral) or not 0 < keep <= self.size[0] or keep % stride:
+        if not isinstance(keep, int) or not 0 < keep <= self.size[0] or keep % stride:
             raise InputError(
-                f"keep is {keep!r:.40}: give pixels from {stride} to {self.size[0]}, a multiple of {stride}, the rows that"
+                f"keep is {keep!r:.40}: give pixels from {stride} to {self.size[0]}, a multiple of {stride}, which"
                 " a code stands for."
             )
         if isinstance(given, str | Path | Image.Image):
@@ -171,14 +171,16 @@ def check_codec(backbone: CodeTransformerConfig, codec: DvaeConfig | VqConfig) -
     """InputError: a codec with another vocabulary than the network writes."""
     if codec.vocab != backbone.vocab:
         raise InputError(
-            f"the codec has {codec.vocab:,} codes and the network writes {backbone.vocab:,}: take the codec that it learnt"
-            " from."
+            f"the codec has {codec.vocab:,} codes and the network writes {backbone.vocab:,}: take the codec that it"
+            " learnt from."
         )
 
 
 def number(name: str, value: Any, low: float, *, above: bool = False) -> float:
     """A finite number from `low` on, or above it. InputError: it is none."""
-    fine = isinstance(value, Real) and math.isfinite(value) and (value > low if above else value >= low)
+    fine = (
+        isinstance(value, int | float) and math.isfinite(value) and (value > low if above else value >= low)
+    )
     if not fine:
         raise InputError(f"{name} is {value!r:.40}: give a number {'above' if above else 'from'} {low:g}.")
     return float(value)
