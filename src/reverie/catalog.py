@@ -205,7 +205,8 @@ def load(
 
     A folder is what `save` wrote, or one of transformers (`CLIPModel`, `SiglipModel`, BLIP, BLIP-2), of open_clip, or
     of diffusers (`DiTPipeline`, `WanPipeline`, their transformers and autoencoders). A checkpoint is a .safetensors
-    file with its authors' own names (open_clip, OpenAI, BLIP, LAVIS, DiT, SiT, MDT, Wan, latent diffusion); `config`
+    file with its authors' own names (open_clip, OpenAI, BLIP, LAVIS, DiT, SiT, MDT, Wan, latent diffusion, VQGAN,
+    DALL-E's autoencoder); `config`
     says which model it is where the file does not: a name such as "ViT-B-32" (`systems.clip_models.MODELS`) or
     "SiT-XL/2", or a system's config.
 

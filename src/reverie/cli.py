@@ -16,12 +16,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reverie.command import Command, asks_for_help, did_you_mean, nearest, restored
 from reverie.errors import InputError, out_of_memory
 from reverie.progress import MANNERS, SETTING, manner, say
 from reverie.recipes.asked import Ask, CapFilt, Captioning, Chat, Telling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ASK, CAPFILT, CAPTIONING, CHAT, TELLING = Ask(), CapFilt(), Captioning(), Chat(), Telling()
 
@@ -726,6 +729,12 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    temperature: float | None = None,
+    top: int | None = None,
+    p: float | None = None,
+    given: Path | None = None,
+    keep: int | None = None,
+    too_long: str | None = None,
     negative: str | None = None,
     interval: tuple[float, float] | None = None,
     rescale: float | None = None,
@@ -754,12 +763,19 @@ def sample(
         steps: Sampling steps, 1 or more; the model's own number if not given.
         guidance: How strictly to follow the prompt: 1 as learnt, more is stricter; the model's own if not given.
         sampler: Such as euler, heun, dpmpp_2m or unipc; the model's own if not given.
+        temperature: Of the codes that DALL-E and MaskGIT draw: 1 as learnt, less is surer.
+        top: Draw each code among so many of the likeliest; all if not given. For DALL-E.
+        p: Draw each code among the likeliest that together have this probability. For DALL-E.
+        given: A picture whose upper part stays and is completed. For DALL-E and MaskGIT.
+        keep: How many rows of pixels of it stay; half if not given.
+        too_long: cut takes what fits of a prompt and shows where it ends; refuse draws nothing. For DALL-E and MaskGIT.
         negative: What not to draw: guidance leads away from these words.
         interval: The times that guidance acts at, from 0 (data) to 1 (noise).
         rescale: How much of the contrast that guidance adds is taken back, from 0 to 1.
         cache: Spare deep blocks until features have changed by so much, such as 0.15; quicker, and nearly the same.
         first_frame: A picture that the clip begins with.
-        best_of: Draw so many of each, 1 or more, and keep the one that the judge likes best.
+        best_of: Draw so many of each, such as 512, and keep the one that the judge likes best; after Ctrl-C, of those
+            that were drawn.
         judge: The CLIP that chooses: a shipped name or a folder.
         fps: Frames per second of the clips, 1 to 1000; the model's own if not given.
         format: png, webp, gif, mp4, webm or jpg; without it png for pictures and webp for clips, both lossless.
@@ -788,8 +804,9 @@ def sample(
         raise InputError(
             "first_frame begins a clip: say with --frames how long it shall be, such as --frames 16."
         )
-    if first_frame is not None:
-        probe(first_frame)
+    for file in (first_frame, given):
+        if file is not None:
+            probe(file)
     for prompt in prompts:
         check_words(prompt, negative)
     check_folder(out)
@@ -800,6 +817,7 @@ def sample(
 
     from reverie.nn.cache import check_threshold
     from reverie.pictures import to_signal
+    from reverie.recipes.choosing import best_of_many
     from reverie.recipes.own_files import check_negative, long_clip, smaller
     from reverie.recipes.parts import capable, what_made
     from reverie.samplers.guidance import check_options
@@ -812,6 +830,7 @@ def sample(
     asked: dict[str, Any] = {
         "size": size, "steps": steps, "guidance": guidance, "sampler": sampler, "negative": negative,
         "interval": interval, "rescale": rescale, "cache": cache, "first_frame": first_frame,
+        "temperature": temperature, "top": top, "p": p, "given": given, "keep": keep, "too_long": too_long,
     }  # fmt: skip
     asked = {key: value for key, value in asked.items() if value is not None}
     drawing = ("generate_image", "generate_video", "generate", "generate_latents")
@@ -830,7 +849,7 @@ def sample(
     long = hasattr(system, "stream") and frames > system.config.frames
     if first_frame is not None:
         picture = to_signal(first_frame, size=size or system.size_of(frames))
-        asked["first_frame"] = torch.from_numpy(picture).repeat(best_of, 1, 1, 1)
+        asked["first_frame"] = torch.from_numpy(picture)
         asked = GOING_ON | asked
     own = asked.get("guidance", getattr(system.config, "guidance", None))
     check_negative(negative, 0.0 if own is None else own)
@@ -842,27 +861,29 @@ def sample(
     for prompt in prompts:
         stem, best = out / f"{next_number(out):03d}-{_slug(prompt)}", 0
         with counting(prompt) as progress:
-            options = asked | {"seed": seed, "progress": progress}
             if long and clip is None:  # written as it is drawn
-                pieces = long_clip(system, [prompt], frames=frames, **options)
+                pieces = long_clip(system, [prompt], frames=frames, **asked, seed=seed, progress=progress)
                 print(
                     store(
                         (piece[0] for piece in pieces), stem, fps=pace, format=format, made=made(prompt, seed)
                     )
                 )
                 continue
-            if long:
-                drawn = torch.cat([*long_clip(system, [prompt] * best_of, frames=frames, **options)], dim=2)
-            elif frames > 1:
-                drawn = system.generate_video([prompt] * best_of, frames=frames, **options)
+
+            def draw(seeds: list[int], tell: Callable[[int, int], None]) -> Tensor:
+                """`b 3 f h w`, an item for each seed."""
+                prompts, options = [prompt] * len(seeds), asked | {"seed": seeds, "progress": tell}  # noqa: B023
+                if long:
+                    return torch.cat([*long_clip(system, prompts, frames=frames, **options)], dim=2)
+                if frames > 1:
+                    return system.generate_video(prompts, frames=frames, **options)
+                return system.generate_image(prompts, **options)[:, :, None]
+
+            if clip is None:
+                drawn = draw([seed], progress)[0]
             else:
-                drawn = system.generate_image([prompt] * best_of, **options)[:, :, None]
-        if clip is not None:
-            with torch.no_grad():
-                best = int(
-                    (clip.embed_image(drawn[:, :, frames // 2]) @ clip.embed_text([prompt]).T).argmax()
-                )
-        print(store(drawn[best], stem, fps=pace, format=format, made=made(prompt, seed + best)))
+                drawn, best = best_of_many(draw, clip, prompt, seed=seed, count=best_of, progress=progress)
+        print(store(drawn, stem, fps=pace, format=format, made=made(prompt, seed + best)))
 
 
 def info(files: list[Path], /, *, json: bool = False) -> None:
@@ -1908,8 +1929,8 @@ def demo(
 def convert(source: Path, target: Path, /, *, format: str | None = None, config: str | None = None) -> None:
     """Turn a pickled checkpoint into safetensors, or a model into the folder of another library.
 
-    A pickle or a TorchScript archive (.pt, .pth, .ckpt, .bin) is read in a confined process, without running what it
-    holds, and becomes the file TARGET. Any model that loads (a folder of Reverie, transformers, open_clip or diffusers,
+    A pickle or a TorchScript archive (.pt, .pth, .ckpt, .bin, .pkl) is read in a confined process, without running what
+    it holds, and becomes the file TARGET; so does a folder with DALL-E's encoder.pkl and decoder.pkl. Any model that loads (a folder of Reverie, transformers, open_clip or diffusers,
     or a .safetensors file) becomes the folder TARGET.
 
     Args:
@@ -1921,7 +1942,8 @@ def convert(source: Path, target: Path, /, *, format: str | None = None, config:
     """
     from reverie.weights.files import PICKLES
 
-    if source.suffix.lower() not in PICKLES:
+    halves = source.is_dir() and target.suffix == ".safetensors" and any(source.glob("encoder.p*"))
+    if source.suffix.lower() not in PICKLES and not halves:
         import reverie
 
         if target.suffix == ".safetensors":

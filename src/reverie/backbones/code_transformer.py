@@ -123,8 +123,8 @@ class CausalCodes(nn.Module):
         super().__init__()
         self.config = config
         self.entrance = Entrance(config)
-        full: tuple[Pattern, ...] = ("full",) * config.depth
-        kinds = patterns(config.depth) if config.attention == "sparse" else full
+        full: Pattern = "full"
+        kinds = patterns(config.depth) if config.attention == "sparse" else (full,) * config.depth
         self.blocks = nn.ModuleList(PatternBlock(config, kind) for kind in kinds)
         self.norm = nn.LayerNorm(config.width)
         self.say_words = Linear(config.width, config.words)
@@ -208,7 +208,7 @@ def _begin(attention: SelfAttention | PatternAttention, mlp: Mlp, config: CodeTr
         (mlp.up, 0.02),
         (mlp.down, inner),
     ):
-        nn.init.normal_(layer.weight, std=deviation)  # type: ignore[arg-type]  # a linear layer
+        nn.init.normal_(layer.weight, std=deviation)
         nn.init.zeros_(layer.bias)
 
 

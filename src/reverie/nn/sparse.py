@@ -138,7 +138,7 @@ class PatternAttention(nn.Module):
                 q, k, v, pattern=self.pattern, text=self.text, rows=self.rows, columns=self.columns,
                 kernel=self.kernel,
             )  # fmt: skip
-        return self.out(rearrange(out, "b heads n d -> b n (heads d)"))
+        return self.out(rearrange(out, "b heads n d -> b n (heads d)").to(x.dtype))
 
     def step(self, x: Tensor, past: Past) -> Tensor:
         """The newest place of each row, `r 1 d`, which reads what its pattern says of `past`."""
@@ -154,7 +154,7 @@ class PatternAttention(nn.Module):
             scores = torch.cat([q @ far[0].transpose(-1, -2), q @ near[0].transpose(-1, -2)], -1)
             shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
             out = shares[..., : self.text] @ far[1] + shares[..., self.text :] @ near[1]
-        return self.out(rearrange(out, "r heads 1 d -> r 1 (heads d)"))
+        return self.out(rearrange(out, "r heads 1 d -> r 1 (heads d)").to(x.dtype))
 
     def _near(self, place: int, x: Tensor) -> Tensor:
         """Of what is kept, `r heads m d`, what the place of that number attends to beside the text."""
@@ -166,8 +166,10 @@ class PatternAttention(nn.Module):
         return x.index_select(2, newest - self.distances[self.distances <= place])
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x)
+        if self.qkv.weight.dtype in (torch.bfloat16, torch.int8) and not torch.is_grad_enabled():
+            qkv = qkv.bfloat16()  # where weights are kept in less, so is what is remembered
         q, k, v = (
-            rearrange(part, "b n (heads d) -> b heads n d", heads=self.heads)
-            for part in self.qkv(x).chunk(3, -1)
+            rearrange(part, "b n (heads d) -> b heads n d", heads=self.heads) for part in qkv.chunk(3, -1)
         )
         return q, k, v

@@ -4,12 +4,15 @@ The file is sniffed first: a torch zip whose entries are stored uncompressed, or
 away its own network, processes, imports by pickle, memory, time and the right to write anywhere but one draft file,
 loads with `weights_only=True`, and writes plain tensors; the parent trusts the draft no more than any other file.
 A TorchScript archive, as OpenAI's CLIP files are, goes the same way, but torch never sees it: `torchscript` reads it.
+A pickled module, as DALL-E's autoencoder is, is read with inert things in the place of its classes (`inert`), and gives
+the tensors that it holds by their dotted paths.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -39,8 +42,9 @@ class Converted:
 
 
 def convert(source: str | Path, target: str | Path, *, seconds: float = SECONDS) -> Converted:
-    """Convert a `.pt`, `.pth`, `.ckpt` or `.bin` file into a new safetensors file.
+    """Convert a `.pt`, `.pth`, `.ckpt`, `.bin` or `.pkl` file into a new safetensors file.
 
+    Of a folder with an encoder and a decoder, such as DALL-E's, both go into one file, under `encoder.` and `decoder.`.
     Of a TorchScript archive the tensors among the attributes of its modules are taken, by their dotted paths; its
     program is neither read nor run. Raises `InputError` in one sentence when the file is no such checkpoint, holds
     anything that only running code could load, or needs more than four times its size in memory.
@@ -56,15 +60,47 @@ def convert(source: str | Path, target: str | Path, *, seconds: float = SECONDS)
         raise InputError(f"{shorten(str(target))} exists already; delete it or give another name.")
     if not target.parent.is_dir():
         raise InputError(f"{shorten(str(target.parent))} is no folder; make it first.")
-    scripted = _sniff(source)
+    parts = _halves(source) if source.is_dir() else {"": source}
+    scripted = {part: _sniff(file) for part, file in parts.items()}
+    left_out: list[str] = []
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as folder:
-        draft = Path(folder) / "model.safetensors"
-        report = _confined(source, draft, seconds, scripted=scripted)
-        if "error" in report:
-            raise ModelFileError(f"cannot convert {shorten(source.name)}: {report['error']}.")
-        tensors = header(draft)
-        disk.publish(draft, target)
-    return Converted(path=target, tensors=len(tensors), left_out=tuple(report["left_out"]))
+        drafts = {part: Path(folder) / f"model{part}.safetensors" for part in parts}
+        for part, file in parts.items():
+            report = _confined(file, drafts[part], seconds, scripted=scripted[part])
+            if "error" in report:
+                raise ModelFileError(f"cannot convert {shorten(file.name)}: {report['error']}.")
+            left_out += report["left_out"]
+        whole = drafts.get("") or _joined(drafts, Path(folder) / "whole.safetensors")
+        tensors = header(whole)
+        disk.publish(whole, target)
+    return Converted(path=target, tensors=len(tensors), left_out=tuple(left_out))
+
+
+def _halves(folder: Path) -> dict[str, Path]:
+    """The one encoder and the one decoder in a folder."""
+    from reverie.weights.files import ModelFileError, shorten
+
+    found = {}
+    for part in ("encoder", "decoder"):
+        files = sorted(folder.glob(f"{part}.p*"))
+        if len(files) != 1:
+            raise ModelFileError(
+                f"{shorten(str(folder))} is a folder with {len(files)} files {part}.p*; give a file, or a folder with"
+                " one encoder.pkl and one decoder.pkl."
+            )
+        found[part] = files[0]
+    return found
+
+
+def _joined(drafts: dict[str, Path], target: Path) -> Path:
+    from reverie.weights import files
+
+    tensors = {}
+    for part, draft in drafts.items():
+        with files.Shards({draft: draft.name}) as shard:
+            tensors |= {f"{part}.{name}": shard.read(name) for name in shard.entries}
+    files.write(target, tensors, {"format": "pt"})
+    return target
 
 
 def _sniff(source: Path) -> bool:
@@ -140,7 +176,7 @@ def _main(source: str, draft: str, kind: str) -> dict[str, Any]:
     _leave_network()  # first, while there is but one thread
     import torch
 
-    from reverie.weights import torchscript  # before the doors close
+    from reverie.weights import inert, torchscript  # before the doors close
 
     _limit(size)  # now, for an interpreter with torch takes gigabytes of address space on some machines
     _close_doors(Path(draft).parent)
@@ -149,7 +185,12 @@ def _main(source: str, draft: str, kind: str) -> dict[str, Any]:
             if kind == "scripted":
                 loaded: Any = torchscript.load(file, size)
             else:
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
+                try:
+                    loaded = torch.load(file, map_location="cpu", weights_only=True)
+                except pickle.UnpicklingError as error:
+                    loaded = inert.tensors_of(file, torch)
+                    if not loaded:
+                        raise error
     except torchscript.Refused as error:
         return {"error": str(error)}
     except Exception as error:

@@ -44,6 +44,7 @@ from reverie.weights import (
     clip_transformers,
     diffusers,
     dit_original,
+    dvae_openai,
     files,
     frozen,
     mdt_original,
@@ -51,6 +52,7 @@ from reverie.weights import (
     shards,
     vae_diffusers,
     video_vae_wan,
+    vqgan_taming,
 )
 from reverie.weights.files import ModelFileError, shorten
 from reverie.weights.layout import Foreign
@@ -69,6 +71,11 @@ ORIGINALS: tuple[tuple[Callable[..., bool], Callable[..., Foreign]], ...] = (
     (blip2_lavis.is_theirs, blip2_lavis.read_alone),
     (clip_open_clip.is_theirs, clip_open_clip.read_alone),
     (video_vae_wan.is_original, video_vae_wan.read_alone),
+    (dvae_openai.is_theirs, dvae_openai.read_alone),
+    (
+        vqgan_taming.is_theirs,
+        vqgan_taming.read_alone,
+    ),  # before the autoencoder, whose names are among VQGAN's
     (vae_diffusers.is_theirs, vae_diffusers.read_alone),
     (mdt_original.is_theirs, mdt_original.read_alone),  # before DiT, whose names are among MDT's
     (dit_original.is_theirs, dit_original.read_alone),
