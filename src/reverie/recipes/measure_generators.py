@@ -33,6 +33,7 @@ from reverie.pictures import grid, save_png, to_bytes
 from reverie.progress import counting
 from reverie.recipes.measured import Measured, Row, fits, save_figure, share
 from reverie.recipes.parts import capable, home, plain_stickers
+from reverie.systems.dalle import Dalle
 from reverie.systems.sora import Sora
 from reverie.train import memory
 
@@ -174,7 +175,8 @@ class Drawing:
         self.sora = capable(model, "generate_image" if frames == 1 else "generate_video", device=ask.device)
         self.device = home(ask.device)
         self.frames = frames or self.sora.config.frames
-        self.size, self.fps, self.ask = self.sora.size_of(self.frames), self.sora.config.fps, ask
+        self.size, self.ask = self.sora.size_of(self.frames), ask
+        self.fps = float(getattr(self.sora.config, "fps", 1.0))
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Any]]:
         with counting("drawing") as progress:
@@ -187,12 +189,16 @@ class Drawing:
             "device": str(self.device), "threads": torch.get_num_threads(),
             "peak_memory_bytes": memory.peak(self.device) or None,
             "frames": self.frames,
-            "size": list(self.size), "steps": self.ask.steps or config.steps,
+            "size": list(self.size), "steps": self.ask.steps or getattr(config, "steps", None),
             "guidance": config.guidance if self.ask.guidance is None else self.ask.guidance,
         }  # fmt: skip
 
     def generate(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        options = {"seed": seeds, "size": self.size, "steps": self.ask.steps, "guidance": self.ask.guidance}
+        options = {"seed": seeds, "size": self.size, "guidance": self.ask.guidance}
+        if not isinstance(self.sora, Dalle):
+            options["steps"] = self.ask.steps
+        elif self.ask.steps is not None:
+            raise InputError("DALL-E draws code by code and has no steps to choose: leave --steps out.")
         if isinstance(self.sora, Sora):
             options["together"] = True
         if self.frames == 1:

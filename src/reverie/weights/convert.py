@@ -95,9 +95,9 @@ def _halves(folder: Path) -> dict[str, Path]:
 def _joined(drafts: dict[str, Path], target: Path) -> Path:
     from reverie.weights import files
 
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for part, draft in drafts.items():
-        with files.Shards({draft: draft.name}) as shard:
+        with files.Shards({draft: ""}) as shard:
             tensors |= {f"{part}.{name}": shard.read(name) for name in shard.entries}
     files.write(target, tensors, {"format": "pt"})
     return target
@@ -187,10 +187,10 @@ def _main(source: str, draft: str, kind: str) -> dict[str, Any]:
             else:
                 try:
                     loaded = torch.load(file, map_location="cpu", weights_only=True)
-                except pickle.UnpicklingError as error:
+                except pickle.UnpicklingError:
                     loaded = inert.tensors_of(file, torch)
                     if not loaded:
-                        raise error
+                        raise
     except torchscript.Refused as error:
         return {"error": str(error)}
     except Exception as error:

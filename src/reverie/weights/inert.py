@@ -1,8 +1,8 @@
 """Pickled modules without their code: every class in the file is an inert thing that remembers its state.
 
 Of what a pickle names only what makes tensors is itself: an ordered dictionary, a storage's type, and the functions
-that put a tensor together. Everything else becomes `Thing`, whatever it is called; calling one gives another. So nothing of
-the file is run, and its author's package is not needed. It runs in the confined child of convert.py alone.
+that put a tensor together. Everything else becomes `Thing`, whatever it is called; calling one gives another. So
+nothing of the file is run, and its author's package is not needed. It runs in the confined child of convert.py alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ def tensors_of(file: IO[bytes], torch: Any) -> dict[str, Any]:
     file.seek(0)
     reader = SimpleNamespace(Unpickler=Unpickler, load=lambda f, **_: Unpickler(f).load(), loads=None)
     reader.__name__ = "inert"
-    loaded = torch.load(file, map_location="cpu", pickle_module=reader, weights_only=False)
+    try:
+        loaded = torch.load(file, map_location="cpu", pickle_module=reader, weights_only=False)
+    except (
+        Exception
+    ):  # whatever a file can make of its own pickle; what it is, the caller has been told already
+        return {}
     found: dict[str, Any] = {}
     _collect(loaded, "", found, torch.Tensor, 0)
     return found
