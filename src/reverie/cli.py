@@ -1930,8 +1930,8 @@ def convert(source: Path, target: Path, /, *, format: str | None = None, config:
     """Turn a pickled checkpoint into safetensors, or a model into the folder of another library.
 
     A pickle or a TorchScript archive (.pt, .pth, .ckpt, .bin, .pkl) is read in a confined process, without running what
-    it holds, and becomes the file TARGET; so does a folder with DALL-E's encoder.pkl and decoder.pkl. Any model that loads (a folder of Reverie, transformers, open_clip or diffusers,
-    or a .safetensors file) becomes the folder TARGET.
+    it holds, and becomes the file TARGET; so does a folder with DALL-E's encoder.pkl and decoder.pkl. Any model that loads
+    (a folder of Reverie, transformers, open_clip or diffusers, or a .safetensors file) becomes the folder TARGET.
 
     Args:
         source: The checkpoint, or the model's folder.

@@ -96,9 +96,11 @@ def test_openai_s_encoder_and_decoder_load_with_equal_codes_and_pictures(tmp_pat
     image = torch.rand(3, 3, 24, 16) * 2 - 1
     with torch.no_grad():
         x = 0.8 * (image + 1) / 2 + 0.1  # their map_pixels of colours in [0, 1]
-        codes = theirs.encoder(x).argmax(1)
+        logits = theirs.encoder(x)
+        codes = logits.argmax(1)
+        torch.testing.assert_close(ours.logits(image), logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(ours.encode(image), codes)
-        assert len(codes.unique()) > 5
+        assert len(codes.unique()) > 1
         one_hot = nn.functional.one_hot(codes, DVAE.vocab).movedim(-1, 1).float()
         said = torch.sigmoid(theirs.decoder(one_hot)[:, :3])
         wanted = ((said - 0.1) / 0.8).clamp(0, 1) * 2 - 1  # their unmap_pixels

@@ -10,11 +10,11 @@ from reverie.objectives.masked import masked_loss
 
 
 def test_the_logit_laplace_density_integrates_to_one():
-    x = torch.linspace(1e-4, 1 - 1e-4, 200_001, dtype=torch.float64)
+    x = torch.linspace(1e-4, 1 - 1e-4, 4001, dtype=torch.float64)
     for mean, scale in ((0.0, 0.5), (1.3, 0.2), (-2.0, 1.0)):
-        log = torch.full_like(x, math.log(scale))
-        density = torch.stack([-logit_laplace(a, b, c) for a, b, c in zip(x[::50], torch.full_like(x, mean)[::50], log[::50], strict=True)]).exp()  # fmt: skip
-        assert float(torch.trapezoid(density, x[::50])) == pytest.approx(1, abs=2e-2)
+        about = torch.tensor(mean, dtype=torch.float64), torch.tensor(math.log(scale), dtype=torch.float64)
+        density = torch.stack([-logit_laplace(one, *about) for one in x]).exp()
+        assert float(torch.trapezoid(density, x)) == pytest.approx(1, abs=1e-2)
 
 
 def test_a_smallest_scale_bounds_the_likelihood():

@@ -63,9 +63,14 @@ def test_draws_follow_the_network_and_not_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({"steps": 0}, "steps is 0"), ({"steps": 2, "schedule": "round"}, "no schedule 'round'"),
-                        ({"steps": 2, "temperature": 0.0}, "temperature 0"), ({"steps": 2, "chance": -1.0}, "chance -1")]
-)  # fmt: skip
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2, "schedule": "round"}, "no schedule 'round'"),
+        ({"steps": 2, "temperature": 0.0}, "temperature 0"),
+        ({"steps": 2, "chance": -1.0}, "chance -1"),
+    ],
+)
 def test_mistakes_are_named(wrong, said):
     with pytest.raises(InputError, match=said):
         drawn(**wrong)
