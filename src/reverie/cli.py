@@ -849,7 +849,7 @@ def sample(
     long = hasattr(system, "stream") and frames > system.config.frames
     if first_frame is not None:
         picture = to_signal(first_frame, size=size or system.size_of(frames))
-        asked["first_frame"] = torch.from_numpy(picture)
+        asked["first_frame"] = torch.from_numpy(picture)[None]
         asked = GOING_ON | asked
     own = asked.get("guidance", getattr(system.config, "guidance", None))
     check_negative(negative, 0.0 if own is None else own)
@@ -872,7 +872,10 @@ def sample(
 
             def draw(seeds: list[int], tell: Callable[[int, int], None]) -> Tensor:
                 """`b 3 f h w`, an item for each seed."""
-                prompts, options = [prompt] * len(seeds), asked | {"seed": seeds, "progress": tell}  # noqa: B023
+                prompts = [prompt] * len(seeds)  # noqa: B023
+                options = asked | {"seed": seeds[0], "progress": tell}
+                if "first_frame" in options:
+                    options["first_frame"] = options["first_frame"].repeat(len(seeds), 1, 1, 1)
                 if long:
                     return torch.cat([*long_clip(system, prompts, frames=frames, **options)], dim=2)
                 if frames > 1:
@@ -1930,8 +1933,8 @@ def convert(source: Path, target: Path, /, *, format: str | None = None, config:
     """Turn a pickled checkpoint into safetensors, or a model into the folder of another library.
 
     A pickle or a TorchScript archive (.pt, .pth, .ckpt, .bin, .pkl) is read in a confined process, without running what
-    it holds, and becomes the file TARGET; so does a folder with DALL-E's encoder.pkl and decoder.pkl. Any model that loads
-    (a folder of Reverie, transformers, open_clip or diffusers, or a .safetensors file) becomes the folder TARGET.
+    it holds, and becomes the file TARGET; so does a folder with DALL-E's encoder.pkl and decoder.pkl. Any model that
+    loads (a folder of Reverie, transformers, open_clip or diffusers, or a .safetensors file) becomes the folder TARGET.
 
     Args:
         source: The checkpoint, or the model's folder.

@@ -189,7 +189,7 @@ def world(
         seed: Another seed, another world, another start and another order.
     """
     index = open_world(data, count, 0, seed=seed)
-    held = index.select(split="val", video=False)
+    held = index.select(split="val", video=False) or index.select(video=False)
     prompts = [next((c.text for c in item.captions if c.language == "en"), "") for item in held][:JUDGED]
     return _small(
         index, out, codec=codec, objective=objective, sizes=(depth, width), attention=attention, length=length,
