@@ -16,11 +16,11 @@ def made(tmp_path_factory):
     """A little world, both codecs, and both models on it."""
     home = tmp_path_factory.mktemp("dalle")
     small = {"steps": 4, "batch": 4, "size": 32, "vocab": 16}
-    picture_codes.dvae(home / "world", home / "dvae", world=24, width=8, **small)
+    picture_codes.dvae(home / "world", home / "dvae", world=40, width=8, **small)
     picture_codes.vqgan(
         home / "world",
         home / "vq",
-        world=24,
+        world=40,
         width=8,
         levels=2,
         dim=4,
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     )
     for objective, codec in (("dalle", "dvae"), ("maskgit", "vq")):
         dalle.world(
-            home / "world", home / objective, codec=str(home / codec / "model"), objective=objective, count=24, steps=4,
+            home / "world", home / objective, codec=str(home / codec / "model"), objective=objective, count=40, steps=4,
             batch=4, size=32, width=64, depth=2,
         )  # fmt: skip
     return home
@@ -49,7 +49,7 @@ def test_a_run_leaves_a_model_metrics_and_pictures(made, name):
 def test_a_codec_that_goes_on_is_the_same_as_one_that_was_not_stopped(tmp_path, made):
     """The codebook's averages are a part of the checkpoint."""
     asked = {
-        "world": 24,
+        "world": 40,
         "width": 8,
         "levels": 2,
         "dim": 4,
@@ -166,6 +166,6 @@ def test_what_cannot_be_trained_is_said(made, tmp_path):
         ({"codec": codec, "width": 65}, "width 65"),
     ):
         with pytest.raises(InputError, match=said):
-            dalle.world(made / "world", tmp_path / "no", count=24, **wrong)
+            dalle.world(made / "world", tmp_path / "no", count=40, **wrong)
     with pytest.raises(InputError, match="size 33 cannot be encoded"):
-        picture_codes.dvae(made / "world", tmp_path / "no", world=24, size=33, width=8)
+        picture_codes.dvae(made / "world", tmp_path / "no", world=40, size=33, width=8)
