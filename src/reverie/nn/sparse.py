@@ -167,8 +167,10 @@ class PatternAttention(nn.Module):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv(x)
-        if self.qkv.weight.dtype in (torch.bfloat16, torch.int8) and not torch.is_grad_enabled():
-            qkv = qkv.bfloat16()  # where weights are kept in less, so is what is remembered
+        if x.device.type != "cpu" and self.qkv.weight.dtype in (torch.bfloat16, torch.int8):
+            qkv = (
+                qkv.bfloat16()
+            )  # what is remembered is as narrow as the weights; on a CPU fp32 is four times as quick
         q, k, v = (
             rearrange(part, "b n (heads d) -> b heads n d", heads=self.heads) for part in qkv.chunk(3, -1)
         )
