@@ -2,8 +2,8 @@
 
 12 blocks of width 512 with 8 heads, 32 tokens of text, then 256 codes of 8,192 (transformers': one vocabulary of
 24,576), at batch 1 and 8: tokens a second, and as a share of what reading the weights once for each step takes at the
-memory's rate, which is measured beside. With --sparse: rows, columns and a convolution against all codes, a training step and
-writing, at 256 to 4,096 codes. With --int8 MODEL DATA: what eight bits cost in the loss of held-out codes.
+memory's rate, which is measured beside. With --sparse: rows, columns and a convolution against all codes, a training
+step and writing, at 256 to 4,096 codes. With --int8 MODEL DATA: what eight bits cost in the loss of held-out codes.
 """
 
 from __future__ import annotations

@@ -73,6 +73,10 @@ class Encoder(nn.Module):
         self.stem = _conv(3, widths[0], 7)
         self.groups = _groups([widths[0], *widths], config, encodes=True)
         self.out = _conv(widths[-1], config.vocab, 1)
+        with torch.no_grad():
+            self.out.weight.mul_(
+                0.1
+            )  # all codes begin about as likely, where else one would take every place
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

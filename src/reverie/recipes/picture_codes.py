@@ -114,7 +114,7 @@ class CodecRun:
 
 def dvae(
     data: Path, out: Path, *, vocab: int = 1024, width: int = 32, groups: int = 3, depth: int = 1, steps: int = 3000,
-    batch: int = 32, size: int = 64, lr: float = 2e-3, beta: float = 1.0, least: float = 0.1, world: int = 0,
+    batch: int = 32, size: int = 64, lr: float = 1e-3, beta: float = 3.0, least: float = 0.1, world: int = 0,
     sources: str = "", seed: int = 0, engine: Engine = ENGINE,
 ) -> Dvae:  # fmt: skip
     """A small discrete autoencoder as DALL-E's, from random weights.
