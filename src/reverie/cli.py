@@ -1875,7 +1875,7 @@ def eval_reconstruction(
     out: Path = Path("runs/eval-reconstruction"),
     device: str | None = None,
 ) -> None:
-    """Measure what an autoencoder keeps of pictures and clips: PSNR, SSIM, motion, and bits for a pixel.
+    """Measure what an autoencoder keeps of pictures and clips: PSNR, SSIM, motion, bits for a pixel, codes in use.
 
     Args:
         data: A folder that was imported, whose pictures and clips are encoded and decoded.

@@ -169,3 +169,15 @@ def test_what_cannot_be_trained_is_said(made, tmp_path):
             dalle.world(made / "world", tmp_path / "no", count=40, **wrong)
     with pytest.raises(InputError, match="size 33 cannot be encoded"):
         picture_codes.dvae(made / "world", tmp_path / "no", world=40, size=33, width=8)
+
+
+@pytest.mark.parametrize(("name", "vocab"), [("dvae", 16), ("vq", 16)])
+def test_what_a_codec_of_codes_keeps_is_measured(made, tmp_path, name, vocab):
+    from reverie.recipes.measure_codec import reconstructions
+
+    codec = made / name / "model"
+    found = reconstructions(made / "world" / "pictures", tmp_path, codec=codec, size=32, split="train")
+    stride = reverie.load(codec).stride
+    assert found.numbers["pictures"]["codec"]["rate"]["bits"] == pytest.approx(4 / stride**2)
+    assert 1 / vocab <= found.numbers["codebook"]["usage"] <= 1
+    assert (tmp_path / "pictures.png").exists()

@@ -89,7 +89,7 @@ def _video(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    batches: Iterable[Tensor], reconstruct: Reconstruct, *, bits: int = 16,
+    batches: Iterable[Tensor], reconstruct: Reconstruct, *, bits: float = 16,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every signal through `reconstruct`; latents count `bits` for a number.
@@ -138,7 +138,7 @@ def measure(
     return result | {"count": done}
 
 
-def rate(numbers: float, *, bits: int = 16) -> dict[str, float]:
+def rate(numbers: float, *, bits: float = 16) -> dict[str, float]:
     """Of `numbers` kept for a pixel: `numbers`, `bits`, and how many times `smaller` than 8 bits for each colour."""
     return {"numbers": numbers, "bits": bits * numbers, "smaller": RAW / (bits * numbers)}
 

@@ -1,11 +1,13 @@
 """What a codec keeps of pictures and clips that it has not seen, behind `reverie eval reconstruction`.
 
-Latents are rounded to 16 bits before they are decoded, since this is the rate that is told. Beside the codec stands
-what is left of the same signals when they are made small until they have as many numbers.
+Latents are rounded to 16 bits before they are decoded, since this is the rate that is told; a code counts the bits that
+name it. Beside the codec stands what is left of the same signals when they are made small until they have as many
+numbers of 16 bits. Of a codec that makes codes of pictures it is also told how many of them are used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,9 +17,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+import reverie
+from reverie.codecs.dvae import Dvae
+from reverie.codecs.vq import VqVae
 from reverie.data.index import Index
 from reverie.errors import InputError
 from reverie.evals import reconstruction
+from reverie.evals.codebook import used
 from reverie.output import write
 from reverie.pictures import grid, save_png, to_bytes
 from reverie.progress import counting
@@ -35,7 +41,11 @@ def reconstructions(
     source: str = "", count: int = 500, batch: int = 8, device: str | None = None,
 ) -> Measured:  # fmt: skip
     """PSNR, SSIM and rate of at most `count` pictures, and of as many clips of `frames` (1: pictures alone)."""
-    out, model = fits(out), load_codec(codec, device=device)
+    out, model = fits(out), reverie.load(codec)
+    if isinstance(model, Dvae | VqVae):
+        return _of_codes(data, out, model.to(home(device)), name=str(codec), size=size, split=split, source=source,
+                         count=count, batch=batch)  # fmt: skip
+    model = load_codec(codec, device=device)
     (time, space), place = model.stride, home(device)
     if size < space or size % space:
         raise InputError(f"size {size} cannot be encoded: give a multiple of {space}.")
@@ -82,6 +92,53 @@ def reconstructions(
         f"{codec}: {'x'.join(map(str, (time, space, space)))}, {model.channels} channels, at {size} pixels"
     )
     columns = ("", "codec", "as many numbers, made small", "for comparison")
+    return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
+
+
+def _of_codes(
+    data: Path, out: Path, model: Dvae | VqVae, *, name: str, size: int, split: str, source: str, count: int, batch: int
+) -> Measured:  # fmt: skip
+    """The same of a codec that makes codes, on pictures."""
+    if size < model.stride or size % model.stride:
+        raise InputError(f"size {size} cannot be encoded: give a multiple of {model.stride}.")
+    for what, value in (("count", count), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"{what} is {value}: give 1 or more.")
+    index = open_index(data).select(split=split, sources=(source,) if source else None)
+    part = list(index.select(video=False))[:count]
+    if not part:
+        raise InputError(f"{data} has no pictures in {split!r}" + (f" by {source!r}." if source else "."))
+    real, place = Real(Index(index.folder, part), (size, size), 1), next(model.parameters()).device
+    seen: list[Tensor] = []
+
+    @torch.no_grad()
+    def reconstruct(signals: Tensor) -> tuple[Tensor, Tensor]:
+        codes = model.encode(signals.to(place))
+        seen.append(codes.cpu())
+        return model.decode(codes).float().cpu(), codes
+
+    with counting("measuring pictures") as progress:
+        found = reconstruction.measure(
+            _batches(real, batch), reconstruct, bits=math.log2(model.vocab),
+            progress=partial(_tell, progress, len(real)),
+        )  # fmt: skip
+    book = used(torch.cat([codes.flatten() for codes in seen]), model.vocab)
+    beside = reconstruction.measure(_batches(real, batch), partial(_small, found["rate"]["bits"] / 16))
+    rows = _rows("pictures", 1, found, beside)
+    rows += [
+        ("share of the codes that occur", f"{book['usage']:.1%}", "", f"of {model.vocab:,}"),
+        ("perplexity of the codes", f"{book['perplexity']:.0f}", "", f"all alike: {model.vocab:,}"),
+    ]
+    _show(real, reconstruct, "pictures", out)
+    numbers = {
+        "codec": name, "stride": model.stride, "vocab": model.vocab, "size": size, "split": split, "source": source,
+        "pictures": {"codec": found, "reduced": beside}, "codebook": book,
+        "peak_memory_bytes": memory.peak(place) or None,
+    }  # fmt: skip
+    title = (
+        f"{name}: codes of {model.stride} x {model.stride} pixels out of {model.vocab:,}, at {size} pixels"
+    )
+    columns = ("", "codec", "as many bits, made small", "for comparison")
     return Measured(title=title, columns=columns, rows=rows, numbers=numbers).write(out)
 
 
