@@ -188,3 +188,20 @@ def test_mistakes_get_one_sentence(clip, own, tmp_path):
 def test_importing_the_codec_does_not_import_the_tokenizer_library():
     program = "import sys, reverie.codecs.bpe; sys.exit('tokenizers' in sys.modules or 'ftfy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_merges_left_out_at_random_are_the_same_text():
+    texts = ["a small red ball", "two blue cubes 红色的火箭"]
+    bpe = Bpe.train(texts * 3, vocab=600)
+
+    def encode(dropout, seed=0):
+        seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
+        return bpe.encode(texts, dropout=dropout, generators=seeds)
+
+    plain, none, some, all_ = bpe.encode(texts), encode(1e-12), encode(0.4), encode(1.0)
+    assert torch.equal(none, plain)
+    assert bpe.decode(some) == bpe.decode(plain) == bpe.decode(all_)
+    lengths = [int((tokens[0] == bpe.end).int().argmax()) for tokens in (plain, some, all_)]
+    assert lengths[0] < lengths[1] < lengths[2] == 1 + len("asmallredball")
+    assert torch.equal(encode(0.4), some)
+    assert not torch.equal(encode(0.4, seed=9)[:, : some.shape[1]], some)
