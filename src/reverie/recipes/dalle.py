@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import reverie
@@ -27,7 +28,7 @@ from reverie.backbones.code_transformer import CodeTransformerConfig
 from reverie.codecs.bpe import Bpe
 from reverie.codecs.dvae import Dvae
 from reverie.codecs.vq import VqVae
-from reverie.data.augment import on_white
+from reverie.data.augment import draws, on_white, warp
 from reverie.data.index import Index
 from reverie.data.streaming import open_pixels
 from reverie.data.wording import PHRASES, draw_caption, mix_of
@@ -67,6 +68,7 @@ PROMPTS = (
 )  # fmt: skip
 HELD = 256  # held-out pictures whose loss is measured on the way
 JUDGED = 64  # pictures that the judge reads on the way
+STRENGTH = 0.4  # of the views (data/augment.py)
 TEMPERATURE, GUIDANCE = 0.8, 2.0  # of small models, measured on docs/systems/dalle.md
 
 Model = Dalle | MaskGit
@@ -92,6 +94,7 @@ class DalleRun:
     ema: float = 0.999
     drop: float = 0.1  # how often the text is left out
     merges: float = 0.1  # of the tokenizer's, left out at random
+    views: int = 1  # of each picture: itself, and others a little turned, scaled and moved
     languages: dict[str, float] | None = None
     phrases: bool = True
     mix: str = ""
@@ -134,7 +137,7 @@ def tiny(
 def stickers(
     data: Path, out: Path, *, codec: str, objective: str = "dalle", steps: int = 4000, batch: int = 32,
     lr: float = 1e-3, width: int = 192, depth: int = 6, attention: str = "sparse", length: int = 32, size: int = 64,
-    sources: str = "fluent-3d", mix: str = "", seed: int = 0, engine: Engine = ENGINE,
+    views: int = 8, sources: str = "fluent-3d", mix: str = "", seed: int = 0, engine: Engine = ENGINE,
 ) -> Model:  # fmt: skip
     """Fluent's 3-D stickers, without skin-tone variants, in English.
 
@@ -151,6 +154,7 @@ def stickers(
         attention: sparse (rows, columns and a convolution, as in the paper) or full.
         length: Tokens of a text; longer ones are cut.
         size: Pixels a side, a multiple of the codec's stride.
+        views: Of each picture so many are learnt from: itself, and others a little turned, scaled and moved.
         sources: The sources of the index that it learns from, with commas between them.
         mix: Shares of captions by kind (docs/data.md), such as dalle3; each is as likely if not given.
         seed: Another seed, another start and another order.
@@ -159,7 +163,7 @@ def stickers(
     return _small(
         index, out, codec=codec, objective=objective, sizes=(depth, width), attention=attention, length=length,
         size=size, words=1024, prompts=PROMPTS, engine=engine, steps=steps, batch=batch, lr=lr, mix=mix, seed=seed,
-        languages={"en": 1.0}, drop=0.2,
+        languages={"en": 1.0}, drop=0.2, views=views,
     )  # fmt: skip
 
 
@@ -282,8 +286,9 @@ def fit(
     engine: Engine = ENGINE,
 ) -> Model:
     """Train, measure and draw on the way, save the averaged weights to `out/model`."""
-    if config.batch < 1:
-        raise InputError(f"batch is {config.batch}: give 1 or more.")
+    for name in ("batch", "views"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}: give 1 or more.")
     torch.manual_seed(rng.integer(config.seed, "weights"))
     by_code = isinstance(config.model, DalleConfig)
     network: Any = Dalle if by_code else MaskGit
@@ -349,30 +354,38 @@ class Source:
         if not self.good:
             raise InputError(f"nothing usable in {index.folder}: run `reverie data check` to see why.")
         tell_lacking((index[i] for i in self.good), self.mix)
+        self.views = config.views
         self.codes = None if config.streamed else self._encoded(out)
         self.slot = {i: slot for slot, i in enumerate(self.good)}
 
     def _encoded(self, out: Path) -> Tensor:
-        """The codes of all pictures, `n h w`, computed once for a run and kept in its folder."""
+        """The codes of all pictures, `views n h w`, computed once for a run and kept in its folder."""
         from safetensors.torch import load_file, save_file
 
-        path = out / f"codes-{digest(self.index, self.good)}-{self.config.codec_hash}.safetensors"
+        about = f"{digest(self.index, self.good)}-{self.config.codec_hash}-{self.views}-{self.config.seed}"
+        path = out / f"codes-{about}.safetensors"
         with team().in_turn():
             if not path.exists():
-                parts, place = [], self.model.device
+                parts, place, count = [], self.model.device, len(self.good)
                 with counting("encoding") as progress, torch.no_grad():
-                    for at in range(0, len(self.good), 64):
-                        parts.append(
-                            self.model.encode(self._pictures(self.good[at : at + 64]).to(place)).int().cpu()
-                        )
-                        progress(min(at + 64, len(self.good)), len(self.good))
+                    for view in range(self.views):
+                        for at in range(0, count, 64):
+                            pictures = self._pictures(self.good[at : at + 64], view=view)
+                            parts.append(self.model.encode(pictures.to(place)).int().cpu())
+                            progress(view * count + min(at + 64, count), self.views * count)
+                codes = rearrange(torch.cat(parts), "(v n) h w -> v n h w", v=self.views)
                 out.mkdir(parents=True, exist_ok=True)
                 with disk.whole(path) as draft:
-                    save_file({"codes": torch.cat(parts)}, draft)
+                    save_file({"codes": codes.contiguous()}, draft)
             return load_file(path)["codes"]
 
-    def _pictures(self, some: Sequence[int]) -> Tensor:
-        return on_white(torch.stack([self.pixels[i][0] for i in some]))
+    def _pictures(self, some: Sequence[int], *, view: int = 0) -> Tensor:
+        rgba = torch.stack([self.pixels[i][0] for i in some])
+        if view == 0:
+            return on_white(rgba)
+        turned = warp(rgba.float() / 255, draws(self.config.seed, [(view, i) for i in some]), STRENGTH)
+        colour, alpha = turned[:, :3], turned[:, 3:].clamp(0, 1)
+        return ((colour * alpha + 1 - alpha) * 2 - 1).clamp(-1, 1)
 
     def batch(self, step: int, micro: int) -> dict[str, Any]:
         config = self.config
@@ -401,18 +414,19 @@ class Source:
             texts, length=config.model.backbone.length, dropout=0.0 if fixed else config.merges,
             generators=keyed("merges"),
         )  # fmt: skip
-        u = torch.stack([torch.rand(2, generator=one) for one in keyed("draws")])
+        u = torch.stack([torch.rand(3, generator=one) for one in keyed("draws")])
         dropped = (u[:, 0] < (0.0 if fixed else config.drop)) | torch.tensor([not text for text in texts])
         batch: dict[str, Any] = {"tokens": self.model.filled(tokens, dropped)}
         if self.codes is None:
             batch["image"] = self._pictures([i for _, i in keys])
         else:
-            batch["codes"] = self.codes[[self.slot[i] for _, i in keys]].long()
+            views = [0 if fixed else int(u[place, 1] * self.views) for place in range(len(keys))]
+            batch["codes"] = self.codes[views, [self.slot[i] for _, i in keys]].long()
         if isinstance(config.model, MaskGitConfig):
             places = config.model.backbone.places
             batch |= {
                 "order": torch.stack([torch.rand(places, generator=one) for one in keyed("order")]),
-                "uniform": u[:, 1],
+                "uniform": u[:, 2],
             }
         return batch
 
