@@ -4,15 +4,14 @@ The file is sniffed first: a torch zip whose entries are stored uncompressed, or
 away its own network, processes, imports by pickle, memory, time and the right to write anywhere but one draft file,
 loads with `weights_only=True`, and writes plain tensors; the parent trusts the draft no more than any other file.
 A TorchScript archive, as OpenAI's CLIP files are, goes the same way, but torch never sees it: `torchscript` reads it.
-A pickled module, as DALL-E's autoencoder is, is read with inert things in the place of its classes (`inert`), and gives
-the tensors that it holds by their dotted paths.
+A pickled module, as DALL-E's autoencoder is, is read by the same small machine, to which its classes are words, and
+gives the tensors that it holds by their dotted paths.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -176,7 +175,7 @@ def _main(source: str, draft: str, kind: str) -> dict[str, Any]:
     _leave_network()  # first, while there is but one thread
     import torch
 
-    from reverie.weights import inert, torchscript  # before the doors close
+    from reverie.weights import torchscript  # before the doors close
 
     _limit(size)  # now, for an interpreter with torch takes gigabytes of address space on some machines
     _close_doors(Path(draft).parent)
@@ -187,10 +186,10 @@ def _main(source: str, draft: str, kind: str) -> dict[str, Any]:
             else:
                 try:
                     loaded = torch.load(file, map_location="cpu", weights_only=True)
-                except pickle.UnpicklingError:
-                    loaded = inert.tensors_of(file, torch)
+                except Exception as error:
+                    loaded = torchscript.load_module(file, size)
                     if not loaded:
-                        raise
+                        return {"error": _reason(error)}
     except torchscript.Refused as error:
         return {"error": str(error)}
     except Exception as error:

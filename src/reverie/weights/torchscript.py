@@ -6,6 +6,9 @@ that language, so it is read by the small machine below, which has no way to imp
 file stays a word, and the few words that torch writes have a meaning here. Tensors among the attributes are found by
 their dotted paths, as `torch.jit.load(FILE).state_dict()` has them; that only code/ tells a buffer from another
 tensor attribute, so those come along. `convert` is the one caller, in its confined child.
+
+A module that Python pickled, as OpenAI's autoencoder of DALL-E, lies in the same kind of zip without code/. The machine
+reads it too (`load_module`): there a class is a word that means nothing, and so is whatever the file would call.
 https://github.com/pytorch/pytorch/blob/main/torch/csrc/jit/serialization/pickler.cpp
 """
 
@@ -91,6 +94,55 @@ def load(file: BinaryIO, size: int) -> dict[str, Tensor | None]:
             ".data/",
         }
         return found | dict.fromkeys(sorted(beside))
+
+
+def load_module(file: BinaryIO, size: int) -> dict[str, Tensor]:
+    """The parameters and buffers of a module that `torch.save` pickled whole, by dotted path; none if it is no such."""
+    try:
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            files = {entry.filename: entry for entry in archive.infolist()}
+            [pickled] = [name for name in files if name.endswith("data.pkl")]
+            storages = _Storages(archive, files, pickled.removesuffix("data.pkl"), size)
+            if files[pickled].file_size > PICKLE_BYTES:
+                return {}
+            tree = _ModuleMachine(storages.read(pickled).numpy().tobytes(), storages).run()
+            return {path: storages.tensor(view) for path, view in _weights(tree)}
+    except (
+        Refused,
+        _Damaged,
+        zipfile.BadZipFile,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        struct.error,
+    ):
+        return {}
+
+
+def _weights(tree: Any) -> list[tuple[str, _View]]:
+    """What the modules of a tree hold as parameters and buffers."""
+    found: list[tuple[str, _View]] = []
+    seen, waiting = 0, [("", tree, 1)]
+    while waiting:
+        prefix, module, depth = waiting.pop()
+        seen += 1
+        if depth > DEPTH or seen > TENSORS or len(found) > TENSORS:
+            raise Refused("its modules hold each other without end")
+        state = module.state if isinstance(module, _Object) else None
+        parts = (
+            [state.get(kind) for kind in ("_parameters", "_buffers", "_modules")]
+            if isinstance(state, dict)
+            else []
+        )
+        for i, part in enumerate(parts):
+            for name, value in part.items() if isinstance(part, dict) else ():
+                if i < 2 and isinstance(value, _View):
+                    found.append((f"{prefix}{name}", value))
+                elif i == 2:
+                    waiting.append((f"{prefix}{name}.", value, depth + 1))
+    return found
 
 
 def _attributes(tree: _Object) -> dict[str, Any]:
@@ -349,7 +401,7 @@ class _Machine:
                 push(self._word(f"{self._line()}.{self._line()}"))
             case b"\x81":  # a new object of a class, from no arguments
                 arguments, word = self.stack.pop(), self.stack.pop()
-                if type(word) is not _Word or not word.text.startswith("__torch__.") or arguments != ():
+                if type(word) is not _Word or not self._makes(word.text, arguments):
                     raise _Damaged
                 self.stack.append(_Object())
             case b"b":  # its state
@@ -367,6 +419,10 @@ class _Machine:
                 self.stack.append(self._rebuild(word.text, arguments))
             case _:
                 raise _Damaged
+
+    def _makes(self, word: str, arguments: Any) -> bool:
+        """Whether the file may ask for a new object so."""
+        return word.startswith("__torch__.") and arguments == ()
 
     def _top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
@@ -400,3 +456,20 @@ class _Machine:
         if word == DEVICE or word.startswith("__torch__."):  # the latter a member of an enumeration
             return _Object()
         raise _Damaged
+
+
+class _ModuleMachine(_Machine):
+    """The same for what Python pickled: every name is a word, and whatever is made or called is an empty object."""
+
+    def _makes(self, word: str, arguments: Any) -> bool:
+        return type(arguments) is tuple
+
+    def _word(self, text: str) -> _Word:
+        return _Word(text)
+
+    def _rebuild(self, word: str, arguments: tuple[Any, ...]) -> Any:
+        if word == REBUILD:
+            return self.storages.view(arguments)
+        if word == "torch._utils._rebuild_parameter":
+            return arguments[0]
+        return {} if word == EMPTY and arguments == () else _Object()
