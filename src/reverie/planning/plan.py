@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from reverie.backbones.dit import SCALES, DitConfig
 from reverie.bridges.qformer import QformerConfig
+from reverie.codecs.dvae import Dvae, DvaeConfig
 from reverie.codecs.video_vae import VideoVae
+from reverie.codecs.vq import VqConfig, VqVae
 from reverie.data.dropping import check_share, kept_count
 from reverie.encoders.clip_resnet import ClipResnetConfig
 from reverie.encoders.navit import NavitConfig
@@ -41,9 +43,11 @@ from reverie.recipes import (
     clip,
     clip_finetune,
     clip_native,
+    dalle,
     distil,
     dit,
     judge,
+    picture_codes,
     sora,
     video_vae,
 )
@@ -55,6 +59,7 @@ from reverie.systems.blip_training import BlipTraining
 from reverie.systems.classifier import Classifier, ClassifierConfig
 from reverie.systems.clip import Clip, ClipConfig
 from reverie.systems.clip_models import MODELS
+from reverie.systems.dalle import Dalle, DalleConfig
 from reverie.systems.dit import DiffusionTransformer, DiffusionTransformerConfig
 from reverie.systems.sora import Sora, SoraConfig
 from reverie.train.engine import recompute
@@ -269,6 +274,65 @@ def _dit_loss(model: DiffusionTransformer, items: int, how: How, peers: Peers) -
     )["loss"]
 
 
+def _codes_loss(model: picture_codes.Learner, items: int, how: How, peers: Peers) -> Tensor:
+    """Without a discriminator; VQGAN's with the CLIP that looks at the drawings."""
+    size, codec = model.config.size, model.codec
+    batch = {"image": _empty(items, 3, size, size), "step": 0, "temperature": 1.0, "beta": 1.0}
+    if isinstance(codec, Dvae):
+        side = size // codec.stride
+        batch["noise"] = _empty(items, codec.vocab, side, side)
+    else:
+        with on_shapes():
+            seen = Clip(clip.shape(VOCAB, VOCAB - 1)).eval().requires_grad_(False)
+        model.features = tiled(seen.layers, seen.config.image.size)
+    return model.loss(batch)["loss"]
+
+
+def _codes(name: str, own: Mapping[str, Any], *, batch: int, steps: int, size: int) -> Subject:
+    network: DvaeConfig | VqConfig
+    if name.startswith("dvae"):
+        network = DvaeConfig()
+        if name == "dvae-tiny":
+            network = DvaeConfig(
+                vocab=own["vocab"],
+                width=own["width"],
+                groups=own["groups"],
+                depth=own["depth"],
+                begin=2 * own["width"],
+            )
+    else:
+        network = (
+            VqConfig() if name == "vqgan-paper" else picture_codes.small_vq(own["width"], own["levels"], own)
+        )
+    learns = picture_codes.Relaxed() if isinstance(network, DvaeConfig) else picture_codes.Coded()
+    config = picture_codes.CodecRun(
+        model=network, learns=learns, steps=steps, batch=batch, size=size, lr=own["lr"]
+    )
+    part = Part(what="pictures", batch=batch, pixels=size**2, loss=_codes_loss)
+    return Subject(name=name, build=lambda: picture_codes.Learner(config), parts=(part,), steps=steps)
+
+
+def _dalle_loss(model: Dalle, items: int, how: How, peers: Peers) -> Tensor:
+    network = model.config.backbone
+    codes = _empty(items, network.rows, network.columns, dtype=torch.long)
+    return model.loss({"codes": codes, "tokens": _empty(items, network.length, dtype=torch.long)})["loss"]
+
+
+def _dalle(name: str, own: Mapping[str, Any], *, batch: int, steps: int, size: int) -> Subject:
+    """Codes of 8 x 8 pixels at the paper's size, of 4 x 4 at the small ones; they are there."""
+    paper = name == "dalle-paper"
+    codec = DvaeConfig() if paper else picture_codes.small_vq(32, 3, {"vocab": 1024, "dim": 32})
+    with on_shapes():
+        built = Dvae(codec) if isinstance(codec, DvaeConfig) else VqVae(codec)
+    config = dalle.shape(
+        "dalle", built, sizes=(own["depth"], own["width"]), attention=own.get("attention", "sparse"),
+        length=own.get("length", 256), size=size, words=16_384 if paper else 1024,
+    )  # fmt: skip
+    assert isinstance(config, DalleConfig)
+    part = Part(what="pictures", batch=batch, pixels=size**2, loss=_dalle_loss)
+    return Subject(name=name, build=lambda: Dalle(config), parts=(part,), steps=steps)
+
+
 def _judge_loss(model: Classifier, items: int, how: How, peers: Peers) -> Tensor:
     size = model.config.size
     pictures = _empty(items, 3, size, size)
@@ -391,6 +455,14 @@ _RECIPES: dict[str, Callable[..., Any]] = {
     "sora-distil": distil.sora,
     "dit-world": dit.world,
     "dit-imagenet": dit.imagenet,
+    "dalle-tiny": dalle.tiny,
+    "dalle-stickers": dalle.stickers,
+    "dalle-world": dalle.world,
+    "dalle-paper": dalle.paper,
+    "dvae-tiny": picture_codes.dvae,
+    "dvae-paper": picture_codes.paper_dvae,
+    "vqgan-tiny": picture_codes.vqgan,
+    "vqgan-paper": picture_codes.paper_vqgan,
     "video-vae-stickers": video_vae.stickers,
     "video-vae-world": video_vae.world,
     "judge-stickers": judge.stickers,
@@ -464,6 +536,10 @@ def subject(
         return _sora(
             name, config, batch=batch, clips=clips, clip_frames=clip_frames, steps=steps, loss_of=loss_of
         )
+    if kind.startswith(("dvae-", "vqgan-")):
+        return _codes(name, own, batch=batch, steps=steps, size=size or own["size"])
+    if kind.startswith("dalle-"):
+        return _dalle(name, own, batch=batch, steps=steps, size=size or own["size"])
     if kind in ("dit-world", "dit-imagenet"):
         return _dit(name, own, batch=batch, steps=steps, size=size or own["size"])
     if kind == "judge-stickers":

@@ -181,9 +181,8 @@ def vqgan(
     if levels < 1:
         raise InputError(f"levels is {levels}: give 1 or more, such as 3.")
     index = _pictures(data, world, sources, seed)
-    widths = tuple(width * min(2**i, 4) for i in range(levels))
     config = CodecRun(
-        model=VqConfig(vocab=vocab, dim=dim, channels=widths[-1], widths=widths, depth=1, groups=8, attention=0),
+        model=small_vq(width, levels, {"vocab": vocab, "dim": dim}),
         learns=Coded(
             l1=l1, l2=l2, perceptual=perceptual, adversarial=adversarial, adversarial_from=adversarial_from,
             decay=decay, patience=patience,
@@ -193,6 +192,14 @@ def vqgan(
     model = fit(config, index, out, engine=engine)
     assert isinstance(model, VqVae)
     return model
+
+
+def small_vq(width: int, levels: int, own: Mapping[str, Any]) -> VqConfig:
+    """Of `vqgan`, whose other settings are `own`: width, twice and then four times as much below."""
+    widths = tuple(width * min(2**i, 4) for i in range(levels))
+    return VqConfig(
+        vocab=own["vocab"], dim=own["dim"], channels=widths[-1], widths=widths, depth=1, groups=8, attention=0
+    )
 
 
 def paper_dvae(
@@ -389,10 +396,8 @@ class Learner(nn.Module):
         codec, image = self.codec, batch["image"]
         assert isinstance(codec, Dvae)
         logits = codec.logits(image)
-        seeds = [int(seed) for seed in batch["seeds"].tolist()]
-        choice = soft_choice(
-            logits.float(), gumbel(logits.shape[1:], seeds, logits.device), batch["temperature"]
-        )
+        noise = batch["noise"] if "noise" in batch else self._noise(batch["seeds"], logits)
+        choice = soft_choice(logits.float(), noise, batch["temperature"])
         mean, scale = codec.draw(choice)
         assert isinstance(self.config.learns, Relaxed)
         likelihood = logit_laplace(
@@ -403,6 +408,10 @@ class Learner(nn.Module):
         with torch.no_grad():
             error = F.mse_loss(codec.shown(mean), image)
         return {"loss": loss, "likelihood": likelihood.detach(), "kl": apart.detach(), "l2": error}
+
+    @staticmethod
+    def _noise(seeds: Tensor, like: Tensor) -> Tensor:
+        return gumbel(like.shape[1:], [int(seed) for seed in seeds.tolist()], like.device)
 
     def _coded(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """L1, L2, perceptual, commitment, and what the discriminator holds against it, weighed at the last layer."""
